@@ -1,0 +1,54 @@
+# The first target that needs it makes $(VENV) and installs there; later ones reuse it until pyproject.toml changes.
+#
+#   make test                                  all tests
+#   make test-fast                             without those marked slow
+#   make test PYTEST_ARGS="-n 2 -k sd3"        anything pytest takes
+#   make test VENV=~/envs/diffusion            in a virtual environment you have; its torch is kept
+#   make test TORCH="torch==2.14.0"            another torch; anything `pip install` takes
+#   make test PYTHON=python3.12                the interpreter that makes $(VENV)
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.diffusion_opd-installed
+
+.PHONY: install test test-fast demo lint format docs docs-serve clean
+
+install: $(INSTALLED)
+
+# torch goes first and is then held by a constraint: left to itself, pip may replace a CPU build by the newest CUDA one.
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip list --format=freeze | grep "^torch==" > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e ".[dev]"
+	touch $@
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+demo: $(INSTALLED)
+	$(BIN)/python -m examples.toy_world.demo
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(INSTALLED)
+	$(BIN)/mkdocs serve
+
+clean:
+	rm -rf site build dist .pytest_cache .ruff_cache
