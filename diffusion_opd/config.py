@@ -1,0 +1,203 @@
+"""What a user can set about a run; every meaningless combination is refused here, before any model is loaded."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.utils import is_torch_bf16_gpu_available
+from trl.trainer.base_config import _BaseConfig
+
+from .transitions import TRANSITIONS
+
+OBJECTIVES = ("kl", "velocity", "policy_gradient")
+
+# What the trainer itself hands to the pipeline's `__call__`
+RESERVED_CALL_KWARGS = frozenset(
+    "prompt num_inference_steps timesteps sigmas generator latents output_type return_dict num_images_per_prompt "
+    "num_videos_per_prompt callback_on_step_end prompt_embeds".split()
+)
+
+
+def check_call_kwargs(call_kwargs: dict[str, Any], named: dict[str, Any], owner: str) -> None:
+    """Refuses what the trainer sets itself, and a key that is given as a field and in `call_kwargs`."""
+    if taken := sorted(RESERVED_CALL_KWARGS & call_kwargs.keys()):
+        raise ValueError(f"{owner}: `call_kwargs` may not hold {taken}: the trainer sets them itself; remove them.")
+    if twice := sorted(key for key, value in named.items() if value is not None and key in call_kwargs):
+        raise ValueError(
+            f"{owner}: {twice} is given both as a field and in `call_kwargs`; give it once "
+            f"(field: {[named[key] for key in twice]}, call_kwargs: {[call_kwargs[key] for key in twice]})."
+        )
+
+
+@dataclass
+class DiffusionConfig(_BaseConfig):
+    r"""
+    What every diffusion trainer of this library shares. Extends TRL's base config, i.e. [`~transformers.TrainingArguments`],
+    whose fields all work and mean the same.
+
+    Args:
+        model_init_kwargs (`dict`, *optional*):
+            Keyword arguments for `DiffusionPipeline.from_pretrained` when `model` is a string.
+        num_inference_steps (`int`, *optional*, defaults to `10`):
+            Denoising steps of a training rollout.
+        guidance_scale, height, width (*optional*):
+            Handed to the pipeline's `__call__`; `None` leaves the pipeline's own default. Lengths in pixels.
+        call_kwargs (`dict`, *optional*):
+            Anything else that the pipeline's `__call__` takes, e.g. `{"max_sequence_length": 128}`.
+        ema_decay (`float`, *optional*):
+            Decay, in [0, 1), of the exponential moving average of the trained weights, which then is what is evaluated, saved and
+            published. `None` turns it off. It ramps up as `min(ema_decay, (1 + n) / (10 + n))` after `n` updates.
+        ema_update_every (`int`, *optional*, defaults to `8`):
+            Optimizer steps between two updates of the average.
+        image_steps (`int`, *optional*):
+            Optimizer steps between two sets of sample images, written to `output_dir/images` and to the trackers in use.
+            `None`: never.
+        image_prompts (`list[str]`, *optional*):
+            Prompts of the sample images. `None`: the first prompt(s) of each task, four or more in all.
+        image_num_inference_steps (`int`, *optional*):
+            Denoising steps of the sample images, drawn with the pipeline's own scheduler. `None`: `num_inference_steps`.
+
+    Defaults that differ from TRL's: `learning_rate` (3e-4), `bf16` (on where the accelerator supports it, off on a CPU),
+    `gradient_checkpointing` (off: the graph of one denoising step lives at a time), `logging_nan_inf_filter` (off: a NaN is
+    shown).
+    """
+
+    _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "call_kwargs"]
+
+    model_init_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`."}
+    )
+    num_inference_steps: int = field(default=10, metadata={"help": "Denoising steps of a training rollout."})
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance scale of the pipeline call. None: the pipeline's own default."}
+    )
+    height: int | None = field(default=None, metadata={"help": "Height in pixels. None: the pipeline's own default."})
+    width: int | None = field(default=None, metadata={"help": "Width in pixels. None: the pipeline's own default."})
+    call_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Anything else that the pipeline's `__call__` takes."}
+    )
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Decay of the moving average of the trained weights. None: off."}
+    )
+    ema_update_every: int = field(default=8, metadata={"help": "Optimizer steps between two updates of the average."})
+    image_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps between two sets of sample images. None: never."}
+    )
+    image_prompts: list[str] | None = field(default=None, metadata={"help": "Prompts of the sample images."})
+    image_num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Denoising steps of the sample images. None: `num_inference_steps`."}
+    )
+
+    learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward pass to save memory."}
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Mixed precision in bfloat16. None: on where the accelerator supports it and fp16 is off."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN and Inf in the logged loss. Off: they are shown."}
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        super().__post_init__()
+        self.call_kwargs = self.call_kwargs or {}
+        check_call_kwargs(
+            self.call_kwargs, {k: getattr(self, k) for k in ("guidance_scale", "height", "width")}, type(self).__name__
+        )
+        if self.num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` must be at least 1, got {self.num_inference_steps}.")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be in [0, 1) or None (off), got {self.ema_decay}.")
+        if self.ema_update_every < 1:
+            raise ValueError(f"`ema_update_every` must be at least 1, got {self.ema_update_every}.")
+        if self.image_steps is not None and self.image_steps < 1:
+            raise ValueError(f"`image_steps` must be at least 1 or None (never), got {self.image_steps}.")
+
+    @property
+    def pipeline_kwargs(self) -> dict[str, Any]:
+        """Everything that goes to the pipeline's `__call__` besides what the trainer sets itself."""
+        named = {"guidance_scale": self.guidance_scale, "height": self.height, "width": self.width}
+        return {**{k: v for k, v in named.items() if v is not None}, **self.call_kwargs}
+
+    @property
+    def mixed_dtype(self) -> torch.dtype:
+        """The dtype that frozen modules are loaded in."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+
+@dataclass
+class DiffusionOPDConfig(DiffusionConfig):
+    r"""
+    Configuration of [`DiffusionOPDTrainer`]. The fields of [`DiffusionConfig`] and of [`~transformers.TrainingArguments`]
+    apply too.
+
+    The loss of a micro-batch is the mean over its samples, over the learnt steps and over the elements of the latent; an
+    optimizer step averages the micro-batches of its window, which holds every task equally often. The paper's sums differ
+    by constant factors (elements and steps) from these means, which are those of its released code.
+
+    Args:
+        transition (`str`, *optional*, defaults to `"ode"`):
+            How the student moves: `"ode"`, `"flow_sde"`, `"dance_sde"`, `"cps"` for flow-matching pipelines; VP pipelines
+            (epsilon or v prediction) always move by `"ddim"`, and `"ode"` there means `"ddim"` without noise.
+        noise_level (`float`, *optional*):
+            The `a` of the SDEs and of CPS, DDIM's eta. `None`: 0.7 for `"flow_sde"`, `"dance_sde"` and `"cps"`, 0 else.
+            At 0 every kernel is deterministic and the objective takes its ODE form.
+        objective (`str`, *optional*, defaults to `"kl"`):
+            `"kl"`: `|mu_S - mu_T|^2 / (2 std^2)` with the true std of the step, `|mu_S - mu_T|^2 / 2` for a deterministic
+            step. `"velocity"`: `(v_S - v_T)^2`. `"policy_gradient"`: the PPO-style surrogate, for comparison only.
+        timestep_fraction (`float`, *optional*, defaults to `0.99`):
+            The student learns at the first `K = max(1, int(num_inference_steps * timestep_fraction))` states of the rollout,
+            and the steps after them are not computed. In (0, 1].
+    """
+
+    transition: str = field(
+        default="ode", metadata={"help": "How the student moves.", "choices": list(TRANSITIONS)}
+    )
+    noise_level: float | None = field(
+        default=None, metadata={"help": "Noise of the transition. None: 0.7 for the SDEs and CPS, 0 else."}
+    )
+    objective: str = field(default="kl", metadata={"help": "What is asked of it.", "choices": list(OBJECTIVES)})
+    timestep_fraction: float = field(
+        default=0.99, metadata={"help": "The student learns at this first fraction of the denoising steps."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.transition not in TRANSITIONS:
+            raise ValueError(f"`transition` must be one of {list(TRANSITIONS)}, got {self.transition!r}.")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"`objective` must be one of {list(OBJECTIVES)}, got {self.objective!r}.")
+        if not 0 < self.timestep_fraction <= 1:
+            raise ValueError(f"`timestep_fraction` must be in (0, 1], got {self.timestep_fraction}.")
+        if self.noise_level is None:
+            self.noise_level = 0.0 if self.transition in ("ode", "ddim") else 0.7
+        if self.noise_level < 0 or (self.transition in ("cps", "ddim") and self.noise_level > 1):
+            raise ValueError(
+                f"`noise_level` must be at least 0, and at most 1 for 'cps' and 'ddim'; got {self.noise_level} "
+                f"for {self.transition!r}."
+            )
+        if self.transition == "ode" and self.noise_level > 0:
+            raise ValueError(
+                f"`transition='ode'` has no noise, but `noise_level={self.noise_level}` was given; choose 'flow_sde', "
+                "'dance_sde' or 'cps', or leave `noise_level` out."
+            )
+        if self.objective == "policy_gradient" and self.noise_level == 0:
+            raise ValueError(
+                "`objective='policy_gradient'` needs a stochastic transition: a deterministic step has no probability; "
+                f"got `transition={self.transition!r}` with `noise_level=0`."
+            )
+        last_step_is_learnt = self.num_learnt_steps == self.num_inference_steps
+        if self.transition == "cps" and self.noise_level > 0 and self.objective != "velocity" and last_step_is_learnt:
+            raise ValueError(
+                f"the last step of 'cps' has zero std, so its {self.objective!r} is not defined; set "
+                f"`timestep_fraction` below 1 (now {self.timestep_fraction} of {self.num_inference_steps} steps)."
+            )
+
+    @property
+    def num_learnt_steps(self) -> int:
+        """`K`: the student learns at the first `K` states of a rollout."""
+        return max(1, int(self.num_inference_steps * self.timestep_fraction))

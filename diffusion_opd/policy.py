@@ -1,0 +1,408 @@
+"""A diffusers pipeline as a policy (it rolls out, with gradient) and as a field (it predicts at a given state and time).
+
+No line here knows a model family: the pipeline's own `__call__` runs, with our object in the place of its scheduler. Every
+[`Policy`] works on shallow copies of its pipeline (modules shared, private state its own), because a pipeline that is called
+inside the `step` of a running call overwrites that call's guidance. The seams that a pipeline must have: an undecorated
+`__call__` that asks `scheduler.step` once a denoising step, `encode_prompt`, and `prepare_latents`.
+
+This file knows no trainer, no loss and no data.
+"""
+
+import contextlib
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .transitions import Schedule
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a pipeline hands to its scheduler: the visited state and what the model predicts there.
+
+    Attributes:
+        index (`int`): Which denoising step, from 0.
+        timestep (`Tensor`): The pipeline's own time, 0-dimensional.
+        sample (`Tensor`): The visited state, without gradient, in the pipeline's own shape and dtype.
+        prediction (`Tensor`): The guided prediction, with its graph.
+        schedule (`Schedule`): The noise levels of the rollout.
+    """
+
+    index: int
+    timestep: Tensor
+    sample: Tensor
+    prediction: Tensor
+    schedule: Schedule
+
+
+OnStep = Callable[[Step], Tensor]
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether the scheduler belongs to flow matching (`x = (1 - s) x_0 + s eps`), by its class or its config."""
+    return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction"
+
+
+def own_scheduler(scheduler: Any) -> Any:
+    """A fresh scheduler with the timesteps of the given one. VP models run under DDIM: solvers of higher order repeat
+    timesteps or rescale the state (PNDM, Euler)."""
+    cls = type(scheduler) if is_flow(scheduler) else DDIMScheduler
+    return cls.from_config(scheduler.config)
+
+
+def read_schedule(scheduler: Any) -> Schedule:
+    """The noise levels of a scheduler after `set_timesteps`.
+
+    Raises:
+        ValueError: if the levels are not strictly monotone (solvers of higher order) or the prediction type is unknown.
+    """
+    if is_flow(scheduler):
+        schedule = Schedule(tuple(scheduler.sigmas.tolist()))
+        steps = [b - a for a, b in zip(schedule.levels, schedule.levels[1:], strict=False)]
+        if schedule.levels[0] > 1 or schedule.levels[-1] < 0 or any(step >= 0 for step in steps):
+            raise ValueError(
+                f"{type(scheduler).__name__}: a rollout needs sigmas that fall from at most 1 to 0, "
+                f"got {[round(level, 4) for level in schedule.levels]}; use a first-order scheduler."
+            )
+        return schedule
+    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(
+            f"{type(scheduler).__name__}: prediction type {scheduler.config.prediction_type!r} is not supported; "
+            "'epsilon' and 'v_prediction' are."
+        )
+    alphas = scheduler.alphas_cumprod[scheduler.timesteps.cpu()].tolist()
+    return Schedule((*alphas, float(scheduler.final_alpha_cumprod)), scheduler.config.prediction_type)
+
+
+def denoiser_name(pipeline: DiffusionPipeline) -> str:
+    """The attribute of the pipeline that holds its denoiser: `"transformer"` or `"unet"`.
+
+    Raises:
+        ValueError: if the pipeline has none of them, or two.
+    """
+    names = [name for name in ("transformer", "unet") if isinstance(getattr(pipeline, name, None), nn.Module)]
+    if len(names) != 1 or getattr(pipeline, "transformer_2", None) is not None:
+        raise ValueError(
+            f"{type(pipeline).__name__} has no single denoiser: exactly one of `transformer` and `unet` and no "
+            f"`transformer_2` is needed, got {sorted(pipeline.components)}."
+        )
+    return names[0]
+
+
+class _Seat:
+    """Sits in the place of a scheduler: everything is the scheduler's own but `step`, which is ours."""
+
+    def __init__(self, scheduler: Any):
+        self._scheduler = scheduler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scheduler, name)
+
+
+class _RolloutSeat(_Seat):
+    def __init__(self, scheduler: Any, on_step: OnStep, num_steps: int | None):
+        super().__init__(scheduler)
+        self._on_step, self._num_steps = on_step, num_steps
+        self._schedule: Schedule | None = None
+        self.index = 0
+
+    @property
+    def timesteps(self) -> Tensor:
+        # Fewer timesteps, not an exception, end a rollout early: the pipeline leaves its `__call__` as always
+        return self._scheduler.timesteps[: self._num_steps]
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **kwargs: Any) -> tuple[Tensor]:
+        if self._schedule is None:
+            self._schedule = read_schedule(self._scheduler)
+        next_sample = self._on_step(Step(self.index, timestep, sample.detach(), model_output, self._schedule))
+        self.index += 1
+        self._scheduler._step_index = self.index  # some schedulers' `scale_model_input` reads it
+        return (next_sample.detach().to(sample.dtype),)
+
+
+class _FieldSeat(_Seat):
+    def __init__(self, scheduler: Any, timestep: Tensor):
+        super().__init__(scheduler)
+        self.timesteps = timestep.reshape(1)
+        self.prediction: Tensor | None = None
+
+    # `retrieve_timesteps` of the pipelines reads this signature to learn what a scheduler takes
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None, **kwargs: Any):
+        pass
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        pass
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **kwargs: Any) -> tuple[Tensor]:
+        self.prediction = model_output
+        return (sample,)
+
+
+class _Routed:
+    """A denoiser whose calls go to its wrapper (DDP, DeepSpeed) and whose attributes are its own."""
+
+    def __init__(self, module: nn.Module, wrapper: nn.Module):
+        self._module, self._wrapper = module, wrapper
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapper(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+class PromptMemo:
+    """Remembers what `encode_prompt` returned, for all parties that share their encoders. Clear it after each batch.
+
+    The key is every argument of the call, bound to the signature (numbers and flags too, tensors by content), plus the
+    identity of the modules that encode.
+
+    Args:
+        timing (`Callable`, *optional*): A context manager to run the encoders in.
+    """
+
+    def __init__(self, timing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext):
+        self._store: dict[Any, Any] = {}
+        self._timing = timing
+        self.num_encodings = 0
+
+    def clear(self) -> None:
+        self._store.clear()
+
+    def encode(self, pipeline: DiffusionPipeline, encoders: tuple, *args: Any, **kwargs: Any) -> Any:
+        """`pipeline.encode_prompt(*args, **kwargs)`, once for equal arguments and `encoders`, without gradient."""
+        encode_prompt = type(pipeline).encode_prompt
+        bound = _signature(encode_prompt).bind(None, *args, **kwargs)
+        bound.apply_defaults()
+        key = (encode_prompt, encoders, _content(dict(bound.arguments)))
+        if key not in self._store:
+            with torch.no_grad(), self._timing():
+                self._store[key] = encode_prompt(pipeline, *args, **kwargs)
+            self.num_encodings += 1
+        return _fresh_containers(self._store[key])
+
+
+_signature = functools.cache(inspect.signature)
+
+
+def _encoders(pipeline: DiffusionPipeline) -> tuple:
+    others = {"scheduler", "transformer", "unet", "vae"}
+    return tuple((name, id(part)) for name, part in sorted(pipeline.components.items()) if name not in others)
+
+
+def _content(value: Any) -> Any:
+    """A hashable stand-in that is equal for equal values."""
+    if isinstance(value, Tensor):
+        raw = value.detach().cpu().contiguous()
+        return ("tensor", str(value.dtype), str(value.device), tuple(value.shape), raw.view(torch.uint8).numpy().tobytes())
+    if isinstance(value, dict):
+        return ("dict", *((key, _content(item)) for key, item in sorted(value.items())))
+    if isinstance(value, (list, tuple)):
+        return (type(value).__name__, *(_content(item) for item in value))
+    try:
+        hash(value)
+    except TypeError:
+        return ("object", id(value))
+    return (type(value).__name__, value)
+
+
+def _fresh_containers(value: Any) -> Any:
+    # Some pipelines extend the lists that `encode_prompt` gives them
+    return type(value)(_fresh_containers(item) for item in value) if type(value) in (list, tuple) else value
+
+
+def tuner_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+
+
+@contextlib.contextmanager
+def active_adapter(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterator[None]:
+    """Another adapter (`None`: the bare backbone) for the duration. PEFT's `set_adapter` would also set `requires_grad`,
+    which drops gradients and raises under sharding, so the attribute that it sets last is set alone."""
+    before = [layer._active_adapter for layer in layers]
+    for layer in layers:
+        layer._active_adapter = [] if name is None else [name]
+    try:
+        yield
+    finally:
+        for layer, adapter in zip(layers, before, strict=True):
+            layer._active_adapter = adapter
+
+
+class Policy:
+    """A pipeline that rolls out and that predicts.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]): Left as it is.
+        num_inference_steps (`int`): Denoising steps of a whole rollout.
+        call_kwargs (`dict`, *optional*): For the pipeline's `__call__`: guidance, size, negative prompt ...
+        memo ([`PromptMemo`], *optional*): Shared by the parties of one batch. `None`: its own.
+        adapter (`str`, *optional*): PEFT adapter of the denoiser that this policy is; by default whatever is active.
+
+    Raises:
+        ValueError: if the pipeline lacks a seam, or `call_kwargs` holds a key that its `__call__` does not take.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        num_inference_steps: int,
+        call_kwargs: dict[str, Any] | None = None,
+        memo: PromptMemo | None = None,
+        adapter: str | None = None,
+    ):
+        self.denoiser_name = denoiser_name(pipeline)
+        check_seams(pipeline)
+        self.call_kwargs = dict(call_kwargs or {})
+        accepted = inspect.signature(type(pipeline).__call__).parameters
+        if unknown := sorted(self.call_kwargs.keys() - accepted.keys()):
+            raise ValueError(
+                f"{type(pipeline).__name__} takes no argument {unknown}; it takes {sorted(accepted.keys() - {'self'})}."
+            )
+        self.num_inference_steps, self.adapter = num_inference_steps, adapter
+        self.memo = memo or PromptMemo()
+        self._pipeline = pipeline
+        self._denoiser = getattr(pipeline, self.denoiser_name)
+        self._layers = tuner_layers(self._denoiser) if adapter is not None else []
+        self._encoders = _encoders(pipeline)
+        # One scheduler each: a field is asked in the middle of a rollout
+        self._rollout_scheduler = own_scheduler(pipeline.scheduler)
+        self._field_scheduler = own_scheduler(pipeline.scheduler)
+        self._scratch_generator: torch.Generator | None = None
+
+    def _copy(self, seat: _Seat) -> DiffusionPipeline:
+        pipeline = copy.copy(self._pipeline)
+        pipeline.set_progress_bar_config(disable=True)
+        # Past `DiffusionPipeline.__setattr__`, which writes into the config
+        pipeline.__dict__["scheduler"] = seat
+        pipeline.__dict__["encode_prompt"] = functools.partial(self.memo.encode, pipeline, self._encoders)
+        return pipeline
+
+    def _call(self, pipeline: DiffusionPipeline, prompts: Sequence[str], generator: Any) -> Any:
+        switch = contextlib.nullcontext() if self.adapter is None else active_adapter(self._layers, self.adapter)
+        with switch:
+            return type(pipeline).__call__.__wrapped__(
+                pipeline,
+                prompt=list(prompts),  # a copy: some pipelines edit the list
+                num_inference_steps=self.num_inference_steps,
+                generator=generator,
+                output_type="latent",
+                return_dict=False,
+                **self.call_kwargs,
+            )[0]
+
+    def rollout(
+        self,
+        prompts: Sequence[str],
+        generators: list[torch.Generator],
+        on_step: OnStep,
+        num_steps: int | None = None,
+        denoiser: nn.Module | None = None,
+    ) -> Tensor:
+        """Runs the pipeline's own `__call__`, under the caller's gradient mode, with `on_step` deciding each next state.
+
+        Args:
+            prompts (`Sequence[str]`): The batch.
+            generators (`list[torch.Generator]`): One a sample, for the initial noise.
+            on_step (`Callable[[Step], Tensor]`): Returns the next state; called once a denoising step.
+            num_steps (`int`, *optional*): Only the first so many steps are computed.
+            denoiser (`nn.Module`, *optional*): A wrapper around the denoiser (DDP, DeepSpeed) that its calls go through.
+
+        Returns:
+            `Tensor`: the final latents, as the pipeline returns them.
+        """
+        seat = _RolloutSeat(self._rollout_scheduler, on_step, num_steps)
+        pipeline = self._copy(seat)
+        if denoiser is not None:
+            pipeline.__dict__[self.denoiser_name] = _Routed(self._denoiser, denoiser)
+        latents = self._call(pipeline, prompts, generators)
+        expected = len(seat.timesteps)
+        if seat.index != expected:
+            raise ValueError(
+                f"{type(pipeline).__name__} lacks a seam: it called `scheduler.step` {seat.index} times for {expected} "
+                "timesteps; one call a timestep is needed."
+            )
+        return latents
+
+    def predict(self, x: Tensor, timestep: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The guided prediction at state `x` (the pipeline's own latent shape) and `timestep`: a field `v(x, t, prompts)`."""
+        seat = _FieldSeat(self._field_scheduler, timestep)
+        pipeline = self._copy(seat)
+        prepare_latents = pipeline.prepare_latents
+
+        def given_latents(*args: Any, **kwargs: Any) -> Any:
+            # The pipeline's own call makes what comes with the latents (position ids); the noise it draws is dropped
+            prepared = prepare_latents(*args, **kwargs)
+            return (x, *prepared[1:]) if isinstance(prepared, tuple) else x
+
+        pipeline.__dict__["prepare_latents"] = given_latents
+        if self._scratch_generator is None:  # its own, so that the global generator is left alone
+            self._scratch_generator = torch.Generator(x.device)
+        self._call(pipeline, prompts, self._scratch_generator)
+        return seat.prediction
+
+    @torch.no_grad()
+    def self_check(self, prompt: str, num_steps: int = 2) -> list[Step]:
+        """Compares the field with the pipeline's own run at its first states.
+
+        Returns:
+            `list[Step]`: the steps of that run.
+
+        Raises:
+            ValueError: if the field disagrees with the run.
+        """
+        steps: list[Step] = []
+
+        def record(step: Step) -> Tensor:
+            steps.append(step)
+            level, level_next = step.schedule.levels[step.index : step.index + 2]
+            return step.sample.float() + (level_next - level) * step.prediction.float()
+
+        self.rollout([prompt], [torch.Generator().manual_seed(0)], record, num_steps=num_steps)
+        for step in steps:
+            prediction = self.predict(step.sample, step.timestep, [prompt])
+            gap = _relative_gap(prediction, step.prediction)
+            # The same numbers through the same kernels: what is left is the non-determinism of some GPU kernels
+            if not gap < (1e-4 if prediction.dtype == torch.float32 else 2e-2):
+                raise ValueError(
+                    f"{type(self._pipeline).__name__} cannot be asked at a given state: its prediction at step {step.index} "
+                    f"differs from its own run by {gap:.1e} (relative). Something in its `__call__` depends on the steps "
+                    "before."
+                )
+        return steps
+
+
+def _relative_gap(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    return ((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-12)).item()
+
+
+def check_seams(pipeline: DiffusionPipeline) -> None:
+    """Raises a `ValueError` that names the first seam which the pipeline lacks."""
+    cls = type(pipeline)
+    missing = None
+    if not hasattr(cls.__call__, "__wrapped__"):
+        missing = "its `__call__` is not decorated with `torch.no_grad()`, so there is no version with gradient to run"
+    elif not callable(getattr(cls, "encode_prompt", None)):
+        missing = "it has no `encode_prompt`"
+    elif not callable(getattr(cls, "prepare_latents", None)):
+        missing = "it has no `prepare_latents`"
+    elif not hasattr(getattr(pipeline, "scheduler", None), "step"):
+        missing = "it has no `scheduler` with a `step`"
+    if missing:
+        raise ValueError(f"{cls.__name__} lacks a seam that on-policy distillation needs: {missing}.")
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    if hasattr(denoiser, "_hf_hook") or hasattr(denoiser, "_diffusers_hook"):
+        raise ValueError(
+            f"{cls.__name__} has offload hooks on its {denoiser_name(pipeline)}: they would move it away while its graph "
+            "is needed. Build the pipeline without `enable_*_offload()`."
+        )

@@ -1,0 +1,112 @@
+"""Transition kernels: how the student moves from one noise level to the next.
+
+A kernel is a pure function `(x, prediction, schedule, index, noise_level) -> Transition`: the Gaussian that carries the
+state `x` at noise level `schedule.levels[index]` to `schedule.levels[index + 1]`, given what the model predicts there. All
+arithmetic is float32 (coefficients: Python's float64). This file knows no pipeline, no model and no trainer.
+
+Flow matching (paper, Sec. 3): `x_s = (1 - s) x_0 + s eps`, the model predicts the velocity `v = eps - x_0`.
+VP diffusion: `x_t = sqrt(a) x_0 + sqrt(1 - a) eps` with `a` the cumulative alpha, the model predicts `eps` or
+`v = sqrt(a) eps - sqrt(1 - a) x_0`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Schedule(NamedTuple):
+    """The noise levels of one rollout.
+
+    Attributes:
+        levels (`tuple[float, ...]`):
+            `N + 1` noise levels. Flow matching: sigmas in [0, 1], strictly decreasing. VP: cumulative alphas in [0, 1],
+            strictly increasing.
+        prediction_type (`str`):
+            What the model predicts: `"flow"`, `"epsilon"` or `"v_prediction"`.
+    """
+
+    levels: tuple[float, ...]
+    prediction_type: str = "flow"
+
+    @property
+    def is_flow(self) -> bool:
+        return self.prediction_type == "flow"
+
+
+class Transition(NamedTuple):
+    """`N(mean, std^2 I)`: one step of a sampler. `std` is the std of the STEP (`sqrt(-dt)` included), 0 if deterministic."""
+
+    mean: Tensor
+    std: float
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """The next state for standard normal `noise` of the shape of `mean`."""
+        return self.mean + self.std * noise
+
+
+def ode(x: Tensor, velocity: Tensor, schedule: Schedule, index: int, noise_level: float = 0.0) -> Transition:
+    """Euler step of the probability-flow ODE (paper, Eq. 7 with zero noise): `x + dt v`. `noise_level` is not used."""
+    sigma, sigma_next = schedule.levels[index], schedule.levels[index + 1]
+    return Transition(x.float() + (sigma_next - sigma) * velocity.float(), 0.0)
+
+
+def _sde(x: Tensor, velocity: Tensor, sigma: float, sigma_next: float, g: float) -> Transition:
+    """Euler-Maruyama step of the SDE with the ODE's marginals and diffusion `g`; the two SDEs differ in `g(s)` only:
+    `mean = x + dt (v + g^2 / (2 s) (x + (1 - s) v))`, `std = g sqrt(-dt)`."""
+    x, velocity, dt = x.float(), velocity.float(), sigma_next - sigma
+    drift = velocity + g**2 / (2 * sigma) * (x + (1 - sigma) * velocity)
+    return Transition(x + dt * drift, g * math.sqrt(-dt))
+
+
+def flow_sde(x: Tensor, velocity: Tensor, schedule: Schedule, index: int, noise_level: float) -> Transition:
+    """SDE of Flow-GRPO (arXiv 2505.05470, Eq. 9): `g(s) = a sqrt(s / (1 - s))`.
+
+    `1 - s` is bounded below by `1 - sigma_1`, the second level of the schedule: schedules that start just below 1 (Wan's
+    UniPC at 0.999999) would explode if only `s = 1` were special.
+    """
+    sigma, sigma_next = schedule.levels[index], schedule.levels[index + 1]
+    g = noise_level * math.sqrt(sigma / max(1 - sigma, 1 - schedule.levels[1]))
+    return _sde(x, velocity, sigma, sigma_next, g)
+
+
+def dance_sde(x: Tensor, velocity: Tensor, schedule: Schedule, index: int, noise_level: float) -> Transition:
+    """SDE of DanceGRPO (arXiv 2505.07818): constant diffusion `g(s) = a`."""
+    return _sde(x, velocity, schedule.levels[index], schedule.levels[index + 1], noise_level)
+
+
+def cps(x: Tensor, velocity: Tensor, schedule: Schedule, index: int, noise_level: float) -> Transition:
+    """Coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952): DDIM's form with `rho = s' sin(a pi / 2)`,
+    `mean = (1 - s') x_0 + sqrt(s'^2 - rho^2) eps`, `a` in [0, 1]. The step to `s' = 0` is deterministic."""
+    sigma, sigma_next = schedule.levels[index], schedule.levels[index + 1]
+    x, velocity = x.float(), velocity.float()
+    x_0, eps = x - sigma * velocity, x + (1 - sigma) * velocity
+    rho = sigma_next * math.sin(noise_level * math.pi / 2)
+    return Transition((1 - sigma_next) * x_0 + math.sqrt(sigma_next**2 - rho**2) * eps, rho)
+
+
+def ddim(x: Tensor, prediction: Tensor, schedule: Schedule, index: int, noise_level: float = 0.0) -> Transition:
+    """DDIM for VP models (arXiv 2010.02502, Eq. 12 and 16); `noise_level` is its eta, in [0, 1]."""
+    alpha, alpha_next = schedule.levels[index], schedule.levels[index + 1]
+    x, prediction = x.float(), prediction.float()
+    if schedule.prediction_type == "epsilon":
+        eps = prediction
+        x_0 = (x - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
+    else:
+        x_0 = math.sqrt(alpha) * x - math.sqrt(1 - alpha) * prediction
+        eps = math.sqrt(alpha) * prediction + math.sqrt(1 - alpha) * x
+    std = noise_level * math.sqrt((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next))
+    return Transition(math.sqrt(alpha_next) * x_0 + math.sqrt(1 - alpha_next - std**2) * eps, std)
+
+
+Kernel = Callable[[Tensor, Tensor, Schedule, int, float], Transition]
+
+TRANSITIONS: dict[str, Kernel] = {
+    "ode": ode,
+    "flow_sde": flow_sde,
+    "dance_sde": dance_sde,
+    "cps": cps,
+    "ddim": ddim,
+}
