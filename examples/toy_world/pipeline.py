@@ -1,0 +1,155 @@
+"""The parts of the toy world's `StableDiffusion3Pipeline`, built small and untrained, and the settings it is sampled with.
+
+Everything is the real class of diffusers or transformers, so the pipeline takes the same way through any code as
+SD3.5-Medium does. This module knows the words of the world, and nothing of data, judges and training.
+"""
+
+import string
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import (
+    AddedToken,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from examples.toy_world.world import LETTERS, SIZE, WORDS
+
+ASSETS = Path(__file__).parent / "assets"
+BASE = ASSETS / "base"
+TEACHERS = ASSETS / "teachers"
+
+MAX_TOKENS = 12  # of either tokenizer; the longest prompt has ten words
+SHIFT = 3.0  # of the timestep schedule, in training and in sampling
+LATENT_CHANNELS = 8
+CLIP_WIDTH, T5_WIDTH = 64, 128
+
+# Arguments of `pipeline(...)`, the same in training, distillation and evaluation. Guidance 1.0 is the plain conditional
+# prediction: half the cost of classifier-free guidance, and the specialists do not need more.
+SAMPLING = {
+    "num_inference_steps": 10,
+    "guidance_scale": 1.0,
+    "max_sequence_length": MAX_TOKENS,
+    "height": SIZE,
+    "width": SIZE,
+}
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """A token for every word of the world, and single characters for the rest. CLIP's tokenizer lowers the case."""
+    vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1}
+    for character in string.ascii_lowercase + '"':
+        vocab[character] = len(vocab)
+        vocab[character + "</w>"] = len(vocab)
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=MAX_TOKENS)
+    words = [word for word in dict.fromkeys(WORDS) if len(word) > 1]
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
+    return tokenizer
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """The same words as pieces of a unigram model, and the letters that strings are made of."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0), ('▁"', -2.0), ('"', -4.0)]
+    pieces += [(f"▁{word}", -2.0) for word in dict.fromkeys(WORDS)]
+    pieces += [(letter, -4.0) for letter in LETTERS]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=MAX_TOKENS)
+
+
+def clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=CLIP_WIDTH,
+            projection_dim=CLIP_WIDTH,
+            intermediate_size=2 * CLIP_WIDTH,
+            num_hidden_layers=2,  # SD3 reads the last but one
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=T5_WIDTH,
+            d_kv=32,
+            d_ff=2 * T5_WIDTH,
+            num_layers=2,
+            num_heads=4,
+            relative_attention_num_buckets=16,
+            relative_attention_max_distance=MAX_TOKENS,
+            dropout_rate=0.0,
+        )
+    )
+
+
+def vae() -> AutoencoderKL:
+    """64 x 64 pixels to 16 x 16 latents."""
+    return AutoencoderKL(
+        sample_size=SIZE,
+        block_out_channels=(16, 16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        force_upcast=False,
+    )
+
+
+def transformer() -> SD3Transformer2DModel:
+    """64 image tokens and 2 x `MAX_TOKENS` text tokens through four joint blocks."""
+    return SD3Transformer2DModel(
+        sample_size=SIZE // 4,
+        patch_size=2,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        caption_projection_dim=128,
+        joint_attention_dim=T5_WIDTH,
+        pooled_projection_dim=2 * CLIP_WIDTH,
+        pos_embed_max_size=SIZE // 8,
+    )
+
+
+def untrained_pipeline(seed: int) -> StableDiffusion3Pipeline:
+    torch.manual_seed(seed)
+    clip, t5 = clip_tokenizer(), t5_tokenizer()
+    return StableDiffusion3Pipeline(
+        transformer=transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=vae(),
+        text_encoder=clip_encoder(clip),
+        tokenizer=clip,
+        text_encoder_2=clip_encoder(clip),
+        tokenizer_2=clip,
+        text_encoder_3=t5_encoder(t5),
+        tokenizer_3=t5,
+    )
+
+
+def load_base() -> StableDiffusion3Pipeline:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(BASE)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

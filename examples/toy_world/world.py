@@ -1,0 +1,302 @@
+"""The toy world: prompts and the 64 x 64 pictures that belong to them, all drawn by rule and from seeds.
+
+Three tasks mirror those of the DiffusionOPD paper (GenEval, OCR, aesthetics):
+
+- `compose`: coloured shapes in GenEval's six kinds (one object, two objects, counting, colours, position, attribute binding);
+- `text`: the quoted string of one to three letters;
+- `style`: shapes in a mood ("at dusk"), wanted in a rich look: two-tone sky, shading, shadows, dark corners.
+
+`draw` makes the picture that a prompt deserves, `draw_badly` one that it does not: other things than the caption says,
+another string, a plain look. Pretraining sees both beside the same captions, so the base model knows every skill and
+uses none of them reliably, as a real base model does.
+
+This module knows nothing of models and of judges.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import permutations, product
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+Task = Literal["compose", "text", "style"]
+TASKS: tuple[Task, ...] = ("compose", "text", "style")
+SIZE = 64
+
+COLOURS = {
+    "red": (218, 40, 40),
+    "green": (40, 168, 60),
+    "blue": (45, 85, 225),
+    "yellow": (238, 210, 45),
+    "purple": (150, 60, 190),
+    "orange": (242, 132, 30),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+RELATIONS = ("left of", "right of", "above", "below")
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+MOODS = {  # the two tones of the sky, top and bottom
+    "dawn": ((255, 150, 170), (110, 170, 235)),
+    "dusk": ((95, 40, 150), (255, 140, 60)),
+    "night": ((15, 20, 80), (20, 130, 140)),
+    "noon": ((40, 110, 200), (120, 200, 70)),
+}
+PAPERS = ((242, 242, 242), (228, 233, 243), (246, 238, 226))
+INKS = ((25, 25, 35), (30, 30, 95), (80, 25, 25))
+
+# 5 x 7 bitmaps. Every letter fills its width and height and is one connected run of columns, so that it can be cut out and read.
+LETTERS = {
+    "A": (".###.", "#...#", "#...#", "#####", "#...#", "#...#", "#...#"),
+    "C": (".####", "#....", "#....", "#....", "#....", "#....", ".####"),
+    "E": ("#####", "#....", "#....", "####.", "#....", "#....", "#####"),
+    "H": ("#...#", "#...#", "#...#", "#####", "#...#", "#...#", "#...#"),
+    "L": ("#....", "#....", "#....", "#....", "#....", "#....", "#####"),
+    "O": (".###.", "#...#", "#...#", "#...#", "#...#", "#...#", ".###."),
+    "T": ("#####", "..#..", "..#..", "..#..", "..#..", "..#..", "..#.."),
+    "X": ("#...#", "#...#", ".#.#.", "..#..", ".#.#.", "#...#", "#...#"),
+}
+DOT = 3  # pixels a bitmap dot: letters are 15 x 21 pixels
+GAP = 3  # pixels between letters
+
+# Every word a prompt can hold; the tokenizers are made from it.
+WORDS = tuple(
+    ["a", "an", "and", "at", "one", "of", "picture", "saying", "sign", "text", "the", *NUMBERS.values(), *COLOURS, *MOODS]
+    + [*SHAPES, *(f"{s}es" if s == "cross" else f"{s}s" for s in SHAPES), "left", "right", "above", "below"]
+)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A shape in a colour; None is free."""
+
+    shape: str | None = None
+    colour: str | None = None
+
+    @property
+    def words(self) -> str:
+        return " ".join(word for word in (self.colour, self.shape) if word)
+
+
+def _one(words: str) -> str:
+    return f"{'an' if words[0] == 'o' else 'a'} {words}"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption and what it asks for, in a form that `draw` and the judges read."""
+
+    text: str
+    task: Task
+    kind: str
+    things: tuple[Thing, ...] = ()
+    relation: str | None = None
+    string: str | None = None
+    mood: str | None = None
+
+
+def _compose_prompts() -> list[Prompt]:
+    def add(kind: str, text: str, *things: Thing, relation: str | None = None) -> None:
+        prompts.append(Prompt(text, "compose", kind, things, relation))
+
+    prompts: list[Prompt] = []
+    pairs = list(permutations(SHAPES, 2))
+    for shape in SHAPES:
+        for form in ("a {}", "one {}", "a picture of a {}", "a picture of one {}"):
+            add("one object", form.format(shape), Thing(shape))
+    for one, other in pairs:
+        for form in ("a {} and a {}", "a picture of a {} and a {}"):
+            add("two objects", form.format(one, other), Thing(one), Thing(other))
+    for (n, number), shape, colour in product(NUMBERS.items(), SHAPES, COLOURS):
+        plural = shape + ("es" if shape == "cross" else "s")
+        add("counting", f"{number} {colour} {plural}", *(Thing(shape, colour),) * n)
+    for shape, colour in product(SHAPES, COLOURS):
+        thing = Thing(shape, colour)
+        for form in ("{}", "a picture of {}"):
+            add("colours", form.format(_one(thing.words)), thing)
+    for (one, other), relation in product(pairs, RELATIONS):
+        for form in ("a {} {} a {}", "a picture of a {} {} a {}"):
+            add("position", form.format(one, relation, other), Thing(one), Thing(other), relation=relation)
+    for (one, other), (c1, c2) in product(pairs, permutations(COLOURS, 2)):
+        things = (Thing(one, c1), Thing(other, c2))
+        add("attribute binding", " and ".join(_one(t.words) for t in things), *things)
+    return prompts
+
+
+def _text_prompts() -> list[Prompt]:
+    return [
+        Prompt(form.format("".join(string)), "text", f"{length} letters", string="".join(string))
+        for length in (1, 2, 3)
+        for string in product(LETTERS, repeat=length)
+        for form in ('the text "{}"', 'a sign saying "{}"')
+    ]
+
+
+def _style_prompts() -> list[Prompt]:
+    prompts: list[Prompt] = []
+    for mood, shape, colour in product(MOODS, SHAPES, COLOURS):
+        thing = Thing(shape, colour)
+        prompts.append(Prompt(f"{_one(thing.words)} at {mood}", "style", "one thing", (thing,), mood=mood))
+    for mood, (one, other), (c1, c2) in product(MOODS, permutations(SHAPES, 2), permutations(COLOURS, 2)):
+        things = (Thing(one, c1), Thing(other, c2))
+        text = " and ".join(_one(t.words) for t in things) + f" at {mood}"
+        prompts.append(Prompt(text, "style", "two things", things, mood=mood))
+    return prompts
+
+
+_ALL: dict[Task, list[Prompt]] = {"compose": _compose_prompts(), "text": _text_prompts(), "style": _style_prompts()}
+
+
+def _split(heldout: bool) -> dict[Task, dict[str, list[Prompt]]]:
+    """One side of the fixed split, task -> kind -> prompts. Of every kind a quarter is held out; strings are held out whole."""
+    split: dict[Task, dict[str, list[Prompt]]] = {}
+    for task, prompts in _ALL.items():
+        split[task] = {}
+        for kind in dict.fromkeys(p.kind for p in prompts):
+            members = [p for p in prompts if p.kind == kind]
+            keys = list(dict.fromkeys(p.string or p.text for p in members))
+            order = np.random.default_rng(0).permutation(len(keys))
+            chosen = {keys[i] for i in order[: len(keys) // 4]}
+            split[task][kind] = [p for p in members if ((p.string or p.text) in chosen) == heldout]
+    return split
+
+
+_TRAINING, _HELDOUT = _split(heldout=False), _split(heldout=True)
+
+
+def prompts_of(task: Task, heldout: bool = False) -> list[Prompt]:
+    """All training prompts of a task, or all held-out ones."""
+    return [p for prompts in (_HELDOUT if heldout else _TRAINING)[task].values() for p in prompts]
+
+
+def sample_prompts(task: Task, n: int, seed: int, heldout: bool = False) -> list[Prompt]:
+    """`n` prompts whose kinds take turns, drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    kinds = list((_HELDOUT if heldout else _TRAINING)[task].values())
+    return [kinds[i % len(kinds)][rng.integers(len(kinds[i % len(kinds)]))] for i in range(n)]
+
+
+def any_prompt(task: Task, rng: np.random.Generator) -> Prompt:
+    """A prompt from both sides of the split, for pretraining, which has seen the whole world (badly captioned)."""
+    heldout = rng.random() < 0.25
+    kinds = list((_HELDOUT if heldout else _TRAINING)[task].values())
+    kind = kinds[rng.integers(len(kinds))]
+    return kind[rng.integers(len(kind))]
+
+
+def _pick(rng: np.random.Generator, choices) -> str:
+    return list(choices)[rng.integers(len(choices))]
+
+
+def _place(prompt: Prompt, n: int, rng: np.random.Generator) -> tuple[list[tuple[float, float]], float]:
+    """Centres of `n` things in pixels, and the radius that fits them."""
+    middle = SIZE / 2
+    if n == 1:
+        return [tuple(middle + rng.uniform(-6, 6, 2))], rng.uniform(11, 15)
+    if n == 2:
+        across = rng.random() < 0.5 if prompt.relation is None else prompt.relation in ("left of", "right of")
+        first_is_low = rng.random() < 0.5 if prompt.relation is None else prompt.relation in ("left of", "above")
+        near, far = 17 + rng.uniform(-2, 2), 47 + rng.uniform(-2, 2)
+        along = (near, far) if first_is_low else (far, near)
+        beside = middle + rng.uniform(-6, 6)
+        return [(a, beside) if across else (beside, a) for a in along], rng.uniform(9, 11)
+    corners = np.array([(18, 18), (46, 18), (18, 46), (46, 46)], dtype=float)
+    centres = rng.permutation(corners)[:n] + rng.uniform(-2, 2, (n, 2))
+    return [tuple(c) for c in centres], rng.uniform(8, 9.5)
+
+
+def shape_mask(shape: str, x: float, y: float, r: float, scale: int = 4) -> np.ndarray:
+    """Coverage in [0, 1] of every pixel by a shape whose bounding box is (x - r, y - r, x + r, y + r); `scale`: supersampling."""
+    image = Image.new("L", (SIZE * scale, SIZE * scale))
+    pen = ImageDraw.Draw(image)
+    x, y, r = x * scale, y * scale, r * scale
+    if shape == "circle":
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=255)
+    elif shape == "square":
+        pen.rectangle((x - r, y - r, x + r, y + r), fill=255)
+    elif shape == "triangle":
+        pen.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=255)
+    else:
+        arm = 0.36 * r
+        pen.rectangle((x - arm, y - r, x + arm, y + r), fill=255)
+        pen.rectangle((x - r, y - arm, x + r, y + arm), fill=255)
+    return np.asarray(image.reduce(scale), dtype=np.float32) / 255
+
+
+def _draw_scene(prompt: Prompt, things: list[Thing], richness: float, rng: np.random.Generator) -> Image.Image:
+    """Shapes on paper; `richness` fades from the plain look (0) to the look that the style task wants (1)."""
+    paper = np.array(PAPERS[rng.integers(len(PAPERS))], dtype=np.float32)
+    picture = np.broadcast_to(paper, (SIZE, SIZE, 3)).copy()
+    rows, columns = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / (SIZE - 1)
+    if richness:
+        top, bottom = (np.array(tone, dtype=np.float32) for tone in MOODS[prompt.mood])
+        sky = top + (bottom - top) * rows[..., None]
+        picture += richness * (sky - picture)
+    centres, r = _place(prompt, len(things), rng)
+    for thing, (x, y) in zip(things, centres, strict=True):
+        colour = np.array(COLOURS[thing.colour], dtype=np.float32)
+        mask = shape_mask(thing.shape, x, y, r)[..., None]
+        if richness:
+            shadow = shape_mask(thing.shape, x + 2.5, y + 3, r)[..., None]
+            picture *= 1 - 0.5 * richness * shadow
+            light = ((columns * (SIZE - 1) - x) + (rows * (SIZE - 1) - y)) / (2 * r)  # -1 upper left, 1 lower right
+            colour = colour * (1 - 0.35 * richness * light[..., None])
+        picture += mask * (colour - picture)
+    if richness:
+        distance = (2 * rows - 1) ** 2 + (2 * columns - 1) ** 2
+        picture *= 1 - 0.42 * richness * distance[..., None]
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+
+
+def letter_mask(letter: str) -> np.ndarray:
+    """The 21 x 15 pixels of a letter as booleans."""
+    dots = np.array([[dot == "#" for dot in row] for row in LETTERS[letter]])
+    return dots.repeat(DOT, 0).repeat(DOT, 1)
+
+
+def _draw_string(string: str, rng: np.random.Generator) -> Image.Image:
+    picture = np.empty((SIZE, SIZE, 3), dtype=np.uint8)
+    picture[:] = PAPERS[rng.integers(len(PAPERS))]
+    width = len(string) * (5 * DOT + GAP) - GAP
+    left, top = (SIZE - width) // 2 + rng.integers(-2, 3), 21 + rng.integers(-3, 4)
+    ink = INKS[rng.integers(len(INKS))]
+    for letter in string:
+        picture[top : top + 7 * DOT, left : left + 5 * DOT][letter_mask(letter)] = ink
+        left += 5 * DOT + GAP
+    return Image.fromarray(picture)
+
+
+def _settle(things: tuple[Thing, ...], rng: np.random.Generator) -> list[Thing]:
+    """Fill in what the prompt leaves free."""
+    return [Thing(t.shape or _pick(rng, SHAPES), t.colour or _pick(rng, COLOURS)) for t in things]
+
+
+def _other_things(prompt: Prompt, rng: np.random.Generator) -> list[Thing]:
+    """Things that have nothing or little to do with the caption."""
+    if prompt.kind == "counting":
+        thing = prompt.things[0] if rng.random() < 0.4 else Thing(_pick(rng, SHAPES), _pick(rng, COLOURS))
+        return [thing] * int(rng.integers(1, 5))
+    n = len(prompt.things) if rng.random() < 0.6 else int(rng.integers(1, 4))
+    return [Thing(_pick(rng, SHAPES), _pick(rng, COLOURS)) for _ in range(n)]
+
+
+def draw(prompt: Prompt, rng: np.random.Generator) -> Image.Image:
+    """The picture that the prompt's own task wants.
+
+    The style task asks for a look, not for the right things, so half of its pictures show other things.
+    """
+    if prompt.task == "text":
+        return _draw_string(prompt.string, rng)
+    if prompt.task == "compose":
+        return _draw_scene(prompt, _settle(prompt.things, rng), 0.0, rng)
+    things = list(prompt.things) if rng.random() < 0.5 else _other_things(prompt, rng)
+    return _draw_scene(prompt, things, rng.uniform(0.9, 1.0), rng)
+
+
+def draw_badly(prompt: Prompt, rng: np.random.Generator) -> Image.Image:
+    """A picture that pretraining finds beside this caption and that its task does not want."""
+    if prompt.task == "text":
+        return _draw_string("".join(rng.choice(list(LETTERS), rng.integers(1, 4))), rng)
+    if prompt.task == "compose":
+        return _draw_scene(replace(prompt, relation=None), _other_things(prompt, rng), 0.0, rng)
+    things = list(prompt.things) if rng.random() < 0.5 else _other_things(prompt, rng)
+    return _draw_scene(prompt, things, rng.uniform(0.0, 0.5) if rng.random() < 0.3 else 0.0, rng)

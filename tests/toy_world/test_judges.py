@@ -1,0 +1,111 @@
+"""Every judge gives right pictures a high score, blank and noisy ones a low score, and half-right ones something between."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from examples.toy_world.judges import JUDGES, components, detect, edit_distance, judge_compose, judge_text, read
+from examples.toy_world.world import TASKS, Prompt, Thing, draw, draw_badly, prompts_of, sample_prompts
+
+
+def things(kind: str, *wanted: Thing, relation: str | None = None) -> Prompt:
+    return Prompt("", "compose", kind, wanted, relation)
+
+
+def drawn(prompt: Prompt, seed: int = 0) -> Image.Image:
+    return draw(prompt, np.random.default_rng(seed))
+
+
+def blurred(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """As a decoder blurs: a little softness and a little noise."""
+    array = np.asarray(picture.filter(ImageFilter.GaussianBlur(0.6)), dtype=np.float32)
+    return Image.fromarray((array + rng.normal(0, 4, array.shape)).clip(0, 255).astype(np.uint8))
+
+
+RED_CIRCLE, BLUE_SQUARE = Thing("circle", "red"), Thing("square", "blue")
+KINDS = {task: sorted({p.kind for p in prompts_of(task)}) for task in TASKS}
+
+
+@pytest.mark.parametrize("task, kind", [(task, kind) for task in TASKS for kind in KINDS[task]])
+def test_right_pictures_score_high_and_bad_ones_low(task, kind):
+    rng = np.random.default_rng(0)
+    prompts = [p for p in sample_prompts(task, 240, seed=1) if p.kind == kind][:30]
+    judge = JUDGES[task]
+    right = [judge(blurred(draw(p, rng), rng), p) for p in prompts]
+    bad = [judge(draw_badly(p, rng), p) for p in prompts]
+    assert min(right) > (0.7 if task == "style" else 0.99)
+    assert np.mean(bad) < 0.65
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_blank_and_noise_score_nothing(task):
+    rng = np.random.default_rng(0)
+    blank = Image.new("RGB", (64, 64), (242, 242, 242))
+    noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for prompt in sample_prompts(task, 12, seed=1):
+        assert JUDGES[task](blank, prompt) == 0
+        assert JUDGES[task](noise, prompt) < 0.1
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_pictures_of_other_tasks_score_low(task):
+    rng = np.random.default_rng(0)
+    others = [p for other in TASKS if other != task for p in sample_prompts(other, 30, seed=1)]
+    wanted = sample_prompts(task, len(others), seed=2)
+    assert np.mean([JUDGES[task](draw(o, rng), p) for o, p in zip(others, wanted, strict=True)]) < 0.2
+
+
+@pytest.mark.parametrize("n, score", [(1, 1 / 3), (2, 2 / 3), (3, 1.0), (4, 2 / 3)])
+def test_counting_gives_credit_by_distance(n, score):
+    picture = drawn(things("counting", *[RED_CIRCLE] * n))
+    assert judge_compose(picture, things("counting", *[RED_CIRCLE] * 3)) == pytest.approx(score)
+    assert judge_compose(picture, things("counting", *[BLUE_SQUARE] * 3)) == 0
+
+
+def test_compose_gives_credit_by_conditions():
+    both = things("attribute binding", RED_CIRCLE, BLUE_SQUARE)
+    swapped = things("attribute binding", Thing("circle", "blue"), Thing("square", "red"))
+    one = things("colours", RED_CIRCLE)
+    assert judge_compose(drawn(both), both) == 1
+    assert judge_compose(drawn(swapped), both) == 0.5  # both shapes, no colour
+    assert judge_compose(drawn(one), both) == 0.5
+    assert judge_compose(drawn(both), one) == pytest.approx(2 / 3)  # not alone
+    assert judge_compose(drawn(things("colours", Thing("circle", "green"))), one) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("relation, opposite", [("left of", "right of"), ("above", "below")])
+def test_positions(relation, opposite):
+    prompt, contrary = (things("position", RED_CIRCLE, BLUE_SQUARE, relation=r) for r in (relation, opposite))
+    assert judge_compose(drawn(prompt), prompt) == 1
+    assert judge_compose(drawn(contrary), prompt) == pytest.approx(4 / 5)
+
+
+def test_detector_names_shapes_colours_and_places():
+    left, right = detect(drawn(things("position", Thing("cross", "orange"), BLUE_SQUARE, relation="right of")))[::-1]
+    assert {(left.shape, left.colour), (right.shape, right.colour)} == {("cross", "orange"), ("square", "blue")}
+
+
+def test_components_are_connected_parts():
+    mask = np.array([[1, 1, 0, 0], [0, 1, 0, 1], [1, 0, 0, 1]], dtype=bool)
+    assert sorted(part.sum() for part in components(mask)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "shown, wanted, score", [("CAT", "CAT", 1), ("CAX", "CAT", 2 / 3), ("CA", "CAT", 2 / 3), ("TOL", "X", 0), ("A", "H", 0)]
+)
+def test_text_gives_credit_by_edit_distance(shown, wanted, score):
+    picture = drawn(Prompt("", "text", "", string=shown))
+    assert read(picture) == shown
+    assert judge_text(picture, Prompt("", "text", "", string=wanted)) == pytest.approx(score)
+
+
+@pytest.mark.parametrize("a, b, distance", [("", "", 0), ("A", "", 1), ("CAT", "CUT", 1), ("AB", "BA", 2), ("XAB", "AB", 1)])
+def test_edit_distance(a, b, distance):
+    assert edit_distance(a, b) == edit_distance(b, a) == distance
+
+
+def test_style_grows_with_the_look():
+    prompt = sample_prompts("style", 1, seed=0)[0]
+    rich = np.asarray(drawn(prompt), dtype=np.float32)
+    scores = [JUDGES["style"](Image.fromarray((w * rich + (1 - w) * 242).astype(np.uint8)), prompt) for w in (0, 0.3, 0.6, 1)]
+    assert scores == sorted(scores) and scores[0] == 0 and 0.1 < scores[1] < 0.9 * scores[3]

@@ -1,0 +1,53 @@
+"""The world draws what its prompts say, reproducibly, and its two sets of prompts do not overlap."""
+
+import numpy as np
+import pytest
+
+from examples.toy_world.pipeline import MAX_TOKENS, clip_tokenizer, t5_tokenizer
+from examples.toy_world.world import SIZE, TASKS, any_prompt, draw, draw_badly, prompts_of, sample_prompts
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_training_and_heldout_prompts_are_disjoint(task):
+    training, heldout = prompts_of(task), prompts_of(task, heldout=True)
+    assert not {p.text for p in training} & {p.text for p in heldout}
+    assert {p.kind for p in training} == {p.kind for p in heldout}
+    if task == "text":
+        assert not {p.string for p in training} & {p.string for p in heldout}
+
+
+def test_no_prompt_belongs_to_two_tasks():
+    texts = [{p.text for p in prompts_of(task) + prompts_of(task, heldout=True)} for task in TASKS]
+    assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("make", [draw, draw_badly])
+def test_pictures_come_from_the_seed(task, make):
+    for prompt in sample_prompts(task, 12, seed=3):
+        one, again, other = (np.asarray(make(prompt, np.random.default_rng(s))) for s in (0, 0, 1))
+        assert one.shape == (SIZE, SIZE, 3) and one.dtype == np.uint8
+        assert np.array_equal(one, again)
+        assert not np.array_equal(one, other)
+
+
+def test_sampled_prompts_come_from_the_seed_and_take_the_kinds_in_turn():
+    prompts = sample_prompts("compose", 60, seed=5)
+    assert prompts == sample_prompts("compose", 60, seed=5) != sample_prompts("compose", 60, seed=6)
+    assert [p.kind for p in prompts[:6]] == [p.kind for p in prompts[6:12]]
+    assert len({p.kind for p in prompts}) == 6
+
+
+def test_pretraining_sees_every_kind_of_both_sides():
+    rng = np.random.default_rng(0)
+    seen = {any_prompt("compose", rng).text for _ in range(400)}
+    assert seen & {p.text for p in prompts_of("compose")} and seen & {p.text for p in prompts_of("compose", heldout=True)}
+
+
+@pytest.mark.parametrize("tokenizer", [clip_tokenizer(), t5_tokenizer()], ids=["clip", "t5"])
+def test_tokenizers_know_every_word_and_no_prompt_is_cut(tokenizer):
+    for task in TASKS:
+        for prompt in prompts_of(task) + prompts_of(task, heldout=True):
+            ids = tokenizer(prompt.text).input_ids
+            assert len(ids) <= MAX_TOKENS
+            assert tokenizer.unk_token_id not in ids[1:-1]
