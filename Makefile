@@ -44,6 +44,9 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# mkdocs-material prints a notice about its successor at every build; it is not about these pages.
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+
 docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict
 
