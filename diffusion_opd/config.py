@@ -154,9 +154,7 @@ class DiffusionOPDConfig(DiffusionConfig):
             and the steps after them are not computed. In (0, 1].
     """
 
-    transition: str = field(
-        default="ode", metadata={"help": "How the student moves.", "choices": list(TRANSITIONS)}
-    )
+    transition: str = field(default="ode", metadata={"help": "How the student moves.", "choices": list(TRANSITIONS)})
     noise_level: float | None = field(
         default=None, metadata={"help": "Noise of the transition. None: 0.7 for the SDEs and CPS, 0 else."}
     )

@@ -202,7 +202,13 @@ def _content(value: Any) -> Any:
     """A hashable stand-in that is equal for equal values."""
     if isinstance(value, Tensor):
         raw = value.detach().cpu().contiguous()
-        return ("tensor", str(value.dtype), str(value.device), tuple(value.shape), raw.view(torch.uint8).numpy().tobytes())
+        return (
+            "tensor",
+            str(value.dtype),
+            str(value.device),
+            tuple(value.shape),
+            raw.view(torch.uint8).numpy().tobytes(),
+        )
     if isinstance(value, dict):
         return ("dict", *((key, _content(item)) for key, item in sorted(value.items())))
     if isinstance(value, (list, tuple)):

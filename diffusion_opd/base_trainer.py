@@ -1,0 +1,529 @@
+"""What every diffusion trainer here shares on top of TRL's: the student, its weights on disk and on the Hub, metrics, images.
+
+TRL's and transformers' trainers assume a language model in many places, several of them silently (no weights in the checkpoint
+that is pushed, last weights kept as best). Each override says what would go wrong without it. TRL's underscored names are
+imported here and in config.py only.
+"""
+
+import contextlib
+import copy
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import EMAModel, _collate_lora_metadata, cast_training_params
+from diffusers.utils import make_image_grid
+from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.trainer.base_trainer import _BaseTrainer
+from trl.trainer.utils import identity
+
+from .config import DiffusionConfig
+from .policy import denoiser_name, tuner_layers
+from .sampling import seed_of
+from .teachers import LORA_NAME, STUDENT_ADAPTER
+
+logger = get_logger(__name__)
+
+EMA_NAME = "ema_and_raw_weights.safetensors"
+IMAGES_DIR = "images"
+
+
+@contextlib.contextmanager
+def no_zero_init() -> Iterator[None]:
+    """Load pipelines inside this: while a ZeRO-3 config lives, transformers builds every model partitioned, and a text
+    encoder without an engine of its own cannot run."""
+    config = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = config
+
+
+def load_student(
+    model: str | os.PathLike | DiffusionPipeline, args: DiffusionConfig, peft_config: LoraConfig | None
+) -> DiffusionPipeline:
+    """The student's pipeline with trainable parameters in float32 and everything else frozen, in eval mode.
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]): Hub id or folder (loaded in the mixed-precision dtype), or a
+            pipeline (whose frozen modules keep their dtype).
+        args ([`DiffusionConfig`]): For `model_init_kwargs` and the dtype.
+        peft_config ([`~peft.LoraConfig`], *optional*): Trains a LoRA; `None` trains the whole denoiser.
+
+    Raises:
+        ValueError: if the pipeline has no single denoiser, carries adapters already, or could not load a LoRA again.
+    """
+    if isinstance(model, DiffusionPipeline):
+        pipeline = model
+    else:
+        init_kwargs = dict(args.model_init_kwargs or {})
+        if "torch_dtype" not in init_kwargs:
+            index = DiffusionPipeline.load_config(model, revision=init_kwargs.get("revision"))
+            name = next((name for name in ("transformer", "unet") if name in index), "transformer")
+            denoiser_dtype = torch.float32 if peft_config is None else args.mixed_dtype
+            init_kwargs["torch_dtype"] = {name: denoiser_dtype, "default": args.mixed_dtype}
+        with no_zero_init():
+            pipeline = DiffusionPipeline.from_pretrained(model, **init_kwargs)
+    name = denoiser_name(pipeline)
+    denoiser = getattr(pipeline, name)
+    if tuner_layers(denoiser):
+        raise ValueError(
+            f"the student's {name} carries adapters already; `pipeline.fuse_lora()` and `pipeline.unload_lora_weights()` first."
+        )
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+    if peft_config is None:
+        denoiser.requires_grad_(True).to(torch.float32)
+        return pipeline
+    if not hasattr(type(pipeline), "save_lora_weights"):
+        raise ValueError(
+            f"{type(pipeline).__name__} cannot load LoRA weights in plain diffusers; train it in full (no `peft_config`)."
+        )
+    if peft_config.lora_dropout > 0:
+        logger.warning(
+            f"lora_dropout={peft_config.lora_dropout} has no effect: the denoiser runs in eval mode, since the rollout and the "
+            "gradient are one pass."
+        )
+    try:
+        denoiser.add_adapter(peft_config, STUDENT_ADAPTER)
+    except ValueError as error:
+        raise ValueError(f"`peft_config` does not fit {type(denoiser).__name__}: {error}") from error
+    cast_training_params(denoiser)
+    return pipeline
+
+
+class Stopwatch:
+    """Seconds by section; a nested section's time is its own. On CUDA by events, so that timing does not synchronise."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._stack: list[str | None] = [None]
+        self._marks: list[tuple[str | None, Any]] = []
+
+    @contextlib.contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        self._stack.append(name)
+        self._mark()
+        try:
+            yield
+        finally:
+            self._stack.pop()
+            self._mark()
+
+    def _mark(self) -> None:
+        if self._cuda:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        self._marks.append((self._stack[-1], now))
+
+    def read(self) -> dict[str, float]:
+        """Seconds of each section since the last reading."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        totals: dict[str, float] = defaultdict(float)
+        for (name, start), (_, end) in pairwise(self._marks):
+            if name is not None:
+                totals[name] += start.elapsed_time(end) / 1000 if self._cuda else end - start
+        self._marks.clear()
+        return dict(totals)
+
+
+class _EveryStep(TrainerCallback):
+    """Updates the moving average and draws the sample images, before the trainer evaluates or saves."""
+
+    def __init__(self, trainer: "DiffusionTrainer"):
+        self.trainer = trainer
+
+    def on_step_end(self, args: DiffusionConfig, state, control, **kwargs: Any) -> None:
+        if self.trainer.ema is not None and state.global_step % args.ema_update_every == 0:
+            self.trainer.ema.step(self.trainer.trainable_parameters)
+        if args.image_steps and state.global_step % args.image_steps == 0:
+            self.trainer.log_images()
+
+
+class DiffusionTrainer(_BaseTrainer):
+    """
+    Base of the trainers here.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]): As [`load_student`] returns it; its denoiser is the model.
+        args ([`DiffusionConfig`]): The configuration.
+        kwargs: For [`~transformers.Trainer`].
+    """
+
+    # A training step backpropagates a mean over its micro-batch; Trainer would guess from the denoiser's `**kwargs`
+    loss_is_scaled_for_ga = False
+    _tag_names = ["trl", "diffusion-opd"]
+    # The columns that reach a batch; Trainer would take them from the denoiser's forward and drop the prompts
+    _columns = ["prompt"]
+
+    def __init__(self, pipeline: DiffusionPipeline, args: DiffusionConfig, **kwargs: Any):
+        self.pipeline = pipeline
+        self.denoiser_name = denoiser_name(pipeline)
+        model = getattr(pipeline, self.denoiser_name)
+        self.trains_lora = bool(tuner_layers(model)) and STUDENT_ADAPTER in model.peft_config
+        if args.gradient_checkpointing:
+            # Trainer would call methods that no diffusers model has. Enabled the diffusers way, then hidden from Trainer:
+            # `activation_checkpointing` is transformers' other name of the same flag
+            model.enable_gradient_checkpointing()
+            args.gradient_checkpointing = args.activation_checkpointing = False
+        if args.ddp_find_unused_parameters is None:  # Trainer: True for anything but a PreTrainedModel
+            args.ddp_find_unused_parameters = False
+        if args.ddp_broadcast_buffers is None:  # constant in a denoiser; a broadcast would precede every forward
+            args.ddp_broadcast_buffers = False
+        if args.n_gpu > 1:
+            logger.warning(
+                "One process sees several GPUs and uses the first; start with `accelerate launch` to use all."
+            )
+            args._n_gpu = 1
+        super().__init__(model=model, args=args, data_collator=identity, **kwargs)
+        device = self.accelerator.device
+        for part in pipeline.components.values():  # under DeepSpeed the denoiser too: Trainer leaves it where it is
+            if isinstance(part, nn.Module):
+                part.to(device)
+        self.trainable_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.ema = None
+        if args.ema_decay is not None:
+            if hf_deepspeed.is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
+                raise ValueError("`ema_decay` does not work with sharded parameters (ZeRO-3, FSDP); use ZeRO-2 or DDP.")
+            self.ema = EMAModel(self.trainable_parameters, decay=args.ema_decay)
+            self.ema.to(device)
+        self._ema_is_in_place = False
+        self.stopwatch = Stopwatch(device)
+        self._metrics: dict[str, list[Any]] = defaultdict(list)
+        self._last_log = (time.perf_counter(), 0)
+        self.add_callback(_EveryStep(self))
+
+    # Reads `config.model_type`, which a denoiser's config lacks
+    def _send_telemetry(self) -> None:
+        pass
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = self._columns
+
+    # The moving average
+
+    @contextlib.contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """The averaged weights in place of the trained ones, if there are any."""
+        if self.ema is None or self._ema_is_in_place:
+            yield
+            return
+        self.ema.store(self.trainable_parameters)
+        self.ema.copy_to(self.trainable_parameters)
+        self._ema_is_in_place = True
+        try:
+            yield
+        finally:
+            self.ema.restore(self.trainable_parameters)
+            self._ema_is_in_place = False
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().train(*args, **kwargs)
+        if self.ema is not None:  # what `pipeline`, `save_model` and the Hub carry from here on
+            self.ema.copy_to(self.trainable_parameters)
+        if self.args.image_steps != 0:
+            self.log_images()
+        return output
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.ema_weights():
+            return super().evaluate(*args, **kwargs)
+
+    # Metrics
+
+    def record(self, name: str, value: Tensor | float) -> None:
+        """Adds to the mean that the next `log` shows. A tensor stays on its device until then."""
+        self._metrics[name].append(value.detach() if isinstance(value, Tensor) else value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._metrics:
+            device = self.accelerator.device
+            names = list(self._metrics)
+            means = [
+                torch.stack(
+                    [torch.as_tensor(v, dtype=torch.float32, device=device) for v in self._metrics[name]]
+                ).mean()
+                for name in names
+            ]
+            logs.update(zip(names, self.accelerator.reduce(torch.stack(means), "mean").tolist(), strict=True))
+            self._metrics.clear()
+            now, step = time.perf_counter(), self.state.global_step
+            steps = max(step - self._last_log[1], 1)
+            logs["steps_per_second"] = steps / (now - self._last_log[0])
+            logs["samples_per_second"] = logs["steps_per_second"] * (
+                self._train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
+            )
+            logs.update({f"time/{name}": seconds / steps for name, seconds in self.stopwatch.read().items()})
+            self._last_log = (now, step)
+        super().log(logs, start_time)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._metrics.clear()
+        self.stopwatch.read()
+        self._last_log = (time.perf_counter(), self.state.global_step)
+        return super()._inner_training_loop(*args, **kwargs)
+
+    # Images
+
+    @property
+    def image_prompts(self) -> list[str]:
+        """The prompts of the sample images."""
+        return self.args.image_prompts or []
+
+    @torch.no_grad()
+    def sample_images(self, prompts: Sequence[str]) -> list[Image.Image]:
+        """One image a prompt (of a video its middle frame), drawn by the student with fixed seeds, on every process."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        per_process = -(-len(prompts) // world)
+        # Every process draws equally many: sharded weights are gathered by all
+        mine = [min(index, len(prompts) - 1) for index in range(rank * per_process, (rank + 1) * per_process)]
+        pipeline = copy.copy(self.pipeline)
+        pipeline.set_progress_bar_config(disable=True)
+        self.model.eval()
+        with self.ema_weights(), self.accelerator.autocast():
+            output = pipeline(
+                prompt=[prompts[index] for index in mine],
+                num_inference_steps=self.args.image_num_inference_steps or self.args.num_inference_steps,
+                generator=[torch.Generator().manual_seed(seed_of(self.args.seed, index)) for index in mine],
+                **self.args.pipeline_kwargs,
+            )
+        images = output.images if hasattr(output, "images") else [_middle_frame(video) for video in output.frames]
+        return gather_object(images)[: len(prompts)] if world > 1 else images
+
+    def log_images(self) -> None:
+        """Draws the sample images and hands them to `output_dir/images/step_...` and the trackers in use."""
+        prompts = self.image_prompts
+        if not prompts:
+            return
+        images = self.sample_images(prompts)
+        if not self.is_world_process_zero():
+            return
+        step = self.state.global_step
+        folder = Path(self.args.output_dir, IMAGES_DIR, f"step_{step:06d}")
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, image in enumerate(images):
+            image.save(folder / f"{index:02d}.png")
+        grid = make_image_grid(images, rows=1, cols=len(images))
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                pixels = torch.frombuffer(bytearray(grid.convert("RGB").tobytes()), dtype=torch.uint8)
+                callback.tb_writer.add_image(
+                    "samples", pixels.view(grid.height, grid.width, 3), step, dataformats="HWC"
+                )
+        if "wandb" in self.args.report_to:
+            import wandb
+
+            if wandb.run is not None:
+                wandb.log({"samples": [wandb.Image(i, caption=p) for i, p in zip(images, prompts, strict=True)]})
+        if "trackio" in self.args.report_to:
+            import trackio
+
+            trackio.log({"samples": trackio.Image(grid, caption=" | ".join(prompts))})
+
+    # Saving: Trainer would write a bare model.safetensors without a config
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the student so that plain diffusers loads it: a LoRA as `pytorch_lora_weights.safetensors`, a full student as
+        a pipeline folder (checkpoints: the denoiser's folder alone). With `ema_decay` these are the averaged weights."""
+        output_dir = output_dir or self.args.output_dir
+        with self.ema_weights():
+            super().save_model(output_dir, _internal_call)
+        if self.ema is not None and _is_checkpoint(output_dir) and self.args.should_save:
+            raw = {f"raw.{i}": p.detach() for i, p in enumerate(self.trainable_parameters)}
+            averaged = {f"ema.{i}": p for i, p in enumerate(self.ema.shadow_params)}
+            save_file({key: value.contiguous() for key, value in (raw | averaged).items()}, Path(output_dir, EMA_NAME))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output_dir = output_dir or self.args.output_dir
+        os.makedirs(output_dir, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.trains_lora:
+            layers = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=STUDENT_ADAPTER)
+            # Without the metadata a reload would take lora_alpha = r
+            metadata = _collate_lora_metadata({self.denoiser_name: model})
+            type(self.pipeline).save_lora_weights(
+                output_dir, **{f"{self.denoiser_name}_lora_layers": layers}, **metadata
+            )
+        else:
+            # `ModelMixin.save_pretrained` takes no state dict, but a sharded engine hands over the gathered one
+            if state_dict is not None:
+                model.state_dict = lambda *args, **kwargs: state_dict
+            try:
+                if _is_checkpoint(output_dir):
+                    model.save_pretrained(os.path.join(output_dir, self.denoiser_name))
+                else:
+                    self.pipeline.save_pretrained(output_dir)
+            finally:
+                model.__dict__.pop("state_dict", None)
+        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.create_model_card(model_name=Path(self.args.hub_model_id or self.args.output_dir).name)
+        super()._save_checkpoint(model, trial)
+
+    # Loading: Trainer looks for transformers' file names, and on a miss only warns, i.e. keeps the weights it has
+
+    def load_weights(self, folder: str | os.PathLike) -> None:
+        """Loads what `save_model` wrote into the model.
+
+        Raises:
+            ValueError: if a tensor is missing, unexpected or of another shape.
+        """
+        if self.trains_lora:
+            state = load_file(Path(folder, LORA_NAME))
+            state = {key.removeprefix(f"{self.denoiser_name}."): value for key, value in state.items()}
+            expected = get_peft_model_state_dict(self.model, adapter_name=STUDENT_ADAPTER)
+        else:
+            state = {}
+            for file in sorted(Path(folder, self.denoiser_name).glob("*.safetensors")):
+                state |= load_file(file)
+            expected = self.model.state_dict()
+        wrong = expected.keys() ^ state.keys() or {k for k in expected if expected[k].shape != state[k].shape}
+        if wrong:
+            raise ValueError(
+                f"{folder} does not hold this student: {len(wrong)} tensors differ, e.g. {sorted(wrong)[0]}; was it saved "
+                "with another `peft_config` or model?"
+            )
+        if self.trains_lora:
+            set_peft_model_state_dict(self.model, state, adapter_name=STUDENT_ADAPTER)
+        else:
+            self.model.load_state_dict(state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif self.ema is None:
+            self.load_weights(resume_from_checkpoint)
+
+    def _load_ema(self, checkpoint: str) -> None:
+        path = Path(checkpoint, EMA_NAME)
+        if not path.is_file():
+            raise ValueError(f"{checkpoint} was saved without `ema_decay`; resume it without.")
+        state = load_file(path)
+        with torch.no_grad():
+            for index, (parameter, shadow) in enumerate(
+                zip(self.trainable_parameters, self.ema.shadow_params, strict=True)
+            ):
+                shadow.copy_(state[f"ema.{index}"])
+                parameter.copy_(state[f"raw.{index}"])
+        self.ema.optimization_step = self.state.global_step // self.args.ema_update_every
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if self.ema is not None and resume_from_checkpoint is not None:
+            self._load_ema(resume_from_checkpoint)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or hf_deepspeed.is_deepspeed_zero3_enabled():
+            super()._load_best_model()
+            return
+        self.load_weights(self.state.best_model_checkpoint)
+        if self.ema is not None:
+            with torch.no_grad():
+                for parameter, shadow in zip(self.trainable_parameters, self.ema.shadow_params, strict=True):
+                    shadow.copy_(parameter)
+
+    # Publishing: Trainer copies transformers' file names, i.e. uploads no weights
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero():
+            output_dir = Path(self.args.output_dir)
+            if not self.trains_lora and not (output_dir / "model_index.json").is_file():
+                self.pipeline.save_pretrained(output_dir)
+            for source in Path(checkpoint_folder).iterdir():
+                if source.name in self._published_names:
+                    copy_entry = shutil.copytree if source.is_dir() else shutil.copy
+                    copy_entry(source, output_dir / source.name, **({"dirs_exist_ok": True} if source.is_dir() else {}))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    @property
+    def _published_names(self) -> set[str]:
+        return {LORA_NAME, self.denoiser_name}
+
+    # TRL's card names transformers as its library and shows a chat
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Writes `README.md`: metadata, gallery, how to load the student, settings, citation."""
+        if not self.is_world_process_zero():
+            return
+        base = self.pipeline.config.get("_name_or_path")
+        base = None if not base or os.path.isdir(base) else base
+        output_dir = Path(self.args.output_dir)
+        gallery = sorted(output_dir.glob(f"{IMAGES_DIR}/step_*"))[-1:]
+        pictures = sorted(gallery[0].glob("*.png")) if gallery else []
+        name = model_name or output_dir.name
+        data = ModelCardData(
+            library_name="diffusers",
+            base_model=base,
+            model_name=name,
+            datasets=dataset_name,
+            pipeline_tag="text-to-video" if "video" in type(self.pipeline).__module__ else "text-to-image",
+            tags=[
+                *self._tag_names,
+                *(["lora"] if self.trains_lora else []),
+                *([tags] if isinstance(tags, str) else tags or []),
+            ],
+            widget=[
+                {"text": prompt, "output": {"url": picture.relative_to(output_dir).as_posix()}}
+                for prompt, picture in zip(self.image_prompts, pictures, strict=False)
+            ]
+            or None,
+        )
+        card = ModelCard.from_template(
+            data,
+            template_path=str(Path(__file__).with_name("model_card.md")),
+            name=name,
+            repo_id=self.hub_model_id or self.args.hub_model_id or str(output_dir),
+            base_model=base,
+            pipeline_class=type(self.pipeline).__name__,
+            trains_lora=self.trains_lora,
+            has_gallery=bool(pictures),
+            trainer_name=self._name,
+            paper=self._paper,
+            **self._card_fields(),
+        )
+        output_dir.mkdir(parents=True, exist_ok=True)
+        card.save(output_dir / "README.md")
+
+    def _card_fields(self) -> dict[str, Any]:
+        """What a trainer's own part of the card shows: `teachers` (rows) and `settings`."""
+        return {"teachers": [], "settings": {}}
+
+
+def _is_checkpoint(folder: str | os.PathLike) -> bool:
+    return Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR)
+
+
+def _middle_frame(video: Any) -> Image.Image:
+    frame = video[len(video) // 2]
+    return frame if isinstance(frame, Image.Image) else Image.fromarray((frame * 255).round().astype("uint8"))

@@ -1,0 +1,418 @@
+"""DiffusionOPDTrainer: one student learns on its own trajectories from many specialists (DiffusionOPD, arXiv 2605.15055).
+
+Reads as the paper's Algorithm 1: each optimizer step visits every task; the student denoises its prompts; at every state it
+visits, the task's teacher says what it would have done there; the closed-form divergence of the two steps is backpropagated
+at once. Rollout and gradient are one pass, inside the pipeline's own `__call__` (see policy.py).
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, set_seed
+
+from . import objectives
+from .base_trainer import DiffusionTrainer, load_student, no_zero_init
+from .config import DiffusionOPDConfig, check_call_kwargs
+from .policy import Policy, PromptMemo, Step, is_flow
+from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, routed_dataset, seed_of
+from .teachers import MANIFEST_NAME, STUDENT_ADAPTER, check_manifest, load_teachers, manifest, name_teachers
+from .transitions import TRANSITIONS
+
+logger = get_logger(__name__)
+
+_TRAIN, _EVAL = 0, 1  # seed domains
+
+
+class DiffusionOPDTrainer(DiffusionTrainer):
+    """
+    Trainer for on-policy distillation of diffusion models.
+
+    Example:
+
+    ```python
+    from datasets import Dataset
+    from peft import LoraConfig
+    from diffusion_opd import DiffusionOPDTrainer, Teacher
+
+    trainer = DiffusionOPDTrainer(
+        model="stabilityai/stable-diffusion-3.5-medium",
+        teachers=[Teacher("quanhaol/DiffusionOPD", subfolder="OCRTeacher/lora", id="ocr"), ...],
+        train_dataset=Dataset.from_dict({"prompt": [...], "teacher_id": [...]}),
+        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules=["to_q", "to_k", "to_v"]),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]):
+            The student: Hub id or folder of a pipeline, or a loaded pipeline.
+        teachers (`str`, [`Teacher`], [`~diffusers.DiffusionPipeline`], or a sequence or `{id: teacher}` dict of them):
+            The specialists. Paths are Hub ids or folders of a LoRA (PEFT or diffusers format), a denoiser or a pipeline.
+        args ([`DiffusionOPDConfig`], *optional*):
+            The configuration. Defaults to one with `output_dir` `"<model>-DiffusionOPD"`.
+        train_dataset (`Dataset`, `IterableDataset` or `{teacher id: dataset}`):
+            Columns `prompt` and, with several teachers, `teacher_id`.
+        eval_dataset (the same, *optional*):
+            Evaluated as `eval_loss`, `eval_kl` and `eval_kl/<teacher id>`, with the same noise each time.
+        callbacks (`list[TrainerCallback]`, *optional*), optimizers (`tuple`, *optional*):
+            As for [`~transformers.Trainer`].
+        peft_config ([`~peft.LoraConfig`], *optional*):
+            Trains a LoRA; `None` trains the whole denoiser.
+
+    Raises:
+        ValueError, TypeError: at once, if anything does not fit together: the sentence names what was given and what to do.
+    """
+
+    _name = "DiffusionOPD"
+    _columns = [PROMPT, TEACHER]
+    _paper = {
+        "title": "DiffusionOPD",
+        "id": "2605.15055",
+        "citation": (
+            "@article{diffusionopd2026,\n  title  = {DiffusionOPD},\n  year   = {2026},\n"
+            "  eprint = {arXiv:2605.15055}\n}"
+        ),
+    }
+
+    def __init__(
+        self,
+        model: str | os.PathLike | DiffusionPipeline,
+        teachers: Any,
+        args: DiffusionOPDConfig | None = None,
+        train_dataset: Dataset | IterableDataset | Mapping[str, Any] | None = None,
+        eval_dataset: Dataset | IterableDataset | Mapping[str, Any] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        peft_config: LoraConfig | None = None,
+    ):
+        if args is None:
+            name = model.config.get("_name_or_path") if isinstance(model, DiffusionPipeline) else str(model)
+            args = DiffusionOPDConfig(f"{Path(name or type(model).__name__).name}-DiffusionOPD")
+        specs = name_teachers(teachers)
+        for spec in specs:
+            check_call_kwargs(spec.call_kwargs, {"guidance_scale": spec.guidance_scale}, f"teacher {spec.id!r}")
+        ids = [spec.id for spec in specs]
+        if train_dataset is not None:
+            train_dataset = routed_dataset(train_dataset, ids, "train_dataset")
+        if eval_dataset is not None:
+            eval_dataset = routed_dataset(eval_dataset, ids, "eval_dataset", need_all=False)
+        _set_accumulation(args, ids)
+        if not isinstance(train_dataset, (Dataset, type(None))):
+            # Every process reads the stream and takes its share; dispatching from one process cannot slice text
+            args.accelerator_config.dispatch_batches = False
+
+        set_seed(args.seed)
+        pipeline = load_student(model, args, peft_config)
+        with no_zero_init():
+            loaded = load_teachers(specs, pipeline, peft_config is not None, args.mixed_dtype)
+        super().__init__(
+            pipeline,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        for teacher in loaded:
+            for part in teacher.pipeline.components.values():
+                if isinstance(part, nn.Module):
+                    part.to(self.accelerator.device)
+        self.loaded_teachers = {teacher.id: teacher for teacher in loaded}
+        self.memo = PromptMemo(partial(self.stopwatch.section, "encode"))
+        self.student = Policy(pipeline, args.num_inference_steps, args.pipeline_kwargs, self.memo)
+        self.teachers = {
+            teacher.id: Policy(
+                teacher.pipeline,
+                args.num_inference_steps,
+                {**args.pipeline_kwargs, **teacher.spec.overrides},
+                self.memo,
+                teacher.adapter,
+            )
+            for teacher in loaded
+        }
+        self._micro_step = 0
+        self._check_parties()
+
+    def _check_parties(self) -> None:
+        """Asks everybody once: refuses what does not fit, warns about a teacher with nothing to teach."""
+        args, scheduler = self.args, self.pipeline.scheduler
+        name = args.transition
+        if not is_flow(scheduler):
+            if name not in ("ode", "ddim"):
+                raise ValueError(
+                    f"`transition={name!r}` is for flow matching, but {type(self.pipeline).__name__} is a VP model "
+                    f"({type(scheduler).__name__}); use 'ddim' (noise by `noise_level`)."
+                )
+            name = "ddim"
+        elif name == "ddim":
+            raise ValueError(
+                f"`transition='ddim'` is for VP models, but {type(self.pipeline).__name__} is a flow-matching model "
+                f"({type(scheduler).__name__}); use 'ode', 'flow_sde', 'dance_sde' or 'cps'."
+            )
+        self.kernel = partial(TRANSITIONS[name], noise_level=args.noise_level)
+
+        prompt = "a photo of a red apple"
+        with self.accelerator.autocast():
+            step = self.student.self_check(prompt)[0]
+            still = [
+                j
+                for j in range(args.num_learnt_steps)
+                if self.kernel(step.sample, step.prediction, step.schedule, j).std == 0
+            ]
+            if args.noise_level > 0 and args.objective != "velocity" and still:
+                raise ValueError(
+                    f"step {still[0] + 1} of {args.num_inference_steps} has zero std under {name!r}, so its "
+                    f"{args.objective!r} is not defined; lower `timestep_fraction` (now {args.timestep_fraction})."
+                )
+            for key, teacher in self.teachers.items():
+                try:
+                    teacher.self_check(prompt)
+                    with torch.no_grad():
+                        prediction = teacher.predict(step.sample, step.timestep, [prompt])
+                except (RuntimeError, ValueError) as error:
+                    raise ValueError(
+                        f"teacher {key!r} ({self.loaded_teachers[key].spec.source}) cannot be asked at the student's states "
+                        f"of shape {tuple(step.sample.shape)}: {error}"
+                    ) from error
+                if prediction.shape != step.prediction.shape:
+                    raise ValueError(
+                        f"teacher {key!r} predicts {tuple(prediction.shape)} at the student's states, the student predicts "
+                        f"{tuple(step.prediction.shape)}."
+                    )
+                if torch.equal(prediction, step.prediction):
+                    logger.warning(
+                        f"Teacher {key!r} ({self.loaded_teachers[key].spec.source}) predicts exactly what the untrained "
+                        "student predicts: there is nothing to learn from it."
+                    )
+        self.memo.clear()
+
+    # Algorithm 1
+
+    def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch: the student's rollout on one task's prompts, with the backward pass of each step inside it."""
+        model.eval()  # the rollout is a sample of the policy that is trained: no dropout
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        if self._micro_step >= self.args.gradient_accumulation_steps:
+            self._micro_step = 0
+        generators = self._generators(_TRAIN, self.state.global_step, self._micro_step, count=len(inputs))
+        prompts, task = [example[PROMPT] for example in inputs], inputs[0][TEACHER]
+        scale = 1 / (self.args.num_learnt_steps * self.current_gradient_accumulation_steps)
+        losses = []
+
+        with self._held_gradient_sync(model) as release_sync:
+
+            def learn(step: Step) -> Tensor:
+                loss, kl, next_state = self._compare(step, prompts, task, generators)
+                with self.stopwatch.section("student"):
+                    self._backward(loss.mean() * scale)
+                losses.append(loss.mean().detach())
+                self.record("kl", kl.mean())
+                self.record(f"kl/{task}", kl.mean())
+                self.record(f"kl_step/{step.index}", kl.mean())
+                if self.args.objective != "kl":
+                    self.record(f"loss/{task}", loss.mean())
+                    self.record(f"loss_step/{step.index}", loss.mean())
+                if step.index == self.args.num_learnt_steps - 2:
+                    release_sync()
+                return next_state
+
+            with self.stopwatch.section("student"):
+                self.student.rollout(prompts, generators, learn, self.args.num_learnt_steps, denoiser=model)
+        self.memo.clear()
+        self._micro_step += 1
+        return torch.stack(losses).mean() / self.current_gradient_accumulation_steps
+
+    def _compare(
+        self, step: Step, prompts: Sequence[str], task: str, generators: list[torch.Generator]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Student and teacher at one visited state: the objective and the KL of each sample, and the student's next state."""
+        with torch.no_grad(), self.stopwatch.section("teacher"):
+            target = self.teachers[task].predict(step.sample, step.timestep, prompts)
+        student = self.kernel(step.sample, step.prediction, step.schedule, step.index)
+        teacher = self.kernel(step.sample, target, step.schedule, step.index)
+        next_state = student.mean.detach()
+        if student.std > 0:
+            noise = randn_tensor(next_state.shape, generators, next_state.device, torch.float32)
+            next_state = next_state + student.std * noise
+
+        kl = objectives.kl(student, teacher)
+        if self.args.objective == "velocity":
+            loss = objectives.velocity(step.prediction, target)
+        elif self.args.objective == "policy_gradient":
+            loss = objectives.policy_gradient(kl, student, next_state)
+        else:
+            loss = kl
+        return loss, kl, next_state
+
+    def _backward(self, loss: Tensor) -> None:
+        # DeepSpeed would divide by the accumulation steps again
+        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
+
+    @contextlib.contextmanager
+    def _held_gradient_sync(self, model: nn.Module) -> Iterator[Any]:
+        """Gradients are synchronised by the backward pass of the LAST learnt step of an optimizer step alone.
+
+        DDP decides at the forward pass, so the release must come before the forward passes of that step; accelerate's
+        DeepSpeed wrapper calls `engine.step()` in every backward pass while `sync_gradients` is set.
+        """
+        state = self.accelerator.gradient_state
+        stack = contextlib.ExitStack()
+        if state.sync_gradients and self.args.num_learnt_steps > 1:
+            state._set_sync_gradients(False)
+            stack.callback(state._set_sync_gradients, True)
+            stack.enter_context(self.accelerator.no_sync(model))
+        with stack:
+            yield stack.close
+
+    def _generators(self, *numbers: int, count: int) -> list[torch.Generator]:
+        """One generator a sample, by its place in the run: the same in any number of processes, and after a resume."""
+        first = self.accelerator.process_index * count
+        return [
+            torch.Generator().manual_seed(seed_of(self.args.seed, *numbers, first + index)) for index in range(count)
+        ]
+
+    # Evaluation: the same rollouts and divergences, without learning
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        self.model.eval()
+        ids = list(self.teachers)
+        rows = []
+        for number, batch in enumerate(dataloader):
+            # A batch of an eval dataset may hold several tasks; a rollout holds one
+            generators = self._generators(_EVAL, number, count=len(batch))
+            results = torch.zeros(len(batch), 3, device=self.accelerator.device)
+            for task in sorted({example[TEACHER] for example in batch}):
+                chosen = [index for index, example in enumerate(batch) if example[TEACHER] == task]
+                loss, kl = self._evaluate_task(
+                    [batch[index][PROMPT] for index in chosen], task, [generators[index] for index in chosen]
+                )
+                results[chosen] = torch.stack([torch.full_like(loss, ids.index(task)), loss, kl], dim=1)
+            rows.append(self.accelerator.gather_for_metrics(results))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        table = torch.cat(rows)
+        metrics = {"loss": table[:, 1].mean().item(), "kl": table[:, 2].mean().item()}
+        for index, key in enumerate(ids):
+            if (mask := table[:, 0] == index).any():
+                metrics[f"kl/{key}"] = table[mask, 2].mean().item()
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(table))
+
+    @torch.no_grad()
+    def _evaluate_task(
+        self, prompts: Sequence[str], task: str, generators: list[torch.Generator]
+    ) -> tuple[Tensor, Tensor]:
+        losses, kls = [], []
+
+        def watch(step: Step) -> Tensor:
+            loss, kl, next_state = self._compare(step, prompts, task, generators)
+            losses.append(loss)
+            kls.append(kl)
+            return next_state
+
+        self.student.rollout(prompts, generators, watch, self.args.num_learnt_steps)
+        self.memo.clear()
+        return torch.stack(losses).mean(0), torch.stack(kls).mean(0)
+
+    # Data: one task a micro-batch, tasks in turn
+
+    def get_train_dataloader(self) -> Any:
+        if self.train_dataset is None or isinstance(self.train_dataset, Dataset):
+            return super().get_train_dataloader()
+        stream = TaskCycleStream(self.train_dataset, list(self.teachers), self._global_batch_size)
+        return self._get_dataloader(stream, "Training", self._train_batch_size, is_training=True)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TaskCycleSampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return TaskCycleSampler(
+            dataset[TEACHER],
+            list(self.teachers),
+            self._global_batch_size,
+            cycles=self.args.gradient_accumulation_steps // len(self.teachers),
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+        )
+
+    @property
+    def _global_batch_size(self) -> int:
+        return self._train_batch_size * self.accelerator.num_processes
+
+    # What a checkpoint and a card say about the teachers
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            content = json.dumps(manifest(self.loaded_teachers.values()), indent=2)
+            Path(output_dir or self.args.output_dir, MANIFEST_NAME).write_text(content + "\n")
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if resume_from_checkpoint is not None:
+            check_manifest(resume_from_checkpoint, self.loaded_teachers.values())
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    @property
+    def _published_names(self) -> set[str]:
+        return super()._published_names | {MANIFEST_NAME}
+
+    @property
+    def image_prompts(self) -> list[str]:
+        if self.args.image_prompts is not None or not isinstance(self.train_dataset, Dataset):
+            return super().image_prompts
+        per_task = -(-4 // len(self.teachers))
+        chosen: dict[str, list[str]] = {key: [] for key in self.teachers}
+        for prompt, task in zip(self.train_dataset[PROMPT], self.train_dataset[TEACHER], strict=True):
+            if len(chosen[task]) < per_task:
+                chosen[task].append(prompt)
+        return [prompt for prompts in chosen.values() for prompt in prompts]
+
+    def _card_fields(self) -> dict[str, Any]:
+        teachers = [
+            {
+                "id": key,
+                "source": teacher.spec.source,
+                "revision": teacher.commit or teacher.spec.revision,
+                "guidance_scale": self.teachers[key].call_kwargs.get("guidance_scale", "the pipeline's own"),
+            }
+            for key, teacher in self.loaded_teachers.items()
+        ]
+        names = (
+            "transition noise_level objective num_inference_steps timestep_fraction guidance_scale learning_rate "
+            "per_device_train_batch_size gradient_accumulation_steps max_grad_norm ema_decay seed"
+        ).split()
+        settings = {name: getattr(self.args, name) for name in names}
+        settings |= {"optimizer steps": self.state.global_step, "processes": self.accelerator.num_processes}
+        if self.trains_lora:
+            lora = self.model.peft_config[STUDENT_ADAPTER]
+            settings |= {"LoRA rank": lora.r, "LoRA alpha": lora.lora_alpha}
+        return {"teachers": teachers, "settings": settings}
+
+
+def _set_accumulation(args: DiffusionOPDConfig, ids: Sequence[str]) -> None:
+    """An optimizer step sees whole cycles: `gradient_accumulation_steps` becomes, or must be, a multiple of the tasks."""
+    steps = args.gradient_accumulation_steps
+    if steps == 1:
+        args.gradient_accumulation_steps = len(ids)
+    elif steps % len(ids):
+        raise ValueError(
+            f"`gradient_accumulation_steps={steps}` is not a multiple of the {len(ids)} teachers {list(ids)}: an optimizer step "
+            f"must see every task equally often; leave it out, or use {len(ids) * max(1, round(steps / len(ids)))}."
+        )
