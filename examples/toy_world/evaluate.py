@@ -47,7 +47,7 @@ def evaluate(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Score LoRAs of the toy world's base model.")
-    parser.add_argument("loras", nargs="*", help="folders with pytorch_lora_weights.safetensors (default: the specialists)")
+    parser.add_argument("loras", nargs="*", help="LoRA folders (default: the specialists)")
     parser.add_argument("-n", type=int, default=120, help="held-out prompts of each task")
     parser.add_argument("--guidance-scale", type=float, default=SAMPLING["guidance_scale"])
     args = parser.parse_args()
@@ -55,6 +55,8 @@ if __name__ == "__main__":
     for lora in [None, *(args.loras or [TEACHERS / task for task in TASKS])]:
         pipeline = load_base()
         if lora:
-            pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
+            pipeline.load_lora_weights(
+                lora, weight_name="pytorch_lora_weights.safetensors"
+            )
         scores = evaluate(pipeline, args.n, guidance_scale=args.guidance_scale)
         print(f"| {lora or 'base'} | " + " | ".join(f"{scores[task]:.3f}" for task in TASKS) + " |", flush=True)

@@ -124,7 +124,7 @@ def read(picture: Image.Image) -> str:
     width, string = 5 * DOT, ""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], ink.any(0), [0]])))
     for left, right in edges.reshape(-1, 2):
-        # Letters that touch are cut at the pitch of the type; a run much narrower than a letter is a speck or a broken stroke.
+        # Letters that touch are cut at the pitch of the type; a few pixels of ink are a speck.
         count = max(1, round((right - left + GAP) / (width + GAP)))
         for part in np.array_split(ink[:, left:right], count, axis=1):
             if part.sum() < 20:

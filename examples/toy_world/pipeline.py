@@ -1,4 +1,4 @@
-"""The parts of the toy world's `StableDiffusion3Pipeline`, built small and untrained, and the settings it is sampled with.
+"""The parts of the toy world's `StableDiffusion3Pipeline`, small and untrained, and the settings it is sampled with.
 
 Everything is the real class of diffusers or transformers, so the pipeline takes the same way through any code as
 SD3.5-Medium does. This module knows the words of the world, and nothing of data, judges and training.

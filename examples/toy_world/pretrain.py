@@ -4,8 +4,9 @@
     python -m examples.toy_world.pretrain base     # writes examples/toy_world/assets/base
 
 Flow matching in latent space with 10 % empty captions. For most of the run 80 % of the pictures are what their captions
-deserve; at the end 30 % are, so that the base model knows every skill and uses none of them reliably. Data and noise of a step depend on the seed and the step only: a
-run that was stopped goes on from its last checkpoint as if nothing had happened, when the same command is given again.
+deserve; at the end 30 % are, so that the base model knows every skill and uses none of them reliably. Data and noise of
+a step depend on the seed and the step only: a run that was stopped goes on from its last checkpoint as if nothing had
+happened, when the same command is given again.
 
 This module knows the world and the pipeline, and nothing of judges, specialists and distillation.
 """
@@ -91,7 +92,7 @@ def pretrain_vae(steps: int, batch_size: int, peak_lr: float = 2e-3) -> None:
         optimizer.zero_grad()
         if (step + 1) % 50 == 0 or step + 1 == steps:
             psnr = 10 * torch.log10(4 / error.square().mean()).item()
-            print(f"vae {step + 1}/{steps} loss {loss:.4f} psnr {psnr:.1f} dB, {time.time() - started:.0f} s", flush=True)
+            print(f"vae {step + 1}/{steps} psnr {psnr:.1f} dB, {time.time() - started:.0f} s", flush=True)
             save_checkpoint(checkpoint, step + 1, vae, optimizer)
 
     rng = np.random.default_rng(SEED)
@@ -132,7 +133,7 @@ def encode_captions(pipeline: StableDiffusion3Pipeline, captions: list[str]) -> 
 
 
 def flow_matching_loss(transformer: torch.nn.Module, clean: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
-    """Velocity error at times whose density follows the shifted schedule: logit-normal, then shifted as the sampler's."""
+    """Velocity error at logit-normal times, shifted as the sampler shifts its schedule."""
     t = torch.sigmoid(torch.randn(len(clean)))
     t = SHIFT * t / (1 + (SHIFT - 1) * t)
     noise = torch.randn_like(clean)
@@ -178,10 +179,7 @@ def pretrain_base(steps: int, batch_size: int, size: int, peak_lr: float = 1.5e-
     data = pretraining_data(pipeline, size)
     latents, captions = data["latents"], data["captions"]
     trained = torch.nn.ModuleDict(
-        {
-            name: getattr(pipeline, name)
-            for name in ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-        }
+        {name: getattr(pipeline, name) for name in ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")}
     )
     optimizer = torch.optim.AdamW(trained.parameters(), lr=peak_lr, betas=(0.9, 0.99), weight_decay=0.01)
     checkpoint = RUNS / "base_checkpoint.pt"

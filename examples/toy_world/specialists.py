@@ -20,7 +20,6 @@ from examples.toy_world.pipeline import TEACHERS, load_base
 from examples.toy_world.pretrain import encode_captions, encode_pictures, flow_matching_loss, one_cycle
 from examples.toy_world.world import TASKS, Task, draw, sample_prompts
 
-
 SEED = 0
 LORA_TARGETS = [
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),

@@ -2,7 +2,7 @@
 
 Three tasks mirror those of the DiffusionOPD paper (GenEval, OCR, aesthetics):
 
-- `compose`: coloured shapes in GenEval's six kinds (one object, two objects, counting, colours, position, attribute binding);
+- `compose`: coloured shapes in GenEval's six kinds (one object, two, counting, colours, position, attribute binding);
 - `text`: the quoted string of one to three letters;
 - `style`: shapes in a mood ("at dusk"), wanted in a rich look: two-tone sky, shading, shadows, dark corners.
 
@@ -44,7 +44,7 @@ MOODS = {  # the two tones of the sky, top and bottom
 PAPERS = ((242, 242, 242), (228, 233, 243), (246, 238, 226))
 INKS = ((25, 25, 35), (30, 30, 95), (80, 25, 25))
 
-# 5 x 7 bitmaps. Every letter fills its width and height and is one connected run of columns, so that it can be cut out and read.
+# 5 x 7 bitmaps. Every letter fills its box and has ink in every column, so that it can be cut out and read.
 LETTERS = {
     "A": (".###.", "#...#", "#...#", "#####", "#...#", "#...#", "#...#"),
     "C": (".####", "#....", "#....", "#....", "#....", "#....", ".####"),
@@ -59,9 +59,11 @@ DOT = 3  # pixels a bitmap dot: letters are 15 x 21 pixels
 GAP = 3  # pixels between letters
 
 # Every word a prompt can hold; the tokenizers are made from it.
-WORDS = tuple(
-    ["a", "an", "and", "at", "one", "of", "picture", "saying", "sign", "text", "the", *NUMBERS.values(), *COLOURS, *MOODS]
-    + [*SHAPES, *(f"{s}es" if s == "cross" else f"{s}s" for s in SHAPES), "left", "right", "above", "below"]
+WORDS = (
+    *"a an and at one of picture saying sign text the".split(),
+    *(*NUMBERS.values(), *COLOURS, *MOODS, *SHAPES),
+    *(f"{s}es" if s == "cross" else f"{s}s" for s in SHAPES),
+    *"left right above below".split(),
 )
 
 
@@ -147,7 +149,7 @@ _ALL: dict[Task, list[Prompt]] = {"compose": _compose_prompts(), "text": _text_p
 
 
 def _split(heldout: bool) -> dict[Task, dict[str, list[Prompt]]]:
-    """One side of the fixed split, task -> kind -> prompts. Of every kind a quarter is held out; strings are held out whole."""
+    """One side of the fixed split, task -> kind -> prompts: a quarter of every kind is held out, strings as a whole."""
     split: dict[Task, dict[str, list[Prompt]]] = {}
     for task, prompts in _ALL.items():
         split[task] = {}
@@ -205,7 +207,7 @@ def _place(prompt: Prompt, n: int, rng: np.random.Generator) -> tuple[list[tuple
 
 
 def shape_mask(shape: str, x: float, y: float, r: float, scale: int = 4) -> np.ndarray:
-    """Coverage in [0, 1] of every pixel by a shape whose bounding box is (x - r, y - r, x + r, y + r); `scale`: supersampling."""
+    """How much of every pixel, in [0, 1], is covered by a shape of radius `r` around (x, y); `scale`: supersampling."""
     image = Image.new("L", (SIZE * scale, SIZE * scale))
     pen = ImageDraw.Draw(image)
     x, y, r = x * scale, y * scale, r * scale
