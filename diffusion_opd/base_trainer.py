@@ -1,8 +1,9 @@
-"""What every diffusion trainer here shares on top of TRL's: the student, its weights on disk and on the Hub, metrics, images.
+"""What every diffusion trainer here shares on top of TRL's: the student, its weights on disk and on the Hub, metrics,
+images.
 
-TRL's and transformers' trainers assume a language model in many places, several of them silently (no weights in the checkpoint
-that is pushed, last weights kept as best). Each override says what would go wrong without it. TRL's underscored names are
-imported here and in config.py only.
+TRL's and transformers' trainers assume a language model in many places, several of them silently (no weights in the
+checkpoint that is pushed, last weights kept as best). Each override says what would go wrong without it. TRL's
+underscored names are imported here and in config.py only.
 """
 
 import contextlib
@@ -87,7 +88,8 @@ def load_student(
     denoiser = getattr(pipeline, name)
     if tuner_layers(denoiser):
         raise ValueError(
-            f"the student's {name} carries adapters already; `pipeline.fuse_lora()` and `pipeline.unload_lora_weights()` first."
+            f"the student's {name} carries adapters already; call `pipeline.fuse_lora()` and "
+            "`pipeline.unload_lora_weights()` first."
         )
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
@@ -97,12 +99,13 @@ def load_student(
         return pipeline
     if not hasattr(type(pipeline), "save_lora_weights"):
         raise ValueError(
-            f"{type(pipeline).__name__} cannot load LoRA weights in plain diffusers; train it in full (no `peft_config`)."
+            f"{type(pipeline).__name__} cannot load LoRA weights in plain diffusers; train it in full "
+            "(no `peft_config`)."
         )
     if peft_config.lora_dropout > 0:
         logger.warning(
-            f"lora_dropout={peft_config.lora_dropout} has no effect: the denoiser runs in eval mode, since the rollout and the "
-            "gradient are one pass."
+            f"lora_dropout={peft_config.lora_dropout} has no effect: the denoiser runs in eval mode, since the rollout "
+            "and the gradient are one pass."
         )
     try:
         denoiser.add_adapter(peft_config, STUDENT_ADAPTER)
@@ -113,7 +116,8 @@ def load_student(
 
 
 class Stopwatch:
-    """Seconds by section; a nested section's time is its own. On CUDA by events, so that timing does not synchronise."""
+    """Seconds by section; a nested section's time is its own. On CUDA by events, so that timing does not
+    synchronise."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
@@ -185,8 +189,8 @@ class DiffusionTrainer(_BaseTrainer):
         model = getattr(pipeline, self.denoiser_name)
         self.trains_lora = bool(tuner_layers(model)) and STUDENT_ADAPTER in model.peft_config
         if args.gradient_checkpointing:
-            # Trainer would call methods that no diffusers model has. Enabled the diffusers way, then hidden from Trainer:
-            # `activation_checkpointing` is transformers' other name of the same flag
+            # Trainer would call methods that no diffusers model has. Enabled the diffusers way, then hidden from
+            # Trainer: `activation_checkpointing` is transformers' other name of the same flag
             model.enable_gradient_checkpointing()
             args.gradient_checkpointing = args.activation_checkpointing = False
         if args.ddp_find_unused_parameters is None:  # Trainer: True for anything but a PreTrainedModel
@@ -346,8 +350,9 @@ class DiffusionTrainer(_BaseTrainer):
     # Saving: Trainer would write a bare model.safetensors without a config
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the student so that plain diffusers loads it: a LoRA as `pytorch_lora_weights.safetensors`, a full student as
-        a pipeline folder (checkpoints: the denoiser's folder alone). With `ema_decay` these are the averaged weights."""
+        """Saves the student so that plain diffusers loads it: a LoRA as `pytorch_lora_weights.safetensors`, a full
+        student as a pipeline folder (checkpoints: the denoiser's folder alone). With `ema_decay` these are the averaged
+        weights."""
         output_dir = output_dir or self.args.output_dir
         with self.ema_weights():
             super().save_model(output_dir, _internal_call)
@@ -406,8 +411,8 @@ class DiffusionTrainer(_BaseTrainer):
         wrong = expected.keys() ^ state.keys() or {k for k in expected if expected[k].shape != state[k].shape}
         if wrong:
             raise ValueError(
-                f"{folder} does not hold this student: {len(wrong)} tensors differ, e.g. {sorted(wrong)[0]}; was it saved "
-                "with another `peft_config` or model?"
+                f"{folder} does not hold this student: {len(wrong)} tensors differ, e.g. {sorted(wrong)[0]}; was it "
+                "saved with another `peft_config` or model?"
             )
         if self.trains_lora:
             set_peft_model_state_dict(self.model, state, adapter_name=STUDENT_ADAPTER)
@@ -508,6 +513,7 @@ class DiffusionTrainer(_BaseTrainer):
             pipeline_class=type(self.pipeline).__name__,
             trains_lora=self.trains_lora,
             has_gallery=bool(pictures),
+            call_kwargs={key: repr(value) for key, value in self.args.pipeline_kwargs.items()},
             trainer_name=self._name,
             paper=self._paper,
             **self._card_fields(),

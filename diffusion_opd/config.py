@@ -31,9 +31,8 @@ def check_call_kwargs(call_kwargs: dict[str, Any], named: dict[str, Any], owner:
 
 @dataclass
 class DiffusionConfig(_BaseConfig):
-    r"""
-    What every diffusion trainer of this library shares. Extends TRL's base config, i.e. [`~transformers.TrainingArguments`],
-    whose fields all work and mean the same.
+    r"""What every diffusion trainer of this library shares. Extends TRL's base config, i.e.
+    [`~transformers.TrainingArguments`], whose fields all work and mean the same.
 
     Args:
         model_init_kwargs (`dict`, *optional*):
@@ -45,21 +44,23 @@ class DiffusionConfig(_BaseConfig):
         call_kwargs (`dict`, *optional*):
             Anything else that the pipeline's `__call__` takes, e.g. `{"max_sequence_length": 128}`.
         ema_decay (`float`, *optional*):
-            Decay, in [0, 1), of the exponential moving average of the trained weights, which then is what is evaluated, saved and
-            published. `None` turns it off. It ramps up as `min(ema_decay, (1 + n) / (10 + n))` after `n` updates.
+            Decay, in [0, 1), of the exponential moving average of the trained weights, which then is what is evaluated,
+            saved and published. `None` turns it off. It ramps up as `min(ema_decay, (1 + n) / (10 + n))` after `n`
+            updates.
         ema_update_every (`int`, *optional*, defaults to `8`):
             Optimizer steps between two updates of the average.
         image_steps (`int`, *optional*):
-            Optimizer steps between two sets of sample images, written to `output_dir/images` and to the trackers in use.
-            `None`: never.
+            Optimizer steps between two sets of sample images, written to `output_dir/images` and to the trackers in
+            use. `None`: once, at the end of training. 0: never.
         image_prompts (`list[str]`, *optional*):
             Prompts of the sample images. `None`: the first prompt(s) of each task, four or more in all.
         image_num_inference_steps (`int`, *optional*):
-            Denoising steps of the sample images, drawn with the pipeline's own scheduler. `None`: `num_inference_steps`.
+            Denoising steps of the sample images, drawn with the pipeline's own scheduler. `None`:
+            `num_inference_steps`.
 
-    Defaults that differ from TRL's: `learning_rate` (3e-4), `bf16` (on where the accelerator supports it, off on a CPU),
-    `gradient_checkpointing` (off: the graph of one denoising step lives at a time), `logging_nan_inf_filter` (off: a NaN is
-    shown).
+    Defaults that differ from TRL's: `learning_rate` (3e-4), `bf16` (on where the accelerator supports it, off on a
+    CPU), `gradient_checkpointing` (off: the graph of one denoising step lives at a time), `logging_nan_inf_filter`
+    (off: a NaN is shown).
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "call_kwargs"]
@@ -81,7 +82,8 @@ class DiffusionConfig(_BaseConfig):
     )
     ema_update_every: int = field(default=8, metadata={"help": "Optimizer steps between two updates of the average."})
     image_steps: int | None = field(
-        default=None, metadata={"help": "Optimizer steps between two sets of sample images. None: never."}
+        default=None,
+        metadata={"help": "Optimizer steps between two sets of sample images. None: once, at the end. 0: never."},
     )
     image_prompts: list[str] | None = field(default=None, metadata={"help": "Prompts of the sample images."})
     image_num_inference_steps: int | None = field(
@@ -114,8 +116,8 @@ class DiffusionConfig(_BaseConfig):
             raise ValueError(f"`ema_decay` must be in [0, 1) or None (off), got {self.ema_decay}.")
         if self.ema_update_every < 1:
             raise ValueError(f"`ema_update_every` must be at least 1, got {self.ema_update_every}.")
-        if self.image_steps is not None and self.image_steps < 1:
-            raise ValueError(f"`image_steps` must be at least 1 or None (never), got {self.image_steps}.")
+        if self.image_steps is not None and self.image_steps < 0:
+            raise ValueError(f"`image_steps` must be at least 0 (never) or None (at the end), got {self.image_steps}.")
 
     @property
     def pipeline_kwargs(self) -> dict[str, Any]:
@@ -131,27 +133,27 @@ class DiffusionConfig(_BaseConfig):
 
 @dataclass
 class DiffusionOPDConfig(DiffusionConfig):
-    r"""
-    Configuration of [`DiffusionOPDTrainer`]. The fields of [`DiffusionConfig`] and of [`~transformers.TrainingArguments`]
-    apply too.
+    r"""Configuration of [`DiffusionOPDTrainer`]. The fields of [`DiffusionConfig`] and of
+    [`~transformers.TrainingArguments`] apply too.
 
-    The loss of a micro-batch is the mean over its samples, over the learnt steps and over the elements of the latent; an
-    optimizer step averages the micro-batches of its window, which holds every task equally often. The paper's sums differ
-    by constant factors (elements and steps) from these means, which are those of its released code.
+    The loss of a micro-batch is the mean over its samples, over the learnt steps and over the elements of the latent;
+    an optimizer step averages the micro-batches of its window, which holds every task equally often. The paper's sums
+    differ by constant factors (elements and steps) from these means, which are those of its released code.
 
     Args:
         transition (`str`, *optional*, defaults to `"ode"`):
-            How the student moves: `"ode"`, `"flow_sde"`, `"dance_sde"`, `"cps"` for flow-matching pipelines; VP pipelines
-            (epsilon or v prediction) always move by `"ddim"`, and `"ode"` there means `"ddim"` without noise.
+            How the student moves: `"ode"`, `"flow_sde"`, `"dance_sde"`, `"cps"` for flow-matching pipelines; VP
+            pipelines (epsilon or v prediction) always move by `"ddim"`, and `"ode"` there means `"ddim"` without noise.
         noise_level (`float`, *optional*):
             The `a` of the SDEs and of CPS, DDIM's eta. `None`: 0.7 for `"flow_sde"`, `"dance_sde"` and `"cps"`, 0 else.
             At 0 every kernel is deterministic and the objective takes its ODE form.
         objective (`str`, *optional*, defaults to `"kl"`):
-            `"kl"`: `|mu_S - mu_T|^2 / (2 std^2)` with the true std of the step, `|mu_S - mu_T|^2 / 2` for a deterministic
-            step. `"velocity"`: `(v_S - v_T)^2`. `"policy_gradient"`: the PPO-style surrogate, for comparison only.
+            `"kl"`: `|mu_S - mu_T|^2 / (2 std^2)` with the true std of the step, `|mu_S - mu_T|^2 / 2` for a
+            deterministic step. `"velocity"`: `(v_S - v_T)^2`. `"policy_gradient"`: the PPO-style surrogate, for
+            comparison only.
         timestep_fraction (`float`, *optional*, defaults to `0.99`):
-            The student learns at the first `K = max(1, int(num_inference_steps * timestep_fraction))` states of the rollout,
-            and the steps after them are not computed. In (0, 1].
+            The student learns at the first `K = max(1, int(num_inference_steps * timestep_fraction))` states of the
+            rollout, and the steps after them are not computed. In (0, 1].
     """
 
     transition: str = field(default="ode", metadata={"help": "How the student moves.", "choices": list(TRANSITIONS)})

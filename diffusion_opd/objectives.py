@@ -1,8 +1,8 @@
 """Objectives: how far the student's step is from the teacher's.
 
-Pure functions of tensors, float32, one number a sample: the MEAN over the latent's elements (the released code's reduction;
-the paper's KL is the sum, i.e. this times the number of elements). The trainer takes the mean over the batch and over the
-learnt steps. This file knows no pipeline, no model and no trainer.
+Pure functions of tensors, float32, one number a sample: the MEAN over the latent's elements (the released code's
+reduction; the paper's KL is the sum, i.e. this times the number of elements). The trainer takes the mean over the batch
+and over the learnt steps. This file knows no pipeline, no model and no trainer.
 """
 
 import torch
@@ -18,8 +18,8 @@ def _mean_per_sample(x: Tensor) -> Tensor:
 def kl(student: Transition, teacher: Transition) -> Tensor:
     """Closed-form reverse KL of one step (paper, Eq. 10-12), shape `[batch]`.
 
-    Both Gaussians share the std of the step, so `KL = |mu_S - mu_T|^2 / (2 std^2)`; a deterministic step (std 0) has no KL
-    and takes the paper's ODE form `|mu_S - mu_T|^2 / 2`.
+    Both Gaussians share the std of the step, so `KL = |mu_S - mu_T|^2 / (2 std^2)`; a deterministic step (std 0) has no
+    KL and takes the paper's ODE form `|mu_S - mu_T|^2 / 2`.
     """
     gap = _mean_per_sample((student.mean - teacher.mean) ** 2)
     return gap / (2 * student.std**2) if student.std > 0 else gap / 2
@@ -39,9 +39,9 @@ def log_prob(transition: Transition, sample: Tensor) -> Tensor:
 def policy_gradient(kl: Tensor, student: Transition, next_sample: Tensor) -> Tensor:
     """PPO-style surrogate (paper, Eq. 16-23), shape `[batch]`, for comparison with the closed form.
 
-    The advantage of a step is minus its own KL and keeps its gradient: `grad(rho KL) = grad KL + KL grad log pi`, the second
-    term has mean zero and is pure noise. The rollout policy is the current one, so `rho` is 1 in value and clipping it is
-    the identity, in value and in gradient. Undefined for a deterministic step.
+    The advantage of a step is minus its own KL and keeps its gradient: `grad(rho KL) = grad KL + KL grad log pi`, the
+    second term has mean zero and is pure noise. The rollout policy is the current one, so `rho` is 1 in value and
+    clipping it is the identity, in value and in gradient. Undefined for a deterministic step.
     """
     log_probability = log_prob(student, next_sample.detach())
     ratio = torch.exp(log_probability - log_probability.detach())

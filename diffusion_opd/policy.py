@@ -1,9 +1,10 @@
-"""A diffusers pipeline as a policy (it rolls out, with gradient) and as a field (it predicts at a given state and time).
+"""A diffusers pipeline as a policy (it rolls out, with gradient) and as a field (it predicts at a given state and
+time).
 
-No line here knows a model family: the pipeline's own `__call__` runs, with our object in the place of its scheduler. Every
-[`Policy`] works on shallow copies of its pipeline (modules shared, private state its own), because a pipeline that is called
-inside the `step` of a running call overwrites that call's guidance. The seams that a pipeline must have: an undecorated
-`__call__` that asks `scheduler.step` once a denoising step, `encode_prompt`, and `prepare_latents`.
+No line here knows a model family: the pipeline's own `__call__` runs, with our object in the place of its scheduler.
+Every [`Policy`] works on shallow copies of its pipeline (modules shared, private state its own), because a pipeline
+that is called inside the `step` of a running call overwrites that call's guidance. The seams that a pipeline must have:
+an undecorated `__call__` that asks `scheduler.step` once a denoising step, `encode_prompt`, and `prepare_latents`.
 
 This file knows no trainer, no loss and no data.
 """
@@ -231,8 +232,9 @@ def tuner_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
 
 @contextlib.contextmanager
 def active_adapter(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterator[None]:
-    """Another adapter (`None`: the bare backbone) for the duration. PEFT's `set_adapter` would also set `requires_grad`,
-    which drops gradients and raises under sharding, so the attribute that it sets last is set alone."""
+    """Another adapter (`None`: the bare backbone) for the duration. PEFT's `set_adapter` would also set
+    `requires_grad`, which drops gradients and raises under sharding, so the attribute that it sets last is set
+    alone."""
     before = [layer._active_adapter for layer in layers]
     for layer in layers:
         layer._active_adapter = [] if name is None else [name]
@@ -313,14 +315,16 @@ class Policy:
         num_steps: int | None = None,
         denoiser: nn.Module | None = None,
     ) -> Tensor:
-        """Runs the pipeline's own `__call__`, under the caller's gradient mode, with `on_step` deciding each next state.
+        """Runs the pipeline's own `__call__`, under the caller's gradient mode, with `on_step` deciding each next
+        state.
 
         Args:
             prompts (`Sequence[str]`): The batch.
             generators (`list[torch.Generator]`): One a sample, for the initial noise.
             on_step (`Callable[[Step], Tensor]`): Returns the next state; called once a denoising step.
             num_steps (`int`, *optional*): Only the first so many steps are computed.
-            denoiser (`nn.Module`, *optional*): A wrapper around the denoiser (DDP, DeepSpeed) that its calls go through.
+            denoiser (`nn.Module`, *optional*): A wrapper around the denoiser (DDP, DeepSpeed) that its calls go
+            through.
 
         Returns:
             `Tensor`: the final latents, as the pipeline returns them.
@@ -339,7 +343,8 @@ class Policy:
         return latents
 
     def predict(self, x: Tensor, timestep: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The guided prediction at state `x` (the pipeline's own latent shape) and `timestep`: a field `v(x, t, prompts)`."""
+        """The guided prediction at state `x` (the pipeline's own latent shape) and `timestep`: a field `v(x, t,
+        prompts)`."""
         seat = _FieldSeat(self._field_scheduler, timestep)
         pipeline = self._copy(seat)
         prepare_latents = pipeline.prepare_latents

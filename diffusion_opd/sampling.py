@@ -1,7 +1,7 @@
 """Which prompts, and which teacher: batches of one task, tasks in turn, every optimizer step a whole number of cycles.
 
-Routing is by data (the `teacher_id` column), never by a counter, and the order is a function of seed and epoch alone, so a
-resumed run sees what an undisturbed one sees, in any number of processes.
+Routing is by data (the `teacher_id` column), never by a counter, and the order is a function of seed and epoch alone,
+so a resumed run sees what an undisturbed one sees, in any number of processes.
 
 This file knows datasets, and no pipeline, teacher or trainer.
 """
@@ -107,8 +107,8 @@ def _check_tasks(tasks: Any, teacher_ids: Sequence[str], name: str, need_all: bo
 class TaskCycleSampler(Sampler[int]):
     """Rows of a dataset: `batch_size` of the first task, `batch_size` of the second, and so on in turn.
 
-    An epoch is the smallest whole number of optimizer steps that shows every row; tasks with fewer rows than others come
-    round again, in a new order.
+    An epoch is the smallest whole number of optimizer steps that shows every row; tasks with fewer rows than others
+    come round again, in a new order.
 
     Args:
         tasks (`Sequence[str]`): The task of each row.
@@ -144,7 +144,8 @@ class TaskCycleSampler(Sampler[int]):
 
 
 class TaskCycleStream(torch.utils.data.IterableDataset):
-    """The same cycle over streaming datasets, without end: `{teacher id: stream}`, or one stream with a `teacher_id` column.
+    """The same cycle over streaming datasets, without end: `{teacher id: stream}`, or one stream with a `teacher_id`
+    column.
 
     A stream that ends starts again (with the next epoch's shuffle, if it shuffles).
 

@@ -1,9 +1,9 @@
 """Teachers: what a user writes, how it is found and loaded, and whether it fits the student.
 
-A teacher is a LoRA (PEFT or diffusers format), a bare denoiser, a whole pipeline, or a loaded pipeline. LoRA teachers share
-one frozen backbone; what a pipeline teacher has in common with the student (VAE, text encoders) is shared too. Everything
-that does not fit is refused here with one sentence that names both sides: a tensor that is silently dropped makes a teacher
-that silently equals the base.
+A teacher is a LoRA (PEFT or diffusers format), a bare denoiser, a whole pipeline, or a loaded pipeline. LoRA teachers
+share one frozen backbone; what a pipeline teacher has in common with the student (VAE, text encoders) is shared too.
+Everything that does not fit is refused here with one sentence that names both sides: a tensor that is silently dropped
+makes a teacher that silently equals the base.
 
 This file knows pipelines and files, and no trainer, loss or data.
 """
@@ -43,7 +43,8 @@ class Teacher:
         path (`str` or [`~diffusers.DiffusionPipeline`]):
             Hub id or folder of a LoRA (PEFT or diffusers format), a denoiser or a pipeline; or a loaded pipeline.
         id (`str`, *optional*):
-            What the `teacher_id` column calls it. Defaults to the last part of `subfolder` or `path` that is not `"lora"`.
+            What the `teacher_id` column calls it. Defaults to the last part of `subfolder` or `path` that is not
+            `"lora"`.
         subfolder, revision (`str`, *optional*):
             Where in the repository, and which version of it.
         weight_name (`str`, *optional*):
@@ -89,7 +90,8 @@ class LoadedTeacher:
 
 
 def name_teachers(teachers: Any) -> list[Teacher]:
-    """One teacher, a sequence or a dict `{id: teacher}`, each a path, a [`Teacher`] or a pipeline, as teachers with unique ids.
+    """One teacher, a sequence or a dict `{id: teacher}`, each a path, a [`Teacher`] or a pipeline, as teachers with
+    unique ids.
 
     Raises:
         ValueError: for no teacher, an id given twice, or two ids for one teacher.
@@ -163,12 +165,15 @@ def load_teachers(
 
     Args:
         teachers (`Sequence[Teacher]`): With ids.
-        student ([`~diffusers.DiffusionPipeline`]): Gets the LoRA teachers as further adapters if it trains a LoRA itself.
-        trains_lora (`bool`): Whether the student's backbone stays frozen. If not, LoRA teachers live on a frozen copy of it.
+        student ([`~diffusers.DiffusionPipeline`]): Gets the LoRA teachers as further adapters if it trains a LoRA
+        itself.
+        trains_lora (`bool`): Whether the student's backbone stays frozen. If not, LoRA teachers live on a frozen copy
+        of it.
         dtype (`torch.dtype`): For the frozen modules that are loaded here.
 
     Raises:
-        ValueError: if a teacher cannot be read, has missing, unexpected or wrongly shaped tensors, or lives in another latent
+        ValueError: if a teacher cannot be read, has missing, unexpected or wrongly shaped tensors, or lives in another
+        latent
             space or time than the student.
     """
     name = denoiser_name(student)

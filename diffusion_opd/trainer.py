@@ -1,8 +1,9 @@
-"""DiffusionOPDTrainer: one student learns on its own trajectories from many specialists (DiffusionOPD, arXiv 2605.15055).
+"""DiffusionOPDTrainer: one student learns on its own trajectories from many specialists (DiffusionOPD, arXiv
+2605.15055).
 
-Reads as the paper's Algorithm 1: each optimizer step visits every task; the student denoises its prompts; at every state it
-visits, the task's teacher says what it would have done there; the closed-form divergence of the two steps is backpropagated
-at once. Rollout and gradient are one pass, inside the pipeline's own `__call__` (see policy.py).
+Reads as the paper's Algorithm 1: each optimizer step visits every task; the student denoises its prompts; at every
+state it visits, the task's teacher says what it would have done there; the closed-form divergence of the two steps is
+backpropagated at once. Rollout and gradient are one pass, inside the pipeline's own `__call__` (see policy.py).
 """
 
 import contextlib
@@ -60,7 +61,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         model (`str` or [`~diffusers.DiffusionPipeline`]):
             The student: Hub id or folder of a pipeline, or a loaded pipeline.
         teachers (`str`, [`Teacher`], [`~diffusers.DiffusionPipeline`], or a sequence or `{id: teacher}` dict of them):
-            The specialists. Paths are Hub ids or folders of a LoRA (PEFT or diffusers format), a denoiser or a pipeline.
+            The specialists. Paths are Hub ids or folders of a LoRA (PEFT or diffusers format), a denoiser or a
+            pipeline.
         args ([`DiffusionOPDConfig`], *optional*):
             The configuration. Defaults to one with `output_dir` `"<model>-DiffusionOPD"`.
         train_dataset (`Dataset`, `IterableDataset` or `{teacher id: dataset}`):
@@ -73,7 +75,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             Trains a LoRA; `None` trains the whole denoiser.
 
     Raises:
-        ValueError, TypeError: at once, if anything does not fit together: the sentence names what was given and what to do.
+        ValueError, TypeError: at once, if anything does not fit together: the sentence names what was given and what to
+        do.
     """
 
     _name = "DiffusionOPD"
@@ -178,31 +181,33 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                     f"{args.objective!r} is not defined; lower `timestep_fraction` (now {args.timestep_fraction})."
                 )
             for key, teacher in self.teachers.items():
+                source = self.loaded_teachers[key].spec.source
                 try:
                     teacher.self_check(prompt)
                     with torch.no_grad():
                         prediction = teacher.predict(step.sample, step.timestep, [prompt])
                 except (RuntimeError, ValueError) as error:
                     raise ValueError(
-                        f"teacher {key!r} ({self.loaded_teachers[key].spec.source}) cannot be asked at the student's states "
-                        f"of shape {tuple(step.sample.shape)}: {error}"
+                        f"teacher {key!r} ({source}) cannot be asked at the student's states of shape "
+                        f"{tuple(step.sample.shape)}: {error}"
                     ) from error
                 if prediction.shape != step.prediction.shape:
                     raise ValueError(
-                        f"teacher {key!r} predicts {tuple(prediction.shape)} at the student's states, the student predicts "
-                        f"{tuple(step.prediction.shape)}."
+                        f"teacher {key!r} ({source}) predicts {tuple(prediction.shape)} at the student's states, the "
+                        f"student predicts {tuple(step.prediction.shape)}."
                     )
                 if torch.equal(prediction, step.prediction):
                     logger.warning(
-                        f"Teacher {key!r} ({self.loaded_teachers[key].spec.source}) predicts exactly what the untrained "
-                        "student predicts: there is nothing to learn from it."
+                        f"Teacher {key!r} ({source}) predicts exactly what the untrained student predicts: there is "
+                        "nothing to learn from it."
                     )
         self.memo.clear()
 
     # Algorithm 1
 
     def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch: the student's rollout on one task's prompts, with the backward pass of each step inside it."""
+        """One micro-batch: the student's rollout on one task's prompts, with the backward pass of each step inside
+        it."""
         model.eval()  # the rollout is a sample of the policy that is trained: no dropout
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
@@ -239,7 +244,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     def _compare(
         self, step: Step, prompts: Sequence[str], task: str, generators: list[torch.Generator]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Student and teacher at one visited state: the objective and the KL of each sample, and the student's next state."""
+        """Student and teacher at one visited state: the objective and the KL of each sample, and the student's next
+        state."""
         with torch.no_grad(), self.stopwatch.section("teacher"):
             target = self.teachers[task].predict(step.sample, step.timestep, prompts)
         student = self.kernel(step.sample, step.prediction, step.schedule, step.index)
@@ -407,12 +413,14 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
 
 def _set_accumulation(args: DiffusionOPDConfig, ids: Sequence[str]) -> None:
-    """An optimizer step sees whole cycles: `gradient_accumulation_steps` becomes, or must be, a multiple of the tasks."""
+    """An optimizer step sees whole cycles: `gradient_accumulation_steps` becomes, or must be, a multiple of the
+    tasks."""
     steps = args.gradient_accumulation_steps
     if steps == 1:
         args.gradient_accumulation_steps = len(ids)
     elif steps % len(ids):
         raise ValueError(
-            f"`gradient_accumulation_steps={steps}` is not a multiple of the {len(ids)} teachers {list(ids)}: an optimizer step "
-            f"must see every task equally often; leave it out, or use {len(ids) * max(1, round(steps / len(ids)))}."
+            f"`gradient_accumulation_steps={steps}` is not a multiple of the {len(ids)} teachers {list(ids)}: an "
+            f"optimizer step must see every task equally often; leave it out, or use "
+            f"{len(ids) * max(1, round(steps / len(ids)))}."
         )

@@ -1,8 +1,8 @@
 """Transition kernels: how the student moves from one noise level to the next.
 
 A kernel is a pure function `(x, prediction, schedule, index, noise_level) -> Transition`: the Gaussian that carries the
-state `x` at noise level `schedule.levels[index]` to `schedule.levels[index + 1]`, given what the model predicts there. All
-arithmetic is float32 (coefficients: Python's float64). This file knows no pipeline, no model and no trainer.
+state `x` at noise level `schedule.levels[index]` to `schedule.levels[index + 1]`, given what the model predicts there.
+All arithmetic is float32 (coefficients: Python's float64). This file knows no pipeline, no model and no trainer.
 
 Flow matching (paper, Sec. 3): `x_s = (1 - s) x_0 + s eps`, the model predicts the velocity `v = eps - x_0`.
 VP diffusion: `x_t = sqrt(a) x_0 + sqrt(1 - a) eps` with `a` the cumulative alpha, the model predicts `eps` or
@@ -36,7 +36,8 @@ class Schedule(NamedTuple):
 
 
 class Transition(NamedTuple):
-    """`N(mean, std^2 I)`: one step of a sampler. `std` is the std of the STEP (`sqrt(-dt)` included), 0 if deterministic."""
+    """`N(mean, std^2 I)`: one step of a sampler. `std` is the std of the STEP (`sqrt(-dt)` included), 0 if
+    deterministic."""
 
     mean: Tensor
     std: float
@@ -63,8 +64,8 @@ def _sde(x: Tensor, velocity: Tensor, sigma: float, sigma_next: float, g: float)
 def flow_sde(x: Tensor, velocity: Tensor, schedule: Schedule, index: int, noise_level: float) -> Transition:
     """SDE of Flow-GRPO (arXiv 2505.05470, Eq. 9): `g(s) = a sqrt(s / (1 - s))`.
 
-    `1 - s` is bounded below by `1 - sigma_1`, the second level of the schedule: schedules that start just below 1 (Wan's
-    UniPC at 0.999999) would explode if only `s = 1` were special.
+    `1 - s` is bounded below by `1 - sigma_1`, the second level of the schedule: schedules that start just below 1
+    (Wan's UniPC at 0.999999) would explode if only `s = 1` were special.
     """
     sigma, sigma_next = schedule.levels[index], schedule.levels[index + 1]
     g = noise_level * math.sqrt(sigma / max(1 - sigma, 1 - schedule.levels[1]))
