@@ -31,7 +31,8 @@ def check_call_kwargs(call_kwargs: dict[str, Any], named: dict[str, Any], owner:
 
 @dataclass
 class DiffusionConfig(_BaseConfig):
-    r"""What every diffusion trainer of this library shares. Extends TRL's base config, i.e.
+    r"""
+    What every diffusion trainer of this library shares. Extends TRL's base config, i.e.
     [`~transformers.TrainingArguments`], whose fields all work and mean the same.
 
     Args:
@@ -133,7 +134,8 @@ class DiffusionConfig(_BaseConfig):
 
 @dataclass
 class DiffusionOPDConfig(DiffusionConfig):
-    r"""Configuration of [`DiffusionOPDTrainer`]. The fields of [`DiffusionConfig`] and of
+    r"""
+    Configuration of [`DiffusionOPDTrainer`]. The fields of [`DiffusionConfig`] and of
     [`~transformers.TrainingArguments`] apply too.
 
     The loss of a micro-batch is the mean over its samples, over the learnt steps and over the elements of the latent;

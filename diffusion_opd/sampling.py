@@ -99,8 +99,8 @@ def _check_tasks(tasks: Any, teacher_ids: Sequence[str], name: str, need_all: bo
     unused = [key for key in teacher_ids if key not in set(tasks)] if need_all else []
     if unknown or unused:
         raise ValueError(
-            f"{name} and the teachers must name the same tasks: the data has {sorted(str(task) for task in set(tasks))}, "
-            f"the teachers are {list(teacher_ids)}."
+            f"{name} and the teachers must name the same tasks: the data has "
+            f"{sorted(str(task) for task in set(tasks))}, the teachers are {list(teacher_ids)}."
         )
 
 
@@ -187,7 +187,8 @@ class TaskCycleStream(torch.utils.data.IterableDataset):
                             raise ValueError(f"the stream holds no prompt for teacher {key!r}.")
                     elif example[TEACHER] not in waiting:
                         raise ValueError(
-                            f"a prompt of the stream names teacher {example[TEACHER]!r}; the teachers are {self.teacher_ids}."
+                            f"a prompt of the stream names teacher {example[TEACHER]!r}; the teachers are "
+                            f"{self.teacher_ids}."
                         )
                     else:
                         waiting[example[TEACHER]].append(example)

@@ -164,17 +164,18 @@ def load_teachers(
     """Loads every teacher beside the student.
 
     Args:
-        teachers (`Sequence[Teacher]`): With ids.
-        student ([`~diffusers.DiffusionPipeline`]): Gets the LoRA teachers as further adapters if it trains a LoRA
-        itself.
-        trains_lora (`bool`): Whether the student's backbone stays frozen. If not, LoRA teachers live on a frozen copy
-        of it.
-        dtype (`torch.dtype`): For the frozen modules that are loaded here.
+        teachers (`Sequence[Teacher]`):
+            With ids.
+        student ([`~diffusers.DiffusionPipeline`]):
+            Gets the LoRA teachers as further adapters if it trains a LoRA itself.
+        trains_lora (`bool`):
+            Whether the student's backbone stays frozen. If not, LoRA teachers live on a frozen copy of it.
+        dtype (`torch.dtype`):
+            For the frozen modules that are loaded here.
 
     Raises:
         ValueError: if a teacher cannot be read, has missing, unexpected or wrongly shaped tensors, or lives in another
-        latent
-            space or time than the student.
+            latent space or time than the student.
     """
     name = denoiser_name(student)
     host = student
@@ -280,13 +281,14 @@ def _read_lora(
     weights = files.find(teacher.weight_name or LORA_NAME)
     if weights is None:
         raise ValueError(
-            f"teacher {teacher.id!r}: {teacher.source!r} holds no pipeline (model_index.json), no denoiser (config.json) and "
-            f"no LoRA (adapter_config.json or {teacher.weight_name or LORA_NAME}); check `path`, `subfolder` and "
-            "`weight_name`."
+            f"teacher {teacher.id!r}: {teacher.source!r} holds no pipeline (model_index.json), no denoiser "
+            f"(config.json) and no LoRA (adapter_config.json or {teacher.weight_name or LORA_NAME}); check `path`, "
+            "`subfolder` and `weight_name`."
         )
     if not hasattr(type(student), "lora_state_dict"):
         raise ValueError(
-            f"teacher {teacher.id!r}: {type(student).__name__} cannot read a LoRA in diffusers format; give it in PEFT format."
+            f"teacher {teacher.id!r}: {type(student).__name__} cannot read a LoRA in diffusers format; give "
+            "it in PEFT format."
         )
     with safe_open(weights, "pt") as file:
         raw_keys = set(file.keys())
@@ -295,8 +297,8 @@ def _read_lora(
     alphas, metadata = (rest[0] if len(rest) == 2 else None), rest[-1]
     if foreign := [key for key in tensors if not key.startswith(prefix)]:
         raise ValueError(
-            f"teacher {teacher.id!r}: {len(foreign)} tensors of {teacher.source!r} are not for the student's {prefix[:-1]}, "
-            f"e.g. {_sample(foreign)}; a teacher may adapt the denoiser only."
+            f"teacher {teacher.id!r}: {len(foreign)} tensors of {teacher.source!r} are not for the student's "
+            f"{prefix[:-1]}, e.g. {_sample(foreign)}; a teacher may adapt the denoiser only."
         )
     if not tensors:
         raise ValueError(f"teacher {teacher.id!r}: no LoRA tensors in {teacher.source!r}, only {_sample(raw_keys)}.")
