@@ -17,9 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from .transitions import Schedule
@@ -53,10 +56,22 @@ def is_flow(scheduler: Any) -> bool:
 
 
 def own_scheduler(scheduler: Any) -> Any:
-    """A fresh scheduler with the timesteps of the given one. VP models run under DDIM: solvers of higher order repeat
-    timesteps or rescale the state (PNDM, Euler)."""
-    cls = type(scheduler) if is_flow(scheduler) else DDIMScheduler
-    return cls.from_config(scheduler.config)
+    """A scheduler of our own with the timesteps of the given one. VP models run under DDIM: solvers of higher order
+    repeat timesteps or rescale the state (PNDM, Euler).
+
+    Raises:
+        ValueError: if a scheduler of a VP model has other noise levels than DDIM takes from its config.
+    """
+    if is_flow(scheduler):
+        return copy.deepcopy(scheduler)
+    ddim = DDIMScheduler.from_config(scheduler.config)
+    alphas = getattr(scheduler, "alphas_cumprod", None)  # EDM's schedulers have none
+    if alphas is None or not torch.allclose(alphas.cpu(), ddim.alphas_cumprod, atol=1e-4):
+        raise ValueError(
+            f"{type(scheduler).__name__}: VP models run under DDIM, which takes other noise levels from this config; "
+            "give the pipeline a `DDIMScheduler` of its noise levels."
+        )
+    return ddim
 
 
 def read_schedule(scheduler: Any) -> Schedule:
@@ -99,41 +114,56 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
 
 
 class _Seat:
-    """Sits in the place of a scheduler: everything is the scheduler's own but `step`, which is ours."""
+    """Sits in the place of a scheduler: everything is the scheduler's own, its class too, but `step`, which is ours."""
+
+    __slots__ = ("_scheduler",)  # and no `__dict__`: what a pipeline sets lands in the scheduler
 
     def __init__(self, scheduler: Any):
         self._scheduler = scheduler
 
+    @property
+    def __class__(self) -> type:
+        return type(self._scheduler)  # some pipelines ask `isinstance`
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._scheduler, name)
+        return getattr(object.__getattribute__(self, "_scheduler"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            object.__setattr__(self, name, value)
+        except AttributeError:
+            setattr(self._scheduler, name, value)
 
 
 class _RolloutSeat(_Seat):
+    __slots__ = ("_on_step", "_num_steps", "_schedule", "index")
+
     def __init__(self, scheduler: Any, on_step: OnStep, num_steps: int | None):
         super().__init__(scheduler)
-        self._on_step, self._num_steps = on_step, num_steps
-        self._schedule: Schedule | None = None
-        self.index = 0
+        self._on_step, self._num_steps, self._schedule, self.index = on_step, num_steps, None, 0
 
     @property
     def timesteps(self) -> Tensor:
         # Fewer timesteps, not an exception, end a rollout early: the pipeline leaves its `__call__` as always
         return self._scheduler.timesteps[: self._num_steps]
 
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **kwargs: Any) -> tuple[Tensor]:
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **kwargs: Any) -> SchedulerOutput:
         if self._schedule is None:
             self._schedule = read_schedule(self._scheduler)
+        if self.index == len(self.timesteps):
+            raise ValueError("The pipeline lacks a seam: it calls `scheduler.step` more often than once a timestep.")
         next_sample = self._on_step(Step(self.index, timestep, sample.detach(), model_output, self._schedule))
         self.index += 1
         self._scheduler._step_index = self.index  # some schedulers' `scale_model_input` reads it
-        return (next_sample.detach().to(sample.dtype),)
+        return SchedulerOutput(next_sample.detach().to(sample.dtype))
 
 
 class _FieldSeat(_Seat):
+    __slots__ = ("timesteps", "prediction")
+
     def __init__(self, scheduler: Any, timestep: Tensor):
         super().__init__(scheduler)
-        self.timesteps = timestep.reshape(1)
-        self.prediction: Tensor | None = None
+        self.timesteps, self.prediction = timestep.reshape(1), None
 
     # `retrieve_timesteps` of the pipelines reads this signature to learn what a scheduler takes
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None, **kwargs: Any):
@@ -142,9 +172,9 @@ class _FieldSeat(_Seat):
     def set_begin_index(self, begin_index: int = 0) -> None:
         pass
 
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **kwargs: Any) -> tuple[Tensor]:
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **kwargs: Any) -> SchedulerOutput:
         self.prediction = model_output
-        return (sample,)
+        return SchedulerOutput(sample)
 
 
 class _Routed:
@@ -163,8 +193,8 @@ class _Routed:
 class PromptMemo:
     """Remembers what `encode_prompt` returned, for all parties that share their encoders. Clear it after each batch.
 
-    The key is every argument of the call, bound to the signature (numbers and flags too, tensors by content), plus the
-    identity of the modules that encode.
+    The key is every argument of the call, bound to the signature (numbers and flags too, tensors and images by
+    content), plus the identity of the modules that encode and the pipeline's settings.
 
     Args:
         timing (`Callable`, *optional*): A context manager to run the encoders in.
@@ -178,38 +208,41 @@ class PromptMemo:
     def clear(self) -> None:
         self._store.clear()
 
-    def encode(self, pipeline: DiffusionPipeline, encoders: tuple, *args: Any, **kwargs: Any) -> Any:
+    def encode(self, pipeline: DiffusionPipeline, encoders: Any, *args: Any, **kwargs: Any) -> Any:
         """`pipeline.encode_prompt(*args, **kwargs)`, once for equal arguments and `encoders`, without gradient."""
         encode_prompt = type(pipeline).encode_prompt
         bound = _signature(encode_prompt).bind(None, *args, **kwargs)
         bound.apply_defaults()
-        key = (encode_prompt, encoders, _content(dict(bound.arguments)))
+        key = (encode_prompt, encoders, _content(bound.arguments))
         if key not in self._store:
             with torch.no_grad(), self._timing():
-                self._store[key] = encode_prompt(pipeline, *args, **kwargs)
+                # The arguments stay alive with their entry: an object that is known by its id keeps it
+                self._store[key] = encode_prompt(pipeline, *args, **kwargs), bound
             self.num_encodings += 1
-        return _fresh_containers(self._store[key])
+        return _fresh_containers(self._store[key][0])
 
 
 _signature = functools.cache(inspect.signature)
 
 
-def _encoders(pipeline: DiffusionPipeline) -> tuple:
+def _encoders(pipeline: DiffusionPipeline) -> Any:
+    """What `encode_prompt` reads besides its arguments: the modules that encode, and settings as SDXL's
+    `force_zeros_for_empty_prompt`."""
+    components = pipeline.components
     others = {"scheduler", "transformer", "unet", "vae"}
-    return tuple((name, id(part)) for name, part in sorted(pipeline.components.items()) if name not in others)
+    parts = {name: id(part) for name, part in components.items() if name not in others}
+    settings = {k: v for k, v in pipeline.config.items() if k not in components and not k.startswith("_")}
+    return _content([parts, settings])
 
 
 def _content(value: Any) -> Any:
     """A hashable stand-in that is equal for equal values."""
     if isinstance(value, Tensor):
-        raw = value.detach().cpu().contiguous()
-        return (
-            "tensor",
-            str(value.dtype),
-            str(value.device),
-            tuple(value.shape),
-            raw.view(torch.uint8).numpy().tobytes(),
-        )
+        raw = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return ("tensor", value.dtype, value.device, value.shape, raw)
+    if isinstance(value, (Image, np.ndarray)):
+        array = np.asarray(value)
+        return (type(value).__name__, array.dtype.str, array.shape, array.tobytes())
     if isinstance(value, dict):
         return ("dict", *((key, _content(item)) for key, item in sorted(value.items())))
     if isinstance(value, (list, tuple)):
@@ -286,13 +319,18 @@ class Policy:
         self._field_scheduler = own_scheduler(pipeline.scheduler)
         self._scratch_generator: torch.Generator | None = None
 
-    def _copy(self, seat: _Seat) -> DiffusionPipeline:
+    @contextlib.contextmanager
+    def _copy(self, seat: _Seat) -> Iterator[DiffusionPipeline]:
         pipeline = copy.copy(self._pipeline)
         pipeline.set_progress_bar_config(disable=True)
         # Past `DiffusionPipeline.__setattr__`, which writes into the config
-        pipeline.__dict__["scheduler"] = seat
-        pipeline.__dict__["encode_prompt"] = functools.partial(self.memo.encode, pipeline, self._encoders)
-        return pipeline
+        encode_prompt = functools.partial(self.memo.encode, pipeline, self._encoders)
+        vars(pipeline).update(scheduler=seat, encode_prompt=encode_prompt)
+        try:
+            yield pipeline
+        finally:
+            # Its own functions refer to it: a cycle that would hold the graph until the next garbage collection
+            vars(pipeline).clear()
 
     def _call(self, pipeline: DiffusionPipeline, prompts: Sequence[str], generator: Any) -> Any:
         switch = contextlib.nullcontext() if self.adapter is None else active_adapter(self._layers, self.adapter)
@@ -330,34 +368,32 @@ class Policy:
             `Tensor`: the final latents, as the pipeline returns them.
         """
         seat = _RolloutSeat(self._rollout_scheduler, on_step, num_steps)
-        pipeline = self._copy(seat)
-        if denoiser is not None:
-            pipeline.__dict__[self.denoiser_name] = _Routed(self._denoiser, denoiser)
-        latents = self._call(pipeline, prompts, generators)
-        expected = len(seat.timesteps)
-        if seat.index != expected:
+        with self._copy(seat) as pipeline:
+            if denoiser is not None:
+                vars(pipeline)[self.denoiser_name] = _Routed(self._denoiser, denoiser)
+            latents = self._call(pipeline, prompts, generators)
+        if seat.index != len(seat.timesteps):
             raise ValueError(
-                f"{type(pipeline).__name__} lacks a seam: it called `scheduler.step` {seat.index} times for {expected} "
-                "timesteps; one call a timestep is needed."
+                f"{type(self._pipeline).__name__} lacks a seam: it called `scheduler.step` {seat.index} times for "
+                f"{len(seat.timesteps)} timesteps; one call a timestep is needed."
             )
         return latents
 
     def predict(self, x: Tensor, timestep: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The guided prediction at state `x` (the pipeline's own latent shape) and `timestep`: a field `v(x, t,
-        prompts)`."""
+        """The guided prediction at state `x` (in the pipeline's own latent shape) and `timestep`: the field."""
         seat = _FieldSeat(self._field_scheduler, timestep)
-        pipeline = self._copy(seat)
-        prepare_latents = pipeline.prepare_latents
-
-        def given_latents(*args: Any, **kwargs: Any) -> Any:
-            # The pipeline's own call makes what comes with the latents (position ids); the noise it draws is dropped
-            prepared = prepare_latents(*args, **kwargs)
-            return (x, *prepared[1:]) if isinstance(prepared, tuple) else x
-
-        pipeline.__dict__["prepare_latents"] = given_latents
         if self._scratch_generator is None:  # its own, so that the global generator is left alone
             self._scratch_generator = torch.Generator(x.device)
-        self._call(pipeline, prompts, self._scratch_generator)
+        with self._copy(seat) as pipeline:
+            prepare_latents = pipeline.prepare_latents
+
+            def given_latents(*args: Any, **kwargs: Any) -> Any:
+                # The pipeline's own call makes what comes with the latents (position ids); its noise is dropped
+                prepared = prepare_latents(*args, **kwargs)
+                return (x, *prepared[1:]) if isinstance(prepared, tuple) else x
+
+            vars(pipeline)["prepare_latents"] = given_latents
+            self._call(pipeline, prompts, self._scratch_generator)
         return seat.prediction
 
     @torch.no_grad()
@@ -384,9 +420,9 @@ class Policy:
             # The same numbers through the same kernels: what is left is the non-determinism of some GPU kernels
             if not gap < (1e-4 if prediction.dtype == torch.float32 else 2e-2):
                 raise ValueError(
-                    f"{type(self._pipeline).__name__} cannot be asked at a given state: its prediction at step {step.index} "
-                    f"differs from its own run by {gap:.1e} (relative). Something in its `__call__` depends on the steps "
-                    "before."
+                    f"{type(self._pipeline).__name__} cannot be asked at a given state: its prediction at step "
+                    f"{step.index} differs from its own run by {gap:.1e} (relative). Something in its `__call__` "
+                    "depends on the steps before."
                 )
         return steps
 
@@ -414,6 +450,6 @@ def check_seams(pipeline: DiffusionPipeline) -> None:
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     if hasattr(denoiser, "_hf_hook") or hasattr(denoiser, "_diffusers_hook"):
         raise ValueError(
-            f"{cls.__name__} has offload hooks on its {denoiser_name(pipeline)}: they would move it away while its graph "
-            "is needed. Build the pipeline without `enable_*_offload()`."
+            f"{cls.__name__} has offload hooks on its {denoiser_name(pipeline)}: they would move it away while its "
+            "graph is needed. Build the pipeline without `enable_*_offload()`."
         )

@@ -98,7 +98,8 @@ def ddim(x: Tensor, prediction: Tensor, schedule: Schedule, index: int, noise_le
         x_0 = math.sqrt(alpha) * x - math.sqrt(1 - alpha) * prediction
         eps = math.sqrt(alpha) * prediction + math.sqrt(1 - alpha) * x
     std = noise_level * math.sqrt((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next))
-    return Transition(math.sqrt(alpha_next) * x_0 + math.sqrt(1 - alpha_next - std**2) * eps, std)
+    rest = max(1 - alpha_next - std**2, 0.0)  # from alpha 0 with eta 1 it is 0, and may round below
+    return Transition(math.sqrt(alpha_next) * x_0 + math.sqrt(rest) * eps, std)
 
 
 Kernel = Callable[[Tensor, Tensor, Schedule, int, float], Transition]
