@@ -8,11 +8,13 @@ underscored names are imported here and in config.py only.
 
 import contextlib
 import copy
+import json
 import os
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
 from diffusers.training_utils import EMAModel, _collate_lora_metadata, cast_training_params
 from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCard, ModelCardData
@@ -37,7 +40,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from .config import DiffusionConfig
-from .policy import denoiser_name, tuner_layers
+from .policy import Policy, PromptMemo, Step, denoiser_name, tuner_layers
 from .sampling import seed_of
 from .teachers import LORA_NAME, STUDENT_ADAPTER
 
@@ -45,6 +48,7 @@ logger = get_logger(__name__)
 
 EMA_NAME = "ema_and_raw_weights.safetensors"
 IMAGES_DIR = "images"
+CHECK_PROMPT = "a photo of a red apple"
 
 
 @contextlib.contextmanager
@@ -77,11 +81,11 @@ def load_student(
         pipeline = model
     else:
         init_kwargs = dict(args.model_init_kwargs or {})
-        if "torch_dtype" not in init_kwargs:
+        if "dtype" not in init_kwargs and "torch_dtype" not in init_kwargs:
             index = DiffusionPipeline.load_config(model, revision=init_kwargs.get("revision"))
             name = next((name for name in ("transformer", "unet") if name in index), "transformer")
             denoiser_dtype = torch.float32 if peft_config is None else args.mixed_dtype
-            init_kwargs["torch_dtype"] = {name: denoiser_dtype, "default": args.mixed_dtype}
+            init_kwargs["dtype"] = {name: denoiser_dtype, "default": args.mixed_dtype}
         with no_zero_init():
             pipeline = DiffusionPipeline.from_pretrained(model, **init_kwargs)
     name = denoiser_name(pipeline)
@@ -154,6 +158,13 @@ class Stopwatch:
         return dict(totals)
 
 
+class _Config(FrozenDict):
+    """A denoiser's config as transformers' tracker callbacks read it."""
+
+    def to_json_string(self) -> str:
+        return json.dumps(self, indent=2, default=str)
+
+
 class _EveryStep(TrainerCallback):
     """Updates the moving average and draws the sample images, before the trainer evaluates or saves."""
 
@@ -188,7 +199,13 @@ class DiffusionTrainer(_BaseTrainer):
         self.denoiser_name = denoiser_name(pipeline)
         model = getattr(pipeline, self.denoiser_name)
         self.trains_lora = bool(tuner_layers(model)) and STUDENT_ADAPTER in model.peft_config
-        if args.gradient_checkpointing:
+        model._internal_dict = _Config(model._internal_dict)
+        if args.activation_checkpointing:
+            if args.activation_checkpointing_kwargs not in (None, {"use_reentrant": False}):
+                raise ValueError(
+                    f"`activation_checkpointing_kwargs={args.activation_checkpointing_kwargs}` is not supported: "
+                    "diffusers checkpoints every block, without re-entrance."
+                )
             # Trainer would call methods that no diffusers model has. Enabled the diffusers way, then hidden from
             # Trainer: `activation_checkpointing` is transformers' other name of the same flag
             model.enable_gradient_checkpointing()
@@ -207,6 +224,12 @@ class DiffusionTrainer(_BaseTrainer):
         for part in pipeline.components.values():  # under DeepSpeed the denoiser too: Trainer leaves it where it is
             if isinstance(part, nn.Module):
                 part.to(device)
+        self.stopwatch = Stopwatch(device)
+        self.memo = PromptMemo(partial(self.stopwatch.section, "encode"))
+        self.student = Policy(pipeline, args.num_inference_steps, args.pipeline_kwargs, self.memo)
+        with self.accelerator.autocast():
+            self._freeze_unused()
+            self._first_step = self.student.self_check(CHECK_PROMPT)[0]
         self.trainable_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.ema = None
         if args.ema_decay is not None:
@@ -215,10 +238,25 @@ class DiffusionTrainer(_BaseTrainer):
             self.ema = EMAModel(self.trainable_parameters, decay=args.ema_decay)
             self.ema.to(device)
         self._ema_is_in_place = False
-        self.stopwatch = Stopwatch(device)
         self._metrics: dict[str, list[Any]] = defaultdict(list)
         self._last_log = (time.perf_counter(), 0)
         self.add_callback(_EveryStep(self))
+
+    def _freeze_unused(self) -> None:
+        """Freezes parameters that no gradient reaches (Qwen-Image's last block has six): DDP would wait for them."""
+
+        def differentiate(step: Step) -> Tensor:
+            step.prediction.float().square().mean().backward()
+            return step.sample
+
+        generator = torch.Generator().manual_seed(0)
+        self.student.rollout([CHECK_PROMPT], [generator], differentiate, num_steps=1)
+        unused = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
+        for name in unused:
+            self.model.get_parameter(name).requires_grad_(False)
+        if unused:
+            logger.warning(f"No gradient reaches {len(unused)} parameters, e.g. {unused[0]}; they stay as they are.")
+        self.model.zero_grad(set_to_none=True)
 
     # Reads `config.model_type`, which a denoiser's config lacks
     def _send_telemetry(self) -> None:

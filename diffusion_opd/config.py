@@ -92,8 +92,8 @@ class DiffusionConfig(_BaseConfig):
     )
 
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate."})
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Recompute activations in the backward pass to save memory."}
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations in the backward pass to save memory."}
     )
     bf16: bool | None = field(
         default=None,

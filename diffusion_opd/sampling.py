@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, Value, concatenate_datasets
 from torch.utils.data import Sampler
 
 PROMPT, TEACHER = "prompt", "teacher_id"
@@ -37,7 +37,10 @@ def routed_dataset(
             With the columns `prompt` and, for more than one teacher, `teacher_id`; or `{teacher id: dataset}`.
         teacher_ids (`Sequence[str]`): In the order of the cycle.
         name (`str`): What to call the dataset in a refusal.
-        need_all (`bool`, *optional*, defaults to `True`): Whether every teacher must have prompts.
+        need_all (`bool`, *optional*, defaults to `True`): Whether every teacher must have prompts, as training wants.
+
+    Returns:
+        A `Dataset`; for streams what [`TaskCycleStream`] takes, with `need_all=False` one stream with both columns.
 
     Raises:
         TypeError: if it is neither.
@@ -49,21 +52,24 @@ def routed_dataset(
         if all(isinstance(part, IterableDataset) for part in parts.values()):
             for key, part in parts.items():
                 _check_columns(_stream_columns(part), [PROMPT], f"{name}[{key!r}]")
-            return parts
+            return parts if need_all else concatenate_datasets([_add_task(part, key) for key, part in parts.items()])
         if not all(isinstance(part, Dataset) for part in parts.values()):
             kinds = {key: type(part).__name__ for key, part in parts.items()}
             raise TypeError(f"the parts of {name} must all be `Dataset`s or all be `IterableDataset`s, got {kinds}.")
         for key, part in parts.items():
             _check_columns(part.column_names, [PROMPT], f"{name}[{key!r}]")
             _check_prompts(part, f"{name}[{key!r}]")
-        routed = [part.select_columns([PROMPT]).add_column(TEACHER, [key] * len(part)) for key, part in parts.items()]
-        return concatenate_datasets(routed)
+        # One type, or parts of other origins (pandas: large_string) cannot be put together
+        texts = {key: part.select_columns([PROMPT]).cast_column(PROMPT, Value("string")) for key, part in parts.items()}
+        return concatenate_datasets([part.add_column(TEACHER, [key] * len(part)) for key, part in texts.items()])
 
     required = [PROMPT] if len(teacher_ids) == 1 else [PROMPT, TEACHER]
     if isinstance(dataset, IterableDataset):
         columns = _stream_columns(dataset)
         _check_columns(columns, required, name)
-        return dataset if TEACHER in columns else {teacher_ids[0]: dataset}
+        if TEACHER in columns:
+            return dataset
+        return {teacher_ids[0]: dataset} if need_all else _add_task(dataset, teacher_ids[0])
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"{name} must be a `Dataset`, an `IterableDataset` or a dict of them, got {type(dataset).__name__}."
@@ -80,6 +86,10 @@ def _stream_columns(dataset: IterableDataset) -> list[str]:
     return dataset.column_names or list(next(iter(dataset), {}))
 
 
+def _add_task(stream: IterableDataset, task: str) -> IterableDataset:
+    return stream.select_columns([PROMPT]).map(lambda example: {TEACHER: task})
+
+
 def _check_columns(given: Sequence[str], required: Sequence[str], name: str) -> None:
     if missing := [column for column in required if column not in given]:
         hint = "; with several teachers it says which one judges a prompt" if missing == [TEACHER] else ""
@@ -90,8 +100,12 @@ def _check_prompts(dataset: Dataset, name: str) -> None:
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty.")
     for row, prompt in enumerate(dataset[PROMPT]):
-        if not isinstance(prompt, str) or not prompt.strip():
+        if not _is_prompt(prompt):
             raise ValueError(f"{name}: the prompt of row {row} must be text that is not empty, got {prompt!r}.")
+
+
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _check_tasks(tasks: Any, teacher_ids: Sequence[str], name: str, need_all: bool) -> None:
@@ -150,7 +164,8 @@ class TaskCycleStream(torch.utils.data.IterableDataset):
     A stream that ends starts again (with the next epoch's shuffle, if it shuffles).
 
     Raises:
-        ValueError: while iterating, if a prompt names no known teacher, or a stream holds no prompt of a task.
+        ValueError: while iterating, if a prompt is no text or names no known teacher, if a stream holds no prompt of a
+            task, or in one of several loader workers, each of which would go through the cycle by itself.
     """
 
     def __init__(
@@ -162,14 +177,24 @@ class TaskCycleStream(torch.utils.data.IterableDataset):
         self.streams, self.teacher_ids, self.batch_size = streams, list(teacher_ids), batch_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise ValueError(
+                f"a streaming dataset cannot be read by {worker.num_workers} workers: the tasks would no longer come "
+                "in turn; set `dataloader_num_workers` to 0 or 1."
+            )
         if isinstance(self.streams, Mapping):
-            sources = {key: _forever(self.streams[key]) for key in self.teacher_ids}
-            examples = {key: ({**example, TEACHER: key} for example in source) for key, source in sources.items()}
+            examples = {key: _forever(self.streams[key]) for key in self.teacher_ids}
         else:
             examples = self._split(self.streams)
         while True:
             for key in self.teacher_ids:
                 for example in islice(examples[key], self.batch_size):
+                    if not _is_prompt(example[PROMPT]):
+                        raise ValueError(
+                            f"a prompt of the stream, for teacher {key!r}, must be text that is not empty, got "
+                            f"{example[PROMPT]!r}."
+                        )
                     yield {PROMPT: example[PROMPT], TEACHER: key}
 
     def _split(self, stream: IterableDataset) -> dict[str, Iterator[dict[str, Any]]]:

@@ -220,7 +220,7 @@ def _denoiser(pipeline: DiffusionPipeline) -> nn.Module:
 def _load_module(teacher: Teacher, cls: type, folder: str, subfolder: str | None, dtype: torch.dtype) -> nn.Module:
     """`from_pretrained` of a diffusers model that refuses what it would only warn about."""
     module, info = cls.from_pretrained(
-        folder, subfolder=subfolder, revision=teacher.revision, torch_dtype=dtype, output_loading_info=True
+        folder, subfolder=subfolder, revision=teacher.revision, dtype=dtype, output_loading_info=True
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := info[kind]:
@@ -246,7 +246,7 @@ def _load_pipeline(teacher: Teacher, dtype: torch.dtype) -> DiffusionPipeline:
     if name is None:
         raise ValueError(f"teacher {teacher.id!r}: {teacher.source!r} has neither a transformer nor a unet.")
     denoiser = _load_module(teacher, getattr(diffusers, index[name][1]), folder, name, dtype)
-    return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, **{name: denoiser}, **where)
+    return DiffusionPipeline.from_pretrained(folder, dtype=dtype, **{name: denoiser}, **where)
 
 
 def _load_denoiser(teacher: Teacher, student: DiffusionPipeline, config: str, dtype: torch.dtype) -> DiffusionPipeline:

@@ -25,9 +25,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 
 from . import objectives
-from .base_trainer import DiffusionTrainer, load_student, no_zero_init
+from .base_trainer import CHECK_PROMPT, DiffusionTrainer, load_student, no_zero_init
 from .config import DiffusionOPDConfig, check_call_kwargs
-from .policy import Policy, PromptMemo, Step, is_flow
+from .policy import Policy, Step, is_flow
 from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, routed_dataset, seed_of
 from .teachers import MANIFEST_NAME, STUDENT_ADAPTER, check_manifest, load_teachers, manifest, name_teachers
 from .transitions import TRANSITIONS
@@ -134,8 +134,6 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                 if isinstance(part, nn.Module):
                     part.to(self.accelerator.device)
         self.loaded_teachers = {teacher.id: teacher for teacher in loaded}
-        self.memo = PromptMemo(partial(self.stopwatch.section, "encode"))
-        self.student = Policy(pipeline, args.num_inference_steps, args.pipeline_kwargs, self.memo)
         self.teachers = {
             teacher.id: Policy(
                 teacher.pipeline,
@@ -167,9 +165,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             )
         self.kernel = partial(TRANSITIONS[name], noise_level=args.noise_level)
 
-        prompt = "a photo of a red apple"
+        step = self._first_step
         with self.accelerator.autocast():
-            step = self.student.self_check(prompt)[0]
             still = [
                 j
                 for j in range(args.num_learnt_steps)
@@ -183,9 +180,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             for key, teacher in self.teachers.items():
                 source = self.loaded_teachers[key].spec.source
                 try:
-                    teacher.self_check(prompt)
+                    teacher.self_check(CHECK_PROMPT)
                     with torch.no_grad():
-                        prediction = teacher.predict(step.sample, step.timestep, [prompt])
+                        prediction = teacher.predict(step.sample, step.timestep, [CHECK_PROMPT])
                 except (RuntimeError, ValueError) as error:
                     raise ValueError(
                         f"teacher {key!r} ({source}) cannot be asked at the student's states of shape "
@@ -211,10 +208,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         model.eval()  # the rollout is a sample of the policy that is trained: no dropout
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        if self._micro_step >= self.args.gradient_accumulation_steps:
-            self._micro_step = 0
-        generators = self._generators(_TRAIN, self.state.global_step, self._micro_step, count=len(inputs))
         prompts, task = [example[PROMPT] for example in inputs], inputs[0][TEACHER]
+        generators = self._generators(len(inputs), _TRAIN, self.state.global_step, *self._place_in_step(task))
         scale = 1 / (self.args.num_learnt_steps * self.current_gradient_accumulation_steps)
         losses = []
 
@@ -284,11 +279,18 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         with stack:
             yield stack.close
 
-    def _generators(self, *numbers: int, count: int) -> list[torch.Generator]:
-        """One generator a sample, by its place in the run: the same in any number of processes, and after a resume."""
-        first = self.accelerator.process_index * count
+    def _place_in_step(self, task: str) -> tuple[int, int]:
+        """Which task, and which of its micro-batches of this optimizer step."""
+        micro_step = self._micro_step % self.args.gradient_accumulation_steps
+        return list(self.teachers).index(task), micro_step // len(self.teachers)
+
+    def _generators(self, count: int, domain: int, step: int, task: int, cycle: int) -> list[torch.Generator]:
+        """One generator a sample, by its place among its task's samples of the step: the same however a step's samples
+        are split over processes and micro-batches, and after a resume."""
+        first = (cycle * self.accelerator.num_processes + self.accelerator.process_index) * count
         return [
-            torch.Generator().manual_seed(seed_of(self.args.seed, *numbers, first + index)) for index in range(count)
+            torch.Generator().manual_seed(seed_of(self.args.seed, domain, step, task, first + index))
+            for index in range(count)
         ]
 
     # Evaluation: the same rollouts and divergences, without learning
@@ -306,7 +308,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         rows = []
         for number, batch in enumerate(dataloader):
             # A batch of an eval dataset may hold several tasks; a rollout holds one
-            generators = self._generators(_EVAL, number, count=len(batch))
+            generators = self._generators(len(batch), _EVAL, number, 0, 0)
             results = torch.zeros(len(batch), 3, device=self.accelerator.device)
             for task in sorted({example[TEACHER] for example in batch}):
                 chosen = [index for index, example in enumerate(batch) if example[TEACHER] == task]
@@ -373,6 +375,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if resume_from_checkpoint is not None:
             check_manifest(resume_from_checkpoint, self.loaded_teachers.values())
+        self._micro_step = 0
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     @property

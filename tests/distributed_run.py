@@ -1,0 +1,103 @@
+"""One small OPD run in however many processes it is started with; rank 0 writes what it saw as JSON.
+
+Started by test_distributed.py: `torchrun ... distributed_run.py OUT --engine ddp --batch 2 --mode lora`.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from tests import conftest  # noqa: F401  (no network, one thread)
+
+parser = argparse.ArgumentParser()
+parser.add_argument("out", type=Path)
+parser.add_argument("--engine", choices=["none", "ddp", "zero2"], default="none")
+parser.add_argument("--batch", type=int, required=True)
+parser.add_argument("--mode", choices=["lora", "full"], default="lora")
+parser.add_argument("--family", default="sd3")
+parser.add_argument("--transition", default="ode")
+options = parser.parse_args()
+if options.engine == "zero2":
+    os.environ["DS_ACCELERATOR"] = "cpu"
+
+import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from peft import LoraConfig  # noqa: E402
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+
+from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer  # noqa: E402
+from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS  # noqa: E402
+
+counts = {"all_reduces": 0, "engine_steps": 0}
+
+
+class Count(TrainerCallback):
+    """Counts what goes over the wire, at the engine itself."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        wrapped = trainer.model_wrapped
+        if options.engine == "ddp":
+
+            def hook(group, bucket):
+                counts["all_reduces"] += 1
+                return allreduce_hook(group, bucket)
+
+            wrapped.register_comm_hook(None, hook)
+        if options.engine == "zero2":
+            step = wrapped.step
+
+            def counted(*args, **kwargs):
+                counts["engine_steps"] += 1
+                return step(*args, **kwargs)
+
+            wrapped.step = counted
+
+
+args = DiffusionOPDConfig(
+    str(options.out / "run"),
+    per_device_train_batch_size=options.batch,
+    max_steps=3,
+    logging_steps=1,
+    save_steps=3,
+    report_to="none",
+    learning_rate=1e-3,
+    max_grad_norm=1.0,
+    num_inference_steps=4,
+    transition=options.transition,
+    call_kwargs=CALL[options.family],
+    disable_tqdm=True,
+    image_steps=0,
+    use_cpu=options.engine != "zero2",
+    ddp_backend="gloo" if options.engine == "zero2" else None,
+)
+prompts = {task: Dataset.from_dict({"prompt": [f"{task} {i}" for i in range(12)]}) for task in ("a", "b")}
+trainer = DiffusionOPDTrainer(
+    BUILDERS[options.family](0),
+    {"a": BUILDERS[options.family](1), "b": BUILDERS[options.family](2)},
+    args,
+    train_dataset=prompts,
+    callbacks=[Count()],
+    peft_config=LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+    if options.mode == "lora"
+    else None,
+)
+trainer.train()
+
+weights = torch.cat([p.detach().float().flatten() for p in trainer.trainable_parameters])
+everyone = trainer.accelerator.gather(weights[None])
+history = [entry for entry in trainer.state.log_history if "loss" in entry]
+if trainer.is_world_process_zero():
+    result = {
+        "distributed_type": str(trainer.accelerator.distributed_type),
+        "num_processes": trainer.accelerator.num_processes,
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "losses": [entry["loss"] for entry in history],
+        "kl_a": [entry["kl/a"] for entry in history],
+        "grad_norms": [entry["grad_norm"] for entry in history],
+        "weights": weights.tolist(),
+        "ranks_agree": bool((everyone == everyone[0]).all()),
+        **counts,
+    }
+    (options.out / "result.json").write_text(json.dumps(result))

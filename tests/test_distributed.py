@@ -1,0 +1,63 @@
+"""Two processes give what one gives: same losses, gradients and weights, and gradients cross the wire once a step."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("distributed_run.py")
+
+
+def run(out: Path, *options: str, processes: int = 1, launcher: list[str] | None = None) -> dict:
+    out.mkdir()
+    command = [sys.executable, str(SCRIPT)]
+    if processes > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [*(launcher or torchrun), str(SCRIPT)]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+    done = subprocess.run([*command, str(out), *options], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return json.loads((out / "result.json").read_text())
+
+
+def assert_same_run(one: dict, two: dict, tolerance: float = 2e-5) -> None:
+    for key in ("losses", "kl_a", "grad_norms"):
+        assert two[key] == pytest.approx(one[key], rel=1e-4), key
+    # Adam divides by the gradient's own size, so float32 noise of a tiny gradient is not tiny in the weights
+    a, b = torch.tensor(one["weights"]), torch.tensor(two["weights"])
+    assert (a - b).norm() / a.norm() < tolerance
+    assert two["ranks_agree"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "family", "transition"),
+    [("lora", "sd3", "flow_sde"), ("full", "sd3", "ode"), ("lora", "wan", "ode"), ("full", "qwenimage", "ode")],
+)
+def test_ddp_equals_one_process(tmp_path, mode, family, transition):
+    options = ["--mode", mode, "--family", family, "--transition", transition]
+    one = run(tmp_path / "one", "--batch", "4", *options)
+    two = run(tmp_path / "two", "--batch", "2", "--engine", "ddp", *options, processes=2)
+    assert (two["wrapper"], two["num_processes"]) == ("DistributedDataParallel", 2)
+    assert "MULTI_CPU" in two["distributed_type"]
+    assert_same_run(one, two)
+    # 2 tasks x 3 learnt steps = 6 backward passes an optimizer step, and one synchronisation (a tiny model is one bucket)
+    assert two["all_reduces"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_zero2_equals_one_process(tmp_path, mode):
+    pytest.importorskip("deepspeed")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--zero_stage", "2"]
+    launcher += ["--num_processes", "2", "--mixed_precision", "no", "--num_machines", "1", "--dynamo_backend", "no"]
+    one = run(tmp_path / "one", "--batch", "4", "--mode", mode)
+    two = run(tmp_path / "two", "--batch", "2", "--engine", "zero2", "--mode", mode, processes=2, launcher=launcher)
+    assert (two["wrapper"], two["num_processes"]) == ("DeepSpeedEngine", 2)
+    assert "DEEPSPEED" in two["distributed_type"]
+    assert_same_run(one, two)
+    assert two["engine_steps"] == 3

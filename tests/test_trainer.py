@@ -1,0 +1,588 @@
+"""The trainer as its users meet it, on a tiny SD3 (and others where a family matters). What transformers' and TRL's
+trainers would get silently wrong for a diffusers model has a test each."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from diffusers import DDIMScheduler, DiffusionPipeline, SD3Transformer2DModel
+from huggingface_hub import ModelCard
+from peft import LoraConfig
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerCallback
+
+from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, Teacher
+from diffusion_opd.base_trainer import EMA_NAME
+from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS, denoiser
+
+PROMPTS = [f"prompt number {i}" for i in range(12)]
+DATA = Dataset.from_dict({"prompt": PROMPTS, "teacher_id": ["a", "b"] * 6, "unused": list(range(12))})
+
+
+def lora(**kwargs) -> LoraConfig:
+    defaults = dict(r=4, lora_alpha=16, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+    return LoraConfig(**(defaults | kwargs))
+
+
+def config(out, family: str = "sd3", **kwargs) -> DiffusionOPDConfig:
+    defaults = dict(
+        per_device_train_batch_size=2,
+        max_steps=2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        num_inference_steps=4,
+        call_kwargs=dict(CALL[family]),
+        learning_rate=1e-2,
+        disable_tqdm=True,
+        image_steps=0,
+    )
+    return DiffusionOPDConfig(str(out), **(defaults | kwargs))
+
+
+def trainer_of(
+    out, family: str = "sd3", peft_config=None, full: bool = False, data=DATA, **kwargs
+) -> DiffusionOPDTrainer:
+    extra = {key: kwargs.pop(key) for key in ("eval_dataset", "callbacks", "optimizers", "teachers") if key in kwargs}
+    teachers = extra.pop("teachers", None) or {"a": BUILDERS[family](1), "b": BUILDERS[family](2)}
+    return DiffusionOPDTrainer(
+        BUILDERS[family](0),
+        teachers,
+        config(out, family, **kwargs),
+        train_dataset=data,
+        peft_config=None if full else peft_config or lora(),
+        **extra,
+    )
+
+
+def trained(trainer: DiffusionOPDTrainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.trainable_parameters])
+
+
+def history(trainer: DiffusionOPDTrainer, key: str) -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def latents(pipeline: DiffusionPipeline, family: str = "sd3") -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        return pipeline(
+            prompt=["a fox"], num_inference_steps=2, output_type="latent", generator=generator, **CALL[family]
+        )[0]
+
+
+# What is learnt
+
+
+def test_first_loss_is_the_papers(tmp_path):
+    """Eq. 12 written down again: the plain pipeline rolls out (its own Euler steps are the ODE's), the teacher's plain
+    pipeline is asked at each visited state, and the loss is the mean of `|dt (v_S - v_T)|^2 / 2`."""
+    seeds = []
+
+    class Spy(DiffusionOPDTrainer):
+        def _generators(self, *args):
+            generators = super()._generators(*args)
+            seeds.append([g.initial_seed() for g in generators])
+            return generators
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            batches.append(inputs)
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    batches = []
+    teachers = {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)}
+    trainer = Spy(
+        BUILDERS["sd3"](0), dict(teachers), config(tmp_path, max_steps=1), train_dataset=DATA, peft_config=lora()
+    )
+    trainer.train()
+
+    losses = []
+    for batch, batch_seeds in zip(batches, seeds, strict=True):
+        teacher, visited = teachers[batch[0]["teacher_id"]], []
+        student = BUILDERS["sd3"](0)
+
+        def spy(step, visited=visited):
+            def recording(model_output, t, x, **kwargs):
+                visited.append((x, t, model_output))
+                return step(model_output, t, x, **kwargs)
+
+            return recording
+
+        student.scheduler.step = spy(student.scheduler.step)
+        with torch.no_grad():
+            student(
+                prompt=[example["prompt"] for example in batch],
+                num_inference_steps=4,
+                output_type="latent",
+                generator=[torch.Generator().manual_seed(seed) for seed in batch_seeds],
+                **CALL["sd3"],
+            )
+            for index, (sample, timestep, prediction) in enumerate(visited[:3]):
+                target = guided_by_hand(teacher, sample, timestep, [example["prompt"] for example in batch])
+                dt = student.scheduler.sigmas[index + 1] - student.scheduler.sigmas[index]
+                losses.append((dt * (prediction - target)).square().mean() / 2)
+    assert history(trainer, "loss")[0] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+
+
+def guided_by_hand(pipeline, sample, timestep, prompts):
+    """SD3's classifier-free guidance, without any pipeline."""
+    texts = {"prompt": prompts, "prompt_2": None, "prompt_3": None, "max_sequence_length": 256}
+    if "max_sequence_length" in CALL["sd3"]:
+        texts["max_sequence_length"] = CALL["sd3"]["max_sequence_length"]
+    positive, negative, pooled, negative_pooled = pipeline.encode_prompt(**texts, do_classifier_free_guidance=True)
+    predictions = [
+        pipeline.transformer(
+            hidden_states=sample,
+            timestep=timestep.expand(len(prompts)),
+            encoder_hidden_states=embeddings,
+            pooled_projections=pool,
+            return_dict=False,
+        )[0]
+        for embeddings, pool in ((positive, pooled), (negative, negative_pooled))
+    ]
+    return predictions[1] + CALL["sd3"]["guidance_scale"] * (predictions[0] - predictions[1])
+
+
+def test_student_comes_closer_to_every_teacher(tmp_path):
+    trainer = trainer_of(
+        tmp_path, full=True, max_steps=12, learning_rate=3e-3, eval_dataset=DATA, num_inference_steps=3
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    for key in ("eval_kl/a", "eval_kl/b"):
+        assert after[key] < 0.7 * before[key]
+
+
+@pytest.mark.parametrize(
+    ("transition", "objective"),
+    [("flow_sde", "kl"), ("dance_sde", "kl"), ("cps", "kl"), ("ode", "velocity"), ("flow_sde", "policy_gradient")],
+)
+def test_every_combination_trains(tmp_path, transition, objective):
+    trainer = trainer_of(tmp_path, transition=transition, objective=objective)
+    before = trained(trainer).clone()
+    trainer.train()
+    assert all(math.isfinite(loss) and loss > 0 for loss in history(trainer, "loss"))
+    assert not torch.equal(trained(trainer), before)
+
+
+@pytest.mark.parametrize("noise_level", [0.0, 0.6])
+def test_vp_models_train_under_ddim(tmp_path, noise_level):
+    trainer = trainer_of(tmp_path, "sd15", transition="ddim", noise_level=noise_level)
+    trainer.train()
+    assert all(math.isfinite(loss) and loss > 0 for loss in history(trainer, "loss"))
+
+
+def test_objective_that_does_not_fit_the_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'flow_sde'.*VP model"):
+        trainer_of(tmp_path, "sd15", transition="flow_sde")
+    with pytest.raises(ValueError, match="'ddim'.*flow-matching"):
+        trainer_of(tmp_path, transition="ddim")
+    pipe = BUILDERS["sd15"](0)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=True)
+    with pytest.raises(ValueError, match="step 4 of 4 has zero std.*timestep_fraction"):
+        DiffusionOPDTrainer(
+            pipe,
+            BUILDERS["sd15"](1),
+            config(tmp_path, "sd15", transition="ddim", noise_level=0.5, timestep_fraction=1.0),
+            train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+            peft_config=lora(),
+        )
+
+
+def test_teacher_equal_to_the_base_is_warned_about_and_teaches_nothing(tmp_path, caplog):
+    data = Dataset.from_dict({"prompt": PROMPTS})
+    logging.getLogger("diffusion_opd").propagate = True
+    with caplog.at_level(logging.WARNING):
+        trainer = trainer_of(tmp_path, teachers=BUILDERS["sd3"](0), data=data)
+    assert "nothing to learn" in caplog.text
+    trainer.train()
+    assert history(trainer, "loss") == [0.0, 0.0]
+
+
+def test_dropout_is_warned_about(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer_of(tmp_path, peft_config=lora(lora_dropout=0.1))
+    assert "lora_dropout=0.1 has no effect" in caplog.text
+
+
+# What an optimizer step sees
+
+
+def test_split_of_a_step_does_not_matter(tmp_path):
+    """Two micro-batches a task of two samples are one micro-batch of four."""
+    runs = []
+    for batch, accumulation in ((4, 2), (2, 4)):
+        trainer = trainer_of(
+            tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, transition="flow_sde"
+        )
+        trainer.train()
+        runs.append((history(trainer, "loss"), history(trainer, "grad_norm"), trained(trainer)))
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-4)
+    assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-4)
+    assert torch.allclose(runs[0][2], runs[1][2], atol=1e-4)
+
+
+def test_every_step_sees_every_task(tmp_path):
+    seen = []
+
+    class Spy(DiffusionOPDTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            seen.append((self.state.global_step, {example["teacher_id"] for example in inputs}, list(inputs[0])))
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    trainer = Spy(
+        BUILDERS["sd3"](0),
+        {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)},
+        config(tmp_path, max_steps=-1, num_train_epochs=1, num_inference_steps=1),
+        train_dataset=DATA,
+        peft_config=lora(),
+    )
+    assert trainer.args.gradient_accumulation_steps == 2
+    trainer.train()
+    assert [(step, tasks) for step, tasks, _ in seen] == [(i // 2, {"ab"[i % 2]}) for i in range(6)]
+    assert seen[0][2] == ["prompt", "teacher_id"]  # Trainer would have dropped the prompt
+    assert trainer.state.global_step == 3 and trainer.state.epoch == 1
+
+
+def test_accumulation_that_splits_a_cycle_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=3.*2 teachers.*use 4"):
+        trainer_of(tmp_path, gradient_accumulation_steps=3)
+
+
+def test_gradient_is_clipped_and_callbacks_and_optimizers_are_used(tmp_path):
+    steps = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+            steps.append(torch.stack(norms).norm().item())
+
+    pipe = BUILDERS["sd3"](0)
+    args = config(tmp_path, max_grad_norm=1e-3, learning_rate=0.5)
+    trainer = DiffusionOPDTrainer(
+        pipe,
+        {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)},
+        args,
+        train_dataset=DATA,
+        callbacks=[Watch()],
+        peft_config=lora(),
+    )
+    trainer.optimizer = torch.optim.SGD(trainer.trainable_parameters, lr=0.5)
+    before = trained(trainer).clone()
+    trainer.train()
+    assert steps == pytest.approx([1e-3, 1e-3], rel=1e-3)
+    assert (trained(trainer) - before).norm() <= 0.5 * 2e-3
+
+
+# Precision and memory
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path):
+    runs = []
+    for checkpointing in (False, True):
+        trainer = trainer_of(tmp_path, activation_checkpointing=checkpointing)
+        trainer.train()
+        assert trainer.model.is_gradient_checkpointing == checkpointing
+        runs.append((history(trainer, "loss"), trained(trainer)))
+    assert runs[0][0] == runs[1][0]
+    assert torch.equal(runs[0][1], runs[1][1])
+
+
+def test_checkpointing_with_lora_teachers_recomputes_under_the_student(tmp_path):
+    """The recomputation runs after the teacher's adapter was active: it must run under the student's."""
+    base = BUILDERS["sd3"](0)
+    for name, seed in (("a", 1), ("b", 2)):
+        pipe = BUILDERS["sd3"](0)
+        torch.manual_seed(seed)
+        pipe.transformer.add_adapter(lora(r=2 + seed, init_lora_weights=False))
+        save_lora(pipe, tmp_path / name)
+    base.save_pretrained(tmp_path / "base")
+    runs = []
+    for checkpointing in (False, True):
+        trainer = DiffusionOPDTrainer(
+            str(tmp_path / "base"),
+            {"a": str(tmp_path / "a"), "b": str(tmp_path / "b")},
+            config(tmp_path / "out", activation_checkpointing=checkpointing),
+            train_dataset=DATA,
+            peft_config=lora(),
+        )
+        trainer.train()
+        runs.append(trained(trainer))
+    assert torch.equal(runs[0], runs[1])
+
+
+def save_lora(pipe: DiffusionPipeline, folder: Path) -> None:
+    pipe.transformer.save_lora_adapter(folder, weight_name="pytorch_lora_weights.safetensors")
+    path = folder / "pytorch_lora_weights.safetensors"
+    from peft import get_peft_model_state_dict
+
+    path.unlink()
+    type(pipe).save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
+        transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
+    )
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_bf16(tmp_path, full):
+    """Frozen modules in bf16, trainable ones in float32, loss in float32, and a pipeline that is ready to use."""
+    BUILDERS["sd3"](0).save_pretrained(tmp_path / "base")
+    BUILDERS["sd3"](1).save_pretrained(tmp_path / "teacher")
+    trainer = DiffusionOPDTrainer(
+        str(tmp_path / "base"),
+        str(tmp_path / "teacher"),
+        config(tmp_path / "out", bf16=True),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        peft_config=None if full else lora(),
+    )
+    trainer.train()
+    assert {p.dtype for p in trainer.trainable_parameters} == {torch.float32}
+    frozen = {p.dtype for p in trainer.pipeline.transformer.parameters() if not p.requires_grad}
+    assert frozen <= {torch.bfloat16} and trainer.pipeline.text_encoder.dtype == torch.bfloat16
+    assert all(p.dtype == torch.bfloat16 for p in denoiser(trainer.loaded_teachers["teacher"].pipeline).parameters())
+    assert all(math.isfinite(loss) and loss > 0 for loss in history(trainer, "loss"))
+    assert torch.isfinite(latents(trainer.pipeline)).all()
+
+
+# Saving and loading
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_saved_student_is_the_student_in_plain_diffusers(tmp_path, full):
+    trainer = trainer_of(tmp_path, full=full, learning_rate=5e-2)
+    trainer.train()
+    trainer.save_model()
+    if full:
+        fresh = DiffusionPipeline.from_pretrained(tmp_path)
+    else:
+        fresh = BUILDERS["sd3"](0)
+        fresh.load_lora_weights(str(tmp_path), weight_name="pytorch_lora_weights.safetensors")  # alpha is not rank here
+    student, untrained = latents(trainer.pipeline), latents(BUILDERS["sd3"](0))
+    assert torch.equal(latents(fresh), student)
+    assert not torch.allclose(student, untrained, atol=1e-3)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("full", "ema"), [(False, None), (True, None), (False, 0.8), (True, 0.8)])
+def test_resume_is_exact(tmp_path, full, ema):
+    settings = dict(full=full, ema_decay=ema, ema_update_every=2, max_steps=4, save_strategy="steps", save_steps=3)
+    undisturbed = trainer_of(tmp_path / "a", transition="flow_sde", **settings)
+    undisturbed.train()
+    resumed = trainer_of(tmp_path / "b", transition="flow_sde", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert torch.equal(trained(undisturbed), trained(resumed))
+    assert history(undisturbed, "loss")[-1] == history(resumed, "loss")[-1]
+    if ema:
+        assert all(
+            torch.equal(a, b) for a, b in zip(undisturbed.ema.shadow_params, resumed.ema.shadow_params, strict=True)
+        )
+
+
+def test_resume_with_other_teachers_is_refused(tmp_path):
+    trainer_of(tmp_path, save_strategy="steps", save_steps=1).train()
+    manifest = json.loads((tmp_path / "checkpoint-1" / "teacher_manifest.json").read_text())
+    assert [entry["id"] for entry in manifest["teachers"]] == ["a", "b"]
+    other = trainer_of(tmp_path, teachers={"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](5)})
+    with pytest.raises(ValueError, match="teacher 'b' has other weights"):
+        other.train(resume_from_checkpoint=True)
+    swapped = trainer_of(tmp_path, teachers={"b": BUILDERS["sd3"](2), "a": BUILDERS["sd3"](1)})
+    with pytest.raises(ValueError, match="learnt from the teachers \\['a', 'b'\\]"):
+        swapped.train(resume_from_checkpoint=True)
+
+
+def test_checkpoint_of_another_student_is_refused(tmp_path):
+    trainer_of(tmp_path, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ValueError, match="does not hold this student"):
+        trainer_of(tmp_path, peft_config=lora(r=8)).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+@pytest.mark.parametrize("greater_is_better", [True, False])
+def test_best_model_is_loaded(tmp_path, greater_is_better, ema):
+    """Trainer only warns and keeps the last weights."""
+    trainer = trainer_of(
+        tmp_path,
+        eval_dataset=DATA.select(range(4)),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=3,
+        load_best_model_at_end=True,
+        metric_for_best_model="kl",
+        greater_is_better=greater_is_better,
+        learning_rate=3e-2,
+        ema_decay=ema,
+        ema_update_every=1,
+    )
+    trainer.train()
+    values = history(trainer, "eval_kl")
+    best = values.index(max(values) if greater_is_better else min(values)) + 1
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    saved = load_file(tmp_path / f"checkpoint-{best}" / "pytorch_lora_weights.safetensors")
+    trainer.save_model()
+    now = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert saved.keys() == now.keys() and all(torch.equal(saved[key], now[key]) for key in saved)
+    assert trainer.evaluate()["eval_kl"] == pytest.approx(values[best - 1], rel=1e-5)
+
+
+def test_full_checkpoint_holds_the_denoiser_alone(tmp_path):
+    trainer = trainer_of(tmp_path, full=True, save_strategy="steps", save_steps=2)
+    trainer.train()
+    folder = tmp_path / "checkpoint-2"
+    assert not (folder / "vae").exists() and not (folder / "model.safetensors").exists()
+    saved = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer").state_dict()
+    assert all(torch.equal(saved[key], value) for key, value in trainer.model.state_dict().items())
+
+
+# The moving average
+
+
+def test_ema(tmp_path):
+    """`save_model`, `trainer.pipeline` and evaluation carry the average; a checkpoint holds both."""
+    weights = []
+
+    class Record(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            weights.append(trained(trainer).clone())
+
+    trainer = trainer_of(
+        tmp_path,
+        ema_decay=0.9,
+        ema_update_every=2,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=6,
+        callbacks=[Record()],
+    )
+    average = trained(trainer).clone()
+    trainer.train()
+    for n, current in enumerate(weights[1::2], start=1):
+        decay = 0.0 if n == 1 else min(0.9, n / (9 + n))  # diffusers' warm-up, (1 + m) / (10 + m) with m = n - 1
+        average = decay * average + (1 - decay) * current
+    assert torch.allclose(trained(trainer), average, atol=1e-6)
+    state = load_file(tmp_path / "checkpoint-6" / EMA_NAME)
+    raw = torch.cat([state[f"raw.{i}"].flatten() for i in range(len(trainer.trainable_parameters))])
+    assert torch.equal(raw, weights[-1]) and not torch.equal(raw, trained(trainer))
+    checkpoint = load_file(tmp_path / "checkpoint-6" / "pytorch_lora_weights.safetensors")
+    trainer.save_model()
+    final = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(checkpoint[key], final[key]) for key in final)
+
+
+# Evaluation, metrics, images, card
+
+
+def test_evaluation_is_repeatable_and_leaves_no_trace(tmp_path):
+    trainer = trainer_of(
+        tmp_path, eval_dataset=DATA.select(range(5)), per_device_eval_batch_size=3, transition="flow_sde"
+    )
+    before = trained(trainer).clone()
+    first, second = trainer.evaluate(), trainer.evaluate()
+    for key in ("eval_loss", "eval_kl", "eval_kl/a", "eval_kl/b"):
+        assert first[key] == second[key] > 0
+    mean = (3 * first["eval_kl/a"] + 2 * first["eval_kl/b"]) / 5
+    assert first["eval_kl"] == pytest.approx(mean, rel=1e-5)
+    assert torch.equal(trained(trainer), before)
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_metrics(tmp_path):
+    trainer = trainer_of(tmp_path, transition="flow_sde", objective="velocity")
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    expected = {"loss", "kl", "grad_norm", "learning_rate", "steps_per_second", "samples_per_second"}
+    expected |= {f"kl/{t}" for t in "ab"} | {f"loss/{t}" for t in "ab"}
+    expected |= {f"kl_step/{j}" for j in range(3)} | {f"loss_step/{j}" for j in range(3)}
+    expected |= {"time/teacher", "time/student", "time/encode"}
+    assert expected <= entry.keys()
+    assert entry["loss"] == pytest.approx((entry["loss/a"] + entry["loss/b"]) / 2, rel=1e-5)
+    assert entry["kl"] == pytest.approx(sum(entry[f"kl_step/{j}"] for j in range(3)) / 3, rel=1e-5)
+    times = sum(value for key, value in entry.items() if key.startswith("time/"))
+    assert times <= 1.05 / entry["steps_per_second"]
+
+
+def test_images_and_trackers(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    trainer = trainer_of(
+        tmp_path, image_steps=2, max_steps=4, report_to="tensorboard", image_prompts=["a fox", "two birds"]
+    )
+    trainer.train()
+    folders = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert folders == ["step_000002", "step_000004"]
+    last = Image.open(tmp_path / "images" / "step_000004" / "01.png")
+    assert last.size == (CALL["sd3"]["width"], CALL["sd3"]["height"])
+    again = trainer.sample_images(["a fox", "two birds"])
+    assert again[1].tobytes() == last.tobytes()
+    logs = EventAccumulator(str(next((tmp_path / "logs").rglob("events*")).parent))
+    logs.Reload()
+    assert [event.step for event in logs.Images("samples")] == [2, 4]
+    assert "train/kl/a" in logs.Tags()["scalars"]
+
+
+def test_video_images(tmp_path):
+    trainer = trainer_of(tmp_path, "wan", full=True, max_steps=1, image_steps=None)
+    trainer.train()
+    assert len(list((tmp_path / "images" / "step_000001").glob("*.png"))) == 4
+
+
+def test_card(tmp_path):
+    trainer = trainer_of(tmp_path, image_steps=None, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.create_model_card(dataset_name="me/prompts", tags="mine")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "diffusers" and card.data.datasets == "me/prompts"
+    assert {"diffusion-opd", "trl", "lora", "mine"} <= set(card.data.tags)
+    assert [item["text"] for item in card.data.widget] == trainer.image_prompts
+    assert all((tmp_path / item["output"]["url"]).is_file() for item in card.data.widget)
+    for text in (
+        "<Gallery />",
+        "load_lora_weights",
+        "2605.15055",
+        "| `a` |",
+        "`transition` | ode",
+        "max_sequence_length",
+    ):
+        assert text in card.text
+
+
+# Data
+
+
+def stream(task: str) -> IterableDataset:
+    return Dataset.from_dict({"prompt": [f"{task} {i}" for i in range(5)]}).to_iterable_dataset()
+
+
+def test_streaming_trains_and_resumes(tmp_path):
+    settings = dict(max_steps=4, save_strategy="steps", save_steps=2)
+    data = {"a": stream("a"), "b": stream("b")}
+    undisturbed = trainer_of(tmp_path / "a", data=data, **settings)
+    undisturbed.train()
+    resumed = trainer_of(tmp_path / "b", data=data, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert torch.equal(trained(undisturbed), trained(resumed))
+
+
+def test_bare_defaults_run_on_a_laptop(tmp_path, monkeypatch):
+    """No `use_cpu=True, bf16=False` to know about; prompts and one teacher are enough."""
+    monkeypatch.chdir(tmp_path)
+    trainer = DiffusionOPDTrainer(
+        BUILDERS["sd3"](0),
+        Teacher(BUILDERS["sd3"](1), call_kwargs={"guidance_scale": 1.0}),
+        DiffusionOPDConfig("out", max_steps=1, num_inference_steps=2, call_kwargs=CALL["sd3"], report_to="none"),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        peft_config=lora(),
+    )
+    trainer.train()
+    assert history(trainer, "kl") == [] or math.isfinite(history(trainer, "kl")[0])
+    assert trainer.teachers["teacher"].call_kwargs["guidance_scale"] == 1.0
