@@ -215,7 +215,10 @@ class PromptMemo:
         bound.apply_defaults()
         key = (encode_prompt, encoders, _content(bound.arguments))
         if key not in self._store:
-            with torch.no_grad(), self._timing():
+            # Encoders run in their own dtype also inside a party's mixed precision: what is shared must not depend on
+            # who asks
+            own_dtype = torch.autocast(pipeline._execution_device.type, enabled=False)
+            with torch.no_grad(), own_dtype, self._timing():
                 # The arguments stay alive with their entry: an object that is known by its id keeps it
                 self._store[key] = encode_prompt(pipeline, *args, **kwargs), bound
             self.num_encodings += 1

@@ -241,7 +241,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Student and teacher at one visited state: the objective and the KL of each sample, and the student's next
         state."""
-        with torch.no_grad(), self.stopwatch.section("teacher"):
+        # A loaded pipeline keeps its dtype; the student's states may have another
+        with torch.no_grad(), self.stopwatch.section("teacher"), self.accelerator.autocast():
             target = self.teachers[task].predict(step.sample, step.timestep, prompts)
         student = self.kernel(step.sample, step.prediction, step.schedule, step.index)
         teacher = self.kernel(step.sample, target, step.schedule, step.index)
@@ -338,7 +339,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             kls.append(kl)
             return next_state
 
-        self.student.rollout(prompts, generators, watch, self.args.num_learnt_steps)
+        with self.accelerator.autocast():  # before the first `train()` the denoiser is not wrapped in it
+            self.student.rollout(prompts, generators, watch, self.args.num_learnt_steps)
         self.memo.clear()
         return torch.stack(losses).mean(0), torch.stack(kls).mean(0)
 
