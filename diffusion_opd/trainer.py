@@ -354,13 +354,20 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TaskCycleSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return TaskCycleSampler(
+        self._train_sampler = TaskCycleSampler(
             dataset[TEACHER],
             list(self.teachers),
             self._global_batch_size,
             cycles=self.args.gradient_accumulation_steps // len(self.teachers),
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
+        return self._train_sampler
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        # In several processes accelerate does not reach the sampler of an epoch that is resumed in its middle
+        if isinstance(self.train_dataset, Dataset):
+            self._train_sampler.set_epoch(epoch)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     @property
     def _global_batch_size(self) -> int:
