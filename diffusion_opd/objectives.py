@@ -40,7 +40,8 @@ def policy_gradient(kl: Tensor, student: Transition, next_sample: Tensor) -> Ten
     """PPO-style surrogate (paper, Eq. 16-23), shape `[batch]`, for comparison with the closed form.
 
     The advantage of a step is minus its own KL and keeps its gradient: `grad(rho KL) = grad KL + KL grad log pi`, the
-    second term has mean zero and is pure noise. The rollout policy is the current one, so `rho` is 1 in value and
+    second term has mean zero and is pure noise. As in Flow-GRPO `rho` is the ratio of averaged log-densities, which
+    divides that noise by the number of elements. The rollout policy is the current one, so `rho` is 1 in value and
     clipping it is the identity, in value and in gradient. Undefined for a deterministic step.
     """
     log_probability = log_prob(student, next_sample.detach())
