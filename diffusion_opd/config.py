@@ -108,15 +108,25 @@ class DiffusionConfig(_BaseConfig):
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
         self.call_kwargs = self.call_kwargs or {}
+        for name in ("call_kwargs", "model_init_kwargs"):
+            if not isinstance(getattr(self, name), (dict, type(None))):
+                raise ValueError(f"`{name}` must be a dict, or JSON of one, got {getattr(self, name)!r}.")
         check_call_kwargs(
             self.call_kwargs, {k: getattr(self, k) for k in ("guidance_scale", "height", "width")}, type(self).__name__
         )
-        if self.num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` must be at least 1, got {self.num_inference_steps}.")
+        for name in "num_inference_steps height width ema_update_every image_num_inference_steps".split():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1) or None (off), got {self.ema_decay}.")
-        if self.ema_update_every < 1:
-            raise ValueError(f"`ema_update_every` must be at least 1, got {self.ema_update_every}.")
+        if self.accelerator_config.split_batches:
+            raise ValueError(
+                "`accelerator_config={'split_batches': True}` would split a task's batch over the processes; leave it "
+                "out: `per_device_train_batch_size` is the batch of one process."
+            )
+        # Every process reads a stream and takes its share: a batch of text cannot be sliced and sent by one of them
+        self.accelerator_config.dispatch_batches = False
         if self.image_steps is not None and self.image_steps < 0:
             raise ValueError(f"`image_steps` must be at least 0 (never) or None (at the end), got {self.image_steps}.")
 
@@ -177,7 +187,7 @@ class DiffusionOPDConfig(DiffusionConfig):
             raise ValueError(f"`timestep_fraction` must be in (0, 1], got {self.timestep_fraction}.")
         if self.noise_level is None:
             self.noise_level = 0.0 if self.transition in ("ode", "ddim") else 0.7
-        if self.noise_level < 0 or (self.transition in ("cps", "ddim") and self.noise_level > 1):
+        if not self.noise_level >= 0 or (self.transition in ("cps", "ddim") and self.noise_level > 1):
             raise ValueError(
                 f"`noise_level` must be at least 0, and at most 1 for 'cps' and 'ddim'; got {self.noise_level} "
                 f"for {self.transition!r}."

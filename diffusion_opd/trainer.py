@@ -113,9 +113,6 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         if eval_dataset is not None:
             eval_dataset = routed_dataset(eval_dataset, ids, "eval_dataset", need_all=False)
         _set_accumulation(args, ids)
-        if not isinstance(train_dataset, (Dataset, type(None))):
-            # Every process reads the stream and takes its share; dispatching from one process cannot slice text
-            args.accelerator_config.dispatch_batches = False
 
         set_seed(args.seed)
         pipeline = load_student(model, args, peft_config)

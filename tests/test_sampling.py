@@ -14,7 +14,9 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from datasets import Dataset, DatasetDict, IterableDataset
 from torch.utils.data import DataLoader
 
+from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
 from diffusion_opd.sampling import TaskCycleSampler, TaskCycleStream, routed_dataset, seed_of
+from tests.tiny_pipelines import BUILDERS, CALL
 
 IDS = ["aes", "ocr", "geneval"]
 TASKS = ["aes"] * 7 + ["ocr"] * 3 + ["geneval"] * 5
@@ -286,6 +288,33 @@ def test_streams_for_evaluation_come_as_one_with_their_tasks():
     aes = [{"prompt": "aes 0", "teacher_id": "aes"}, {"prompt": "aes 1", "teacher_id": "aes"}]
     assert list(both) == [*aes, {"prompt": "ocr 0", "teacher_id": "ocr"}]
     assert list(single) == aes
+
+
+def test_a_stream_is_evaluated_as_its_rows(tmp_path):
+    rows = {task: list(prompts_of(task, count)) for task, count in (("aes", 3), ("ocr", 2))}
+    forms = [
+        {task: Dataset.from_list(rows[task]) for task in rows},
+        {task: stream(task, len(rows[task])) for task in rows},
+    ]
+    results = []
+    for data in forms:
+        trainer = DiffusionOPDTrainer(
+            BUILDERS["sd3"](0),
+            {"aes": BUILDERS["sd3"](1), "ocr": BUILDERS["sd3"](2)},
+            DiffusionOPDConfig(
+                str(tmp_path),
+                use_cpu=True,
+                per_device_eval_batch_size=2,
+                num_inference_steps=2,
+                call_kwargs=CALL["sd3"],
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            eval_dataset=data,
+        )
+        results.append(trainer.evaluate())
+    for name in ("eval_loss", "eval_kl/aes", "eval_kl/ocr"):
+        assert results[0][name] == results[1][name] > 0
 
 
 def column(prompts: list, ids: list | None = None) -> Dataset:

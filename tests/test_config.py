@@ -1,0 +1,217 @@
+"""What a user may set, from Python, flags and YAML; what has no meaning is refused before anything is loaded."""
+
+import pytest
+import torch
+from trl import TrlParser
+
+from diffusion_opd import DiffusionOPDConfig
+
+
+def config(**kwargs) -> DiffusionOPDConfig:
+    return DiffusionOPDConfig("out", **kwargs)
+
+
+def parse(*flags: str) -> DiffusionOPDConfig:
+    return TrlParser(DiffusionOPDConfig).parse_args_and_config(["--output_dir", "out", *flags])[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without an accelerator")
+def test_bare_defaults_work_on_a_laptop():
+    bare = config()
+    assert (bare.bf16, bare.fp16, bare.mixed_dtype) == (False, False, torch.float32)
+    assert bare.device.type in ("cpu", "mps")
+    assert parse().bf16 is False
+    assert config(bf16=False).bf16 is False and config(use_cpu=True).bf16 is False
+
+
+def test_defaults_are_the_released_recipe():
+    bare = config()
+    assert (bare.transition, bare.noise_level, bare.objective) == ("ode", 0.0, "kl")
+    assert (bare.num_inference_steps, bare.num_learnt_steps) == (10, 9)  # loss on the first 9 of 10 Euler steps
+    assert bare.learning_rate == 3e-4
+    assert bare.ema_decay is None and not bare.gradient_checkpointing and not bare.logging_nan_inf_filter
+    assert bare.pipeline_kwargs == {}  # the pipeline's own defaults rule
+
+
+def test_mixed_precision_is_what_frozen_modules_load_in():
+    assert config(bf16=True, use_cpu=True).mixed_dtype == torch.bfloat16
+    assert config(fp16=True).mixed_dtype == torch.float16  # and bf16 stays off
+
+
+@pytest.mark.parametrize(
+    ("steps", "fraction", "learnt"),
+    [
+        (10, 0.99, 9),
+        (10, 1.0, 10),
+        (10, 0.5, 5),
+        (10, 0.55, 5),
+        (10, 0.01, 1),
+        (1, 0.99, 1),
+        (4, 0.99, 3),
+        (40, 0.3, 12),
+    ],
+)
+def test_learnt_steps(steps: int, fraction: float, learnt: int):
+    assert config(num_inference_steps=steps, timestep_fraction=fraction).num_learnt_steps == learnt
+
+
+@pytest.mark.parametrize(
+    ("transition", "noise"), [("ode", 0.0), ("ddim", 0.0), ("flow_sde", 0.7), ("dance_sde", 0.7), ("cps", 0.7)]
+)
+def test_noise_follows_the_transition(transition: str, noise: float):
+    assert config(transition=transition).noise_level == noise
+
+
+def test_a_stochastic_kernel_may_be_run_without_noise():
+    for transition in ("flow_sde", "dance_sde", "cps", "ddim"):
+        quiet = config(transition=transition, noise_level=0.0, timestep_fraction=1.0)
+        assert (quiet.noise_level, quiet.num_learnt_steps) == (0.0, 10)
+
+
+def test_what_goes_to_the_pipeline():
+    call = config(guidance_scale=4.5, height=512, call_kwargs={"max_sequence_length": 128}).pipeline_kwargs
+    assert call == {"guidance_scale": 4.5, "height": 512, "max_sequence_length": 128}
+    assert config(guidance_scale=0.0).pipeline_kwargs == {"guidance_scale": 0.0}  # zero is a value
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"transition": "euler"}, ["`transition`", "'euler'", "'flow_sde'"]),
+        ({"objective": "ppo"}, ["`objective`", "'ppo'", "'policy_gradient'"]),
+        ({"timestep_fraction": 0.0}, ["`timestep_fraction`", "(0, 1]", "0.0"]),
+        ({"timestep_fraction": 1.5}, ["`timestep_fraction`", "(0, 1]", "1.5"]),
+        ({"timestep_fraction": float("nan")}, ["`timestep_fraction`", "nan"]),
+        ({"noise_level": 0.7}, ["'ode'", "has no noise", "0.7", "'flow_sde'"]),
+        ({"transition": "flow_sde", "noise_level": -0.1}, ["`noise_level`", "at least 0", "-0.1"]),
+        ({"transition": "flow_sde", "noise_level": float("nan")}, ["`noise_level`", "nan"]),
+        ({"transition": "cps", "noise_level": 1.2}, ["`noise_level`", "at most 1", "1.2", "'cps'"]),
+        ({"transition": "ddim", "noise_level": 1.2}, ["`noise_level`", "at most 1", "1.2", "'ddim'"]),
+        ({"objective": "policy_gradient"}, ["'policy_gradient'", "stochastic", "'ode'"]),
+        ({"objective": "policy_gradient", "transition": "ddim"}, ["'policy_gradient'", "stochastic", "'ddim'"]),
+        (
+            {"objective": "policy_gradient", "transition": "flow_sde", "noise_level": 0.0},
+            ["'policy_gradient'", "stochastic", "'flow_sde'", "`noise_level=0`"],
+        ),
+        ({"transition": "cps", "timestep_fraction": 1.0}, ["'cps'", "zero std", "`timestep_fraction`", "10 steps"]),
+        ({"transition": "cps", "num_inference_steps": 1}, ["'cps'", "zero std", "1 steps"]),
+        ({"num_inference_steps": 0}, ["`num_inference_steps`", "at least 1", "0"]),
+        ({"height": 0}, ["`height`", "at least 1"]),
+        ({"width": -64}, ["`width`", "-64"]),
+        ({"ema_decay": 1.0}, ["`ema_decay`", "[0, 1)", "1.0"]),
+        ({"ema_decay": -0.5}, ["`ema_decay`", "-0.5"]),
+        ({"ema_update_every": 0}, ["`ema_update_every`", "at least 1"]),
+        ({"image_steps": -1}, ["`image_steps`", "-1"]),
+        ({"image_num_inference_steps": 0}, ["`image_num_inference_steps`", "at least 1"]),
+        ({"call_kwargs": "max_sequence_length=128"}, ["`call_kwargs`", "dict", "JSON", "max_sequence_length=128"]),
+        ({"model_init_kwargs": ["revision"]}, ["`model_init_kwargs`", "dict", "['revision']"]),
+        ({"call_kwargs": {"latents": None, "prompt": "a"}}, ["['latents', 'prompt']", "the trainer sets them"]),
+        (
+            {"guidance_scale": 4.5, "call_kwargs": {"guidance_scale": 1.0}},
+            ["['guidance_scale']", "give it once", "4.5", "1.0"],
+        ),
+        ({"width": 64, "call_kwargs": {"width": 32}}, ["['width']", "give it once", "64", "32"]),
+        ({"accelerator_config": {"split_batches": True}}, ["'split_batches'", "`per_device_train_batch_size`"]),
+    ],
+)
+def test_what_has_no_meaning_is_refused(kwargs: dict, words: list[str]):
+    with pytest.raises(ValueError) as refusal:
+        config(**kwargs)
+    assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+def test_velocity_has_a_meaning_where_the_std_is_zero():
+    assert config(transition="cps", objective="velocity", timestep_fraction=1.0).num_learnt_steps == 10
+
+
+# Command line and YAML
+
+FLAGS = [
+    *["--transition", "flow_sde", "--noise_level", "0.3", "--objective", "velocity"],
+    *["--timestep_fraction", "0.5", "--num_inference_steps", "8", "--guidance_scale", "4.5", "--height", "512"],
+    *["--call_kwargs", '{"max_sequence_length": 128, "negative_prompt": "blurry", "skip_guidance_layers": [7, 8]}'],
+    *["--model_init_kwargs", '{"text_encoder_3": null, "revision": "main"}'],
+    *["--ema_decay", "0.9", "--ema_update_every", "4", "--image_steps", "50", "--image_prompts", "a cat", "a dog"],
+    *["--learning_rate", "1e-4", "--bf16", "False"],
+]
+YAML = """
+output_dir: out
+transition: flow_sde
+noise_level: 0.3
+objective: velocity
+timestep_fraction: 0.5
+num_inference_steps: 8
+guidance_scale: 4.5
+height: 512
+call_kwargs:
+  max_sequence_length: 128
+  negative_prompt: blurry
+  skip_guidance_layers: [7, 8]
+model_init_kwargs:
+  text_encoder_3: null
+  revision: main
+ema_decay: 0.9
+ema_update_every: 4
+image_steps: 50
+image_prompts: [a cat, a dog]
+learning_rate: 1e-4
+bf16: false
+"""
+
+
+def written() -> DiffusionOPDConfig:
+    return config(
+        transition="flow_sde",
+        noise_level=0.3,
+        objective="velocity",
+        timestep_fraction=0.5,
+        num_inference_steps=8,
+        guidance_scale=4.5,
+        height=512,
+        call_kwargs={"max_sequence_length": 128, "negative_prompt": "blurry", "skip_guidance_layers": [7, 8]},
+        model_init_kwargs={"text_encoder_3": None, "revision": "main"},
+        ema_decay=0.9,
+        ema_update_every=4,
+        image_steps=50,
+        image_prompts=["a cat", "a dog"],
+        learning_rate=1e-4,
+        bf16=False,
+    )
+
+
+def test_flags_say_what_python_says():
+    assert parse(*FLAGS).to_dict() == written().to_dict()
+
+
+def test_yaml_says_what_python_says_and_flags_override_it(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(YAML)
+    parser = TrlParser(DiffusionOPDConfig)
+    assert parser.parse_args_and_config(["--config", str(path)])[0].to_dict() == written().to_dict()
+    (changed,) = parser.parse_args_and_config(["--config", str(path), "--guidance_scale", "1.0"])
+    assert changed.pipeline_kwargs == written().pipeline_kwargs | {"guidance_scale": 1.0}
+
+
+def test_a_dict_may_be_json():
+    assert config(call_kwargs='{"max_sequence_length": 128}').call_kwargs == {"max_sequence_length": 128}
+
+
+def test_unknown_choices_end_the_command_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--objective", "ppo")
+    assert end.value.code == 2
+    assert "invalid choice: 'ppo'" in capsys.readouterr().err
+
+
+def test_help_names_our_fields(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--help")
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for name in (
+        "--transition {ode,flow_sde,dance_sde,cps,ddim}",
+        "--timestep_fraction",
+        "--ema_decay",
+        "--call_kwargs",
+    ):
+        assert name in text
