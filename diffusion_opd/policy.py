@@ -450,9 +450,14 @@ def check_seams(pipeline: DiffusionPipeline) -> None:
         missing = "it has no `scheduler` with a `step`"
     if missing:
         raise ValueError(f"{cls.__name__} lacks a seam that on-policy distillation needs: {missing}.")
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
-    if hasattr(denoiser, "_hf_hook") or hasattr(denoiser, "_diffusers_hook"):
+    if _is_offloaded(getattr(pipeline, denoiser_name(pipeline))):
         raise ValueError(
             f"{cls.__name__} has offload hooks on its {denoiser_name(pipeline)}: they would move it away while its "
             "graph is needed. Build the pipeline without `enable_*_offload()`."
         )
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    # A registry of diffusers alone says nothing: a pipeline's first call leaves an empty one behind
+    registries = [part._diffusers_hook for part in module.modules() if hasattr(part, "_diffusers_hook")]
+    return hasattr(module, "_hf_hook") or any(registry.get_hook("group_offloading") for registry in registries)
