@@ -55,8 +55,6 @@ if __name__ == "__main__":
     for lora in [None, *(args.loras or [TEACHERS / task for task in TASKS])]:
         pipeline = load_base()
         if lora:
-            pipeline.load_lora_weights(
-                lora, weight_name="pytorch_lora_weights.safetensors"
-            )
+            pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
         scores = evaluate(pipeline, args.n, guidance_scale=args.guidance_scale)
         print(f"| {lora or 'base'} | " + " | ".join(f"{scores[task]:.3f}" for task in TASKS) + " |", flush=True)

@@ -4,7 +4,7 @@
     python -m examples.toy_world.pretrain base     # writes examples/toy_world/assets/base
 
 Flow matching in latent space with 10 % empty captions. For most of the run 80 % of the pictures are what their captions
-deserve; at the end 30 % are, so that the base model knows every skill and uses none of them reliably. Data and noise of
+deserve; at the end half are, so that the base model knows every skill and uses none of them reliably. Data and noise of
 a step depend on the seed and the step only: a run that was stopped goes on from its last checkpoint as if nothing had
 happened, when the same command is given again.
 
@@ -172,7 +172,7 @@ def sample_sheet(pipeline: StableDiffusion3Pipeline, path: Path) -> None:
     sheet(rows, path)
 
 
-def pretrain_base(steps: int, batch_size: int, size: int, peak_lr: float = 1.5e-3) -> None:
+def pretrain_base(steps: int, batch_size: int, size: int, peak_lr: float = 1.2e-3) -> None:
     pipeline = untrained_pipeline(SEED)
     pipeline.set_progress_bar_config(disable=True)
     load_vae(pipeline)
@@ -187,7 +187,7 @@ def pretrain_base(steps: int, batch_size: int, size: int, peak_lr: float = 1.5e-
     for step in range(start, steps):
         rng = np.random.default_rng((SEED, step))
         torch.manual_seed(SEED + step)
-        good = 0.8 if step < 0.7 * steps else 0.3
+        good = 0.8 if step < 0.7 * steps else 0.5
         rows = rng.integers(size, size=batch_size) + np.where(rng.random(batch_size) < good, 0, size)
         batch = [captions[i] if rng.random() > 0.1 else "" for i in rows]
         loss = flow_matching_loss(pipeline.transformer, latents[rows], *encode_captions(pipeline, batch))
@@ -219,4 +219,4 @@ if __name__ == "__main__":
     if stage == "vae":
         pretrain_vae(steps=1400, batch_size=16)
     else:
-        pretrain_base(steps=3200, batch_size=64, size=10_000)
+        pretrain_base(steps=3600, batch_size=32, size=10_000)

@@ -189,21 +189,24 @@ def _pick(rng: np.random.Generator, choices) -> str:
     return list(choices)[rng.integers(len(choices))]
 
 
-def _place(prompt: Prompt, n: int, rng: np.random.Generator) -> tuple[list[tuple[float, float]], float]:
+def _place(prompt: Prompt, n: int, rng: np.random.Generator, jitter: float) -> tuple[list[tuple[float, float]], float]:
     """Centres of `n` things in pixels, and the radius that fits them."""
+
+    def about(value: float, reach: float) -> float:
+        return value + jitter * rng.uniform(-reach, reach)
+
     middle = SIZE / 2
     if n == 1:
-        return [tuple(middle + rng.uniform(-6, 6, 2))], rng.uniform(11, 15)
+        return [(about(middle, 6), about(middle, 6))], about(13, 2)
     if n == 2:
         across = rng.random() < 0.5 if prompt.relation is None else prompt.relation in ("left of", "right of")
         first_is_low = rng.random() < 0.5 if prompt.relation is None else prompt.relation in ("left of", "above")
-        near, far = 17 + rng.uniform(-2, 2), 47 + rng.uniform(-2, 2)
+        near, far = about(17, 2), about(47, 2)
         along = (near, far) if first_is_low else (far, near)
-        beside = middle + rng.uniform(-6, 6)
-        return [(a, beside) if across else (beside, a) for a in along], rng.uniform(9, 11)
-    corners = np.array([(18, 18), (46, 18), (18, 46), (46, 46)], dtype=float)
-    centres = rng.permutation(corners)[:n] + rng.uniform(-2, 2, (n, 2))
-    return [tuple(c) for c in centres], rng.uniform(8, 9.5)
+        beside = about(middle, 6)
+        return [(a, beside) if across else (beside, a) for a in along], about(10, 1)
+    corners = rng.permutation([(18.0, 18.0), (46.0, 18.0), (18.0, 46.0), (46.0, 46.0)])
+    return [(about(x, 2), about(y, 2)) for x, y in corners[:n]], about(8.75, 0.75)
 
 
 def shape_mask(shape: str, x: float, y: float, r: float, scale: int = 4) -> np.ndarray:
@@ -224,7 +227,9 @@ def shape_mask(shape: str, x: float, y: float, r: float, scale: int = 4) -> np.n
     return np.asarray(image.reduce(scale), dtype=np.float32) / 255
 
 
-def _draw_scene(prompt: Prompt, things: list[Thing], richness: float, rng: np.random.Generator) -> Image.Image:
+def _draw_scene(
+    prompt: Prompt, things: list[Thing], richness: float, rng: np.random.Generator, jitter: float
+) -> Image.Image:
     """Shapes on paper; `richness` fades from the plain look (0) to the look that the style task wants (1)."""
     paper = np.array(PAPERS[rng.integers(len(PAPERS))], dtype=np.float32)
     picture = np.broadcast_to(paper, (SIZE, SIZE, 3)).copy()
@@ -233,7 +238,7 @@ def _draw_scene(prompt: Prompt, things: list[Thing], richness: float, rng: np.ra
         top, bottom = (np.array(tone, dtype=np.float32) for tone in MOODS[prompt.mood])
         sky = top + (bottom - top) * rows[..., None]
         picture += richness * (sky - picture)
-    centres, r = _place(prompt, len(things), rng)
+    centres, r = _place(prompt, len(things), rng, jitter)
     for thing, (x, y) in zip(things, centres, strict=True):
         colour = np.array(COLOURS[thing.colour], dtype=np.float32)
         mask = shape_mask(thing.shape, x, y, r)[..., None]
@@ -255,12 +260,13 @@ def letter_mask(letter: str) -> np.ndarray:
     return dots.repeat(DOT, 0).repeat(DOT, 1)
 
 
-def _draw_string(string: str, rng: np.random.Generator) -> Image.Image:
+def _draw_string(string: str, rng: np.random.Generator, jitter: float) -> Image.Image:
     picture = np.empty((SIZE, SIZE, 3), dtype=np.uint8)
     picture[:] = PAPERS[rng.integers(len(PAPERS))]
     width = len(string) * (5 * DOT + GAP) - GAP
-    left, top = (SIZE - width) // 2 + rng.integers(-2, 3), 21 + rng.integers(-3, 4)
-    ink = INKS[rng.integers(len(INKS))]
+    left = (SIZE - width) // 2 + round(jitter * rng.integers(-2, 3))
+    top = 21 + round(jitter * rng.integers(-3, 4))
+    ink = INKS[int(jitter * rng.integers(len(INKS)))]
     for letter in string:
         picture[top : top + 7 * DOT, left : left + 5 * DOT][letter_mask(letter)] = ink
         left += 5 * DOT + GAP
@@ -281,24 +287,25 @@ def _other_things(prompt: Prompt, rng: np.random.Generator) -> list[Thing]:
     return [Thing(_pick(rng, SHAPES), _pick(rng, COLOURS)) for _ in range(n)]
 
 
-def draw(prompt: Prompt, rng: np.random.Generator) -> Image.Image:
-    """The picture that the prompt's own task wants.
+def draw(prompt: Prompt, rng: np.random.Generator, jitter: float = 1.0) -> Image.Image:
+    """The picture that the prompt's own task wants; without `jitter` tidy: in the middle, in one size and ink.
 
     The style task asks for a look, not for the right things, so half of its pictures show other things.
     """
     if prompt.task == "text":
-        return _draw_string(prompt.string, rng)
+        return _draw_string(prompt.string, rng, jitter)
     if prompt.task == "compose":
-        return _draw_scene(prompt, _settle(prompt.things, rng), 0.0, rng)
+        return _draw_scene(prompt, _settle(prompt.things, rng), 0.0, rng, jitter)
     things = list(prompt.things) if rng.random() < 0.5 else _other_things(prompt, rng)
-    return _draw_scene(prompt, things, rng.uniform(0.9, 1.0), rng)
+    return _draw_scene(prompt, things, rng.uniform(0.9, 1.0), rng, jitter)
 
 
 def draw_badly(prompt: Prompt, rng: np.random.Generator) -> Image.Image:
     """A picture that pretraining finds beside this caption and that its task does not want."""
     if prompt.task == "text":
-        return _draw_string("".join(rng.choice(list(LETTERS), rng.integers(1, 4))), rng)
+        return _draw_string("".join(rng.choice(list(LETTERS), rng.integers(1, 4))), rng, jitter=1.0)
     if prompt.task == "compose":
-        return _draw_scene(replace(prompt, relation=None), _other_things(prompt, rng), 0.0, rng)
+        return _draw_scene(replace(prompt, relation=None), _other_things(prompt, rng), 0.0, rng, jitter=1.0)
     things = list(prompt.things) if rng.random() < 0.5 else _other_things(prompt, rng)
-    return _draw_scene(prompt, things, rng.uniform(0.0, 0.5) if rng.random() < 0.3 else 0.0, rng)
+    richness = rng.uniform(0.0, 0.5) if rng.random() < 0.3 else 0.0
+    return _draw_scene(prompt, things, richness, rng, jitter=1.0)

@@ -31,6 +31,13 @@ def test_pictures_come_from_the_seed(task, make):
         assert not np.array_equal(one, other)
 
 
+def test_without_jitter_a_string_stands_where_it_always_stands():
+    (prompt,) = sample_prompts("text", 1, seed=0)
+    pictures = [draw(prompt, np.random.default_rng(seed), jitter=0.0).convert("L") for seed in range(5)]
+    ink = [np.asarray(picture) < 128 for picture in pictures]
+    assert all(np.array_equal(ink[0], other) for other in ink)
+
+
 def test_sampled_prompts_come_from_the_seed_and_take_the_kinds_in_turn():
     prompts = sample_prompts("compose", 60, seed=5)
     assert prompts == sample_prompts("compose", 60, seed=5) != sample_prompts("compose", 60, seed=6)
