@@ -13,6 +13,8 @@ TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
+# As activating it would: DeepSpeed, for one, looks for ninja on the PATH.
+RUN := PATH="$$(cd $(BIN) && pwd):$$PATH"
 INSTALLED := $(VENV)/.diffusion_opd-installed
 
 .PHONY: install test test-fast demo lint format docs docs-serve clean
@@ -28,30 +30,30 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(RUN) python -m pytest $(PYTEST_ARGS)
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(RUN) python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 demo: $(INSTALLED)
-	$(BIN)/python -m examples.toy_world.demo
+	$(RUN) python -m examples.toy_world.demo
 
 lint: $(INSTALLED)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
 
 format: $(INSTALLED)
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
 
 # mkdocs-material prints a notice about its successor at every build; it is not about these pages.
 docs docs-serve: export NO_MKDOCS_2_WARNING = 1
 
 docs: $(INSTALLED)
-	$(BIN)/mkdocs build --strict
+	$(RUN) mkdocs build --strict
 
 docs-serve: $(INSTALLED)
-	$(BIN)/mkdocs serve
+	$(RUN) mkdocs serve
 
 clean:
 	rm -rf site build dist .pytest_cache .ruff_cache
