@@ -52,7 +52,8 @@ OnStep = Callable[[Step], Tensor]
 
 def is_flow(scheduler: Any) -> bool:
     """Whether the scheduler belongs to flow matching (`x = (1 - s) x_0 + s eps`), by its class or its config."""
-    return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction"
+    names = [cls.__name__ for cls in type(scheduler).__mro__]
+    return any("FlowMatch" in name for name in names) or scheduler.config.get("prediction_type") == "flow_prediction"
 
 
 def own_scheduler(scheduler: Any) -> Any:
@@ -66,7 +67,7 @@ def own_scheduler(scheduler: Any) -> Any:
         return copy.deepcopy(scheduler)
     ddim = DDIMScheduler.from_config(scheduler.config)
     alphas = getattr(scheduler, "alphas_cumprod", None)  # EDM's schedulers have none
-    if alphas is None or not torch.allclose(alphas.cpu(), ddim.alphas_cumprod, atol=1e-4):
+    if alphas is None or not torch.allclose(alphas.cpu().float(), ddim.alphas_cumprod, atol=1e-4):
         raise ValueError(
             f"{type(scheduler).__name__}: VP models run under DDIM, which takes other noise levels from this config; "
             "give the pipeline a `DDIMScheduler` of its noise levels."
@@ -232,7 +233,7 @@ def _encoders(pipeline: DiffusionPipeline) -> Any:
     """What `encode_prompt` reads besides its arguments: the modules that encode, and settings as SDXL's
     `force_zeros_for_empty_prompt`."""
     components = pipeline.components
-    others = {"scheduler", "transformer", "unet", "vae"}
+    others = {"scheduler", "transformer", "unet", "vae", "safety_checker", "feature_extractor"}
     parts = {name: id(part) for name, part in components.items() if name not in others}
     settings = {k: v for k, v in pipeline.config.items() if k not in components and not k.startswith("_")}
     return _content([parts, settings])
@@ -258,7 +259,9 @@ def _content(value: Any) -> Any:
 
 
 def _fresh_containers(value: Any) -> Any:
-    # Some pipelines extend the lists that `encode_prompt` gives them
+    """The same in lists and dicts of its own: Z-Image edits the lists of prompts and embeddings that it is given."""
+    if type(value) is dict:
+        return {key: _fresh_containers(item) for key, item in value.items()}
     return type(value)(_fresh_containers(item) for item in value) if type(value) in (list, tuple) else value
 
 
@@ -340,12 +343,12 @@ class Policy:
         with switch:
             return type(pipeline).__call__.__wrapped__(
                 pipeline,
-                prompt=list(prompts),  # a copy: some pipelines edit the list
+                prompt=list(prompts),
                 num_inference_steps=self.num_inference_steps,
                 generator=generator,
                 output_type="latent",
                 return_dict=False,
-                **self.call_kwargs,
+                **_fresh_containers(self.call_kwargs),
             )[0]
 
     def rollout(
