@@ -12,6 +12,8 @@ import copy
 import hashlib
 import json
 import os
+import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,18 +22,24 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from diffusers.utils import convert_unet_state_dict_to_peft
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .policy import denoiser_name, is_flow, own_scheduler, tuner_layers
 
 MANIFEST_NAME = "teacher_manifest.json"
 STUDENT_ADAPTER = "default"
-LORA_NAME = "pytorch_lora_weights.safetensors"
+INDEX_NAME = "model_index.json"  # of a pipeline
+CONFIG_NAME = "config.json"  # of a denoiser
+LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers format
+PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass
@@ -43,8 +51,8 @@ class Teacher:
         path (`str` or [`~diffusers.DiffusionPipeline`]):
             Hub id or folder of a LoRA (PEFT or diffusers format), a denoiser or a pipeline; or a loaded pipeline.
         id (`str`, *optional*):
-            What the `teacher_id` column calls it. Defaults to the last part of `subfolder` or `path` that is not
-            `"lora"`.
+            What the `teacher_id` column calls it. Defaults to the last part of `path` and `subfolder` that is not
+            `"lora"`, `"transformer"` or `"unet"`.
         subfolder, revision (`str`, *optional*):
             Where in the repository, and which version of it.
         weight_name (`str`, *optional*):
@@ -114,7 +122,7 @@ def name_teachers(teachers: Any) -> list[Teacher]:
     for teacher in named:
         if teacher.id is None:
             parts = Path(teacher.source).parts if isinstance(teacher.path, (str, os.PathLike)) else ("teacher",)
-            teacher.id = next((part for part in reversed(parts) if part != "lora"), "teacher")
+            teacher.id = next((p for p in reversed(parts) if p not in ("lora", "transformer", "unet")), "teacher")
     ids = [teacher.id for teacher in named]
     if twice := sorted({i for i in ids if ids.count(i) > 1}):
         raise ValueError(
@@ -133,29 +141,33 @@ def _as_teacher(value: Any) -> Teacher:
     )
 
 
-class _Files:
-    """The files of one teacher, local or on the Hub."""
+def _locate(teacher: Teacher) -> tuple[Path, str | None]:
+    """The folder with the files that tell what a teacher is, and with its LoRA; and the commit if it is on the Hub."""
+    path = str(teacher.path)
+    if os.path.isdir(path):
+        return Path(path, teacher.subfolder or ""), None
+    names = [INDEX_NAME, CONFIG_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, teacher.weight_name or LORA_NAME]
+    patterns = ["/".join(part for part in (teacher.subfolder, name) if part) for name in names]
+    try:
+        if os.path.isabs(path):
+            raise HFValidationError
+        snapshot = Path(snapshot_download(path, revision=teacher.revision, allow_patterns=patterns))
+    except (HFValidationError, OSError) as error:
+        raise ValueError(f"teacher {teacher.id!r}: {path!r} {_why_not(error, teacher)}.") from error
+    return snapshot / (teacher.subfolder or ""), snapshot.name
 
-    def __init__(self, teacher: Teacher):
-        self.teacher = teacher
-        if os.path.isabs(str(teacher.path)) and not os.path.isdir(teacher.path):
-            raise ValueError(f"teacher {teacher.id!r}: no folder {str(teacher.path)!r}.")
 
-    def find(self, name: str) -> str | None:
-        """The local path of a file, downloaded if need be; `None` if the repository has no such file."""
-        teacher = self.teacher
-        try:
-            return cached_file(
-                str(teacher.path),
-                name,
-                subfolder=teacher.subfolder or "",
-                revision=teacher.revision,
-                _raise_exceptions_for_missing_entries=False,
-            )
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
-            at = f" at revision {teacher.revision!r}" if teacher.revision else ""
-            raise ValueError(f"teacher {teacher.id!r}: cannot read {teacher.source!r}{at}: {reason}") from error
+def _why_not(error: Exception, teacher: Teacher) -> str:
+    if isinstance(error, HFValidationError):
+        return "is neither a folder nor the id of a repository on the Hub"
+    if isinstance(error, RevisionNotFoundError):
+        return f"has no revision {teacher.revision!r}"
+    if isinstance(error, GatedRepoError):
+        return "is gated; ask for access on its page, then log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "is neither a folder nor a repository on the Hub that you may read (if it is private: `hf auth login`)"
+    at = f" at revision {teacher.revision!r}" if teacher.revision else ""
+    return f"is no folder, is not in the local cache{at}, and the Hub cannot be asked (is this offline?)"
 
 
 def load_teachers(
@@ -181,31 +193,33 @@ def load_teachers(
     host = student
     loaded = []
     for index, teacher in enumerate(teachers):
-        commit = None
+        adapter = commit = None
         if isinstance(teacher.path, DiffusionPipeline):
-            pipeline, adapter, sha256 = (
-                copy.copy(teacher.path),
-                None,
-                hash_tensors(_denoiser(teacher.path).state_dict()),
-            )
+            pipeline = copy.copy(teacher.path)
+            if _denoiser(pipeline) is getattr(student, name):
+                raise ValueError(
+                    f"teacher {teacher.id!r} is the student itself (one {name} for both), so it would change with it; "
+                    "load its pipeline once more."
+                )
         else:
-            files = _Files(teacher)
-            if found := files.find("model_index.json"):
-                pipeline, adapter = _load_pipeline(teacher, dtype), None
-            elif found := files.find("config.json"):
-                pipeline, adapter = _load_denoiser(teacher, student, found, dtype), None
+            folder, commit = _locate(teacher)
+            if (folder / INDEX_NAME).is_file():
+                pipeline = _load_pipeline(teacher, commit, dtype)
+            elif (folder / CONFIG_NAME).is_file():
+                pipeline = _load_denoiser(teacher, folder, commit, student, dtype)
             else:
-                tensors, config, found = _read_lora(teacher, files, student)
+                tensors, config = _read_lora(teacher, folder, student)
                 if host is student and not trains_lora:
                     host = copy.copy(student)
                     host.__dict__[name] = copy.deepcopy(getattr(student, name)).to(dtype)
                 pipeline, adapter = host, f"teacher_{index}"
                 _add_lora(teacher, getattr(host, name), adapter, tensors, config)
-            commit = extract_commit_hash(found, None)
-            sha256 = hash_tensors(tensors if adapter else _denoiser(pipeline).state_dict())
         if adapter is None:
             check_compatible(teacher, pipeline, student)
             _share(pipeline, student)
+            sha256 = hash_tensors(_denoiser(pipeline).state_dict())
+        else:
+            sha256 = hash_tensors(tensors | _scalings(getattr(host, name), adapter))
         for part in pipeline.components.values():
             if isinstance(part, nn.Module) and part is not getattr(student, name):
                 part.requires_grad_(False).eval()
@@ -217,12 +231,15 @@ def _denoiser(pipeline: DiffusionPipeline) -> nn.Module:
     return getattr(pipeline, denoiser_name(pipeline))
 
 
-def _load_module(teacher: Teacher, cls: type, folder: str, subfolder: str | None, dtype: torch.dtype) -> nn.Module:
+def _load_module(teacher: Teacher, cls: type, dtype: torch.dtype, *where: Any, **kwargs: Any) -> nn.Module:
     """`from_pretrained` of a diffusers model that refuses what it would only warn about."""
-    module, info = cls.from_pretrained(
-        folder, subfolder=subfolder, revision=teacher.revision, dtype=dtype, output_loading_info=True
-    )
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    try:
+        module, info = cls.from_pretrained(*where, **kwargs, dtype=dtype, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"teacher {teacher.id!r}: {teacher.source!r} cannot be loaded as a {cls.__name__}: {_one_line(error)}"
+        ) from error
+    for kind in ("missing_keys", "unexpected_keys"):
         if keys := info[kind]:
             raise ValueError(
                 f"teacher {teacher.id!r}: {len(keys)} {kind.replace('_', ' ')} between {teacher.source!r} and "
@@ -231,112 +248,141 @@ def _load_module(teacher: Teacher, cls: type, folder: str, subfolder: str | None
     return module
 
 
-def _load_pipeline(teacher: Teacher, dtype: torch.dtype) -> DiffusionPipeline:
-    where = {"revision": teacher.revision}
+def _load_pipeline(teacher: Teacher, commit: str | None, dtype: torch.dtype) -> DiffusionPipeline:
     folder = str(teacher.path)
     if teacher.subfolder:
-        if not os.path.isdir(folder):
-            raise ValueError(
-                f"teacher {teacher.id!r}: a pipeline in a subfolder of a Hub repository ({teacher.source!r}) cannot be "
-                "loaded by diffusers; give it a repository of its own, or point `subfolder` at its denoiser."
-            )
+        if commit is not None:  # diffusers reads no pipeline from a subfolder of a repository
+            folder = snapshot_download(folder, revision=commit, allow_patterns=f"{teacher.subfolder}/*")
         folder = os.path.join(folder, teacher.subfolder)
-    index = DiffusionPipeline.load_config(folder, **where)
+    index = DiffusionPipeline.load_config(folder, revision=commit)
+    # diffusers would miss optional parts that are absent, e.g. an SD3 without T5
+    parts = {key: None for key, entry in index.items() if entry == [None, None]}
     name = next((name for name in ("transformer", "unet") if index.get(name, [None])[0]), None)
     if name is None:
         raise ValueError(f"teacher {teacher.id!r}: {teacher.source!r} has neither a transformer nor a unet.")
-    denoiser = _load_module(teacher, getattr(diffusers, index[name][1]), folder, name, dtype)
-    return DiffusionPipeline.from_pretrained(folder, dtype=dtype, **{name: denoiser}, **where)
+    cls = getattr(diffusers, index[name][1])
+    parts[name] = _load_module(teacher, cls, dtype, folder, subfolder=name, revision=commit)
+    return DiffusionPipeline.from_pretrained(folder, revision=commit, dtype=dtype, **parts)
 
 
-def _load_denoiser(teacher: Teacher, student: DiffusionPipeline, config: str, dtype: torch.dtype) -> DiffusionPipeline:
-    class_name = json.loads(Path(config).read_text()).get("_class_name")
-    cls = getattr(diffusers, class_name or "", None)
+def _load_denoiser(
+    teacher: Teacher, folder: Path, commit: str | None, student: DiffusionPipeline, dtype: torch.dtype
+) -> DiffusionPipeline:
+    class_name = json.loads((folder / CONFIG_NAME).read_text()).get("_class_name")
     expected = type(_denoiser(student))
-    if cls is not expected:
+    if class_name != expected.__name__:
         raise ValueError(
             f"teacher {teacher.id!r}: {teacher.source!r} is a {class_name}, but the student's {type(student).__name__} "
             f"runs a {expected.__name__}; give a whole pipeline instead."
         )
     pipeline = copy.copy(student)
     pipeline.__dict__[denoiser_name(student)] = _load_module(
-        teacher, cls, str(teacher.path), teacher.subfolder, dtype
-    ).requires_grad_(False)
+        teacher, expected, dtype, str(teacher.path), subfolder=teacher.subfolder, revision=commit
+    )
     return pipeline
 
 
-def _read_lora(
-    teacher: Teacher, files: _Files, student: DiffusionPipeline
-) -> tuple[dict[str, Tensor], LoraConfig, str]:
+def _read_lora(teacher: Teacher, folder: Path, student: DiffusionPipeline) -> tuple[dict[str, Tensor], LoraConfig]:
     """Tensors (keys as in the denoiser, `lora_A` / `lora_B`) and config of a LoRA in PEFT or diffusers format."""
-    prefix = denoiser_name(student) + "."
-    if config_file := files.find("adapter_config.json"):
-        weights = files.find("adapter_model.safetensors")
-        if weights is None:
-            raise ValueError(f"teacher {teacher.id!r}: {teacher.source!r} has no adapter_model.safetensors.")
-        config = LoraConfig.from_pretrained(os.path.dirname(config_file))
+    name = denoiser_name(student)
+    weights = folder / (teacher.weight_name or LORA_NAME)
+    if (folder / PEFT_CONFIG_NAME).is_file():
+        weights = folder / PEFT_WEIGHTS_NAME
+        if not weights.is_file():
+            raise ValueError(
+                f"teacher {teacher.id!r}: {teacher.source!r} has an {PEFT_CONFIG_NAME}, but no {PEFT_WEIGHTS_NAME}."
+            )
+        config = PeftConfig.from_pretrained(str(folder))
         tensors = {key.removeprefix("base_model.model."): value for key, value in load_file(weights).items()}
-        return tensors, config, weights
+    elif not weights.is_file():
+        raise ValueError(
+            f"teacher {teacher.id!r}: {teacher.source!r} holds no pipeline ({INDEX_NAME}), no denoiser ({CONFIG_NAME}) "
+            f"and no LoRA ({PEFT_CONFIG_NAME} or {weights.name}); check `path`, `subfolder` and `weight_name`."
+        )
+    elif not hasattr(type(student), "lora_state_dict"):
+        raise ValueError(
+            f"teacher {teacher.id!r}: {type(student).__name__} cannot read a LoRA in diffusers format; give it in PEFT "
+            f"format ({PEFT_CONFIG_NAME})."
+        )
+    else:
+        tensors, config = _read_diffusers_lora(teacher, weights, student)
+    if not any(key.endswith("lora_B.weight") for key in tensors):
+        raise ValueError(
+            f"teacher {teacher.id!r}: no LoRA tensors for a {name} in {teacher.source!r}, e.g. {_sample(tensors)}."
+        )
+    # What a student and its other teachers share must stay as it is
+    changes_base = (
+        config.bias != "none"
+        or config.modules_to_save
+        or str(config.init_lora_weights).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga", "mica"))
+    )
+    if changes_base:
+        raise ValueError(
+            f"teacher {teacher.id!r}: the LoRA {teacher.source!r} also changes the {name} itself "
+            f"(bias={config.bias!r}, modules_to_save={config.modules_to_save}, "
+            f"init_lora_weights={config.init_lora_weights!r}), which the student shares; merge it and give the {name}."
+        )
+    config.init_lora_weights = config.inference_mode = False  # the weights are about to come
+    return tensors, config
 
-    weights = files.find(teacher.weight_name or LORA_NAME)
-    if weights is None:
-        raise ValueError(
-            f"teacher {teacher.id!r}: {teacher.source!r} holds no pipeline (model_index.json), no denoiser "
-            f"(config.json) and no LoRA (adapter_config.json or {teacher.weight_name or LORA_NAME}); check `path`, "
-            "`subfolder` and `weight_name`."
-        )
-    if not hasattr(type(student), "lora_state_dict"):
-        raise ValueError(
-            f"teacher {teacher.id!r}: {type(student).__name__} cannot read a LoRA in diffusers format; give "
-            "it in PEFT format."
-        )
+
+def _read_diffusers_lora(
+    teacher: Teacher, weights: Path, student: DiffusionPipeline
+) -> tuple[dict[str, Tensor], LoraConfig]:
+    prefix = denoiser_name(student) + "."
     with safe_open(weights, "pt") as file:
-        raw_keys = set(file.keys())
-    folder, weight_name = os.path.split(weights)
-    tensors, *rest = type(student).lora_state_dict(folder, weight_name=weight_name, return_lora_metadata=True)
+        raw_keys = list(file.keys())
+    if scales := [key for key in raw_keys if "dora_scale" in key]:  # diffusers drops them with a warning
+        raise ValueError(
+            f"teacher {teacher.id!r}: {teacher.source!r} is a DoRA in a format that diffusers cannot read, "
+            f"e.g. {_sample(scales)}."
+        )
+    # As its `load_lora_weights`, which needs the config of a UNet to read names of other trainers
+    of_unet = {"unet_config": student.unet.config} if prefix == "unet." else {}
+    tensors, *rest = type(student).lora_state_dict(
+        str(weights.parent), weight_name=weights.name, return_lora_metadata=True, **of_unet
+    )
     alphas, metadata = (rest[0] if len(rest) == 2 else None), rest[-1]
     if foreign := [key for key in tensors if not key.startswith(prefix)]:
         raise ValueError(
             f"teacher {teacher.id!r}: {len(foreign)} tensors of {teacher.source!r} are not for the student's "
             f"{prefix[:-1]}, e.g. {_sample(foreign)}; a teacher may adapt the denoiser only."
         )
-    if not tensors:
-        raise ValueError(f"teacher {teacher.id!r}: no LoRA tensors in {teacher.source!r}, only {_sample(raw_keys)}.")
-    tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    if metadata:
-        fields = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-        config = LoraConfig(**fields)
-    else:
-        config = _infer_lora_config(tensors, alphas or {}, prefix)
-    return tensors, config, weights
-
-
-def _infer_lora_config(tensors: dict[str, Tensor], alphas: dict[str, float], prefix: str) -> LoraConfig:
-    # A file without metadata: ranks from the shapes, alpha from `.alpha` entries, alpha = rank where there are none
-    ranks = {
-        key.removesuffix(".lora_B.weight"): t.shape[1] for key, t in tensors.items() if key.endswith("lora_B.weight")
-    }
-    if not ranks:
-        return LoraConfig(target_modules=[])
-    scale = {
-        module: alphas.get(f"{prefix}{module}.alpha", alphas.get(f"{prefix}{module}.lora_A.weight.alpha", rank))
-        for module, rank in ranks.items()
-    }
-    return LoraConfig(
-        r=next(iter(ranks.values())),
-        lora_alpha=next(iter(scale.values())),
-        rank_pattern={f"^{module}": rank for module, rank in ranks.items()},
-        alpha_pattern={f"^{module}": alpha for module, alpha in scale.items()},
-        target_modules=list(ranks),
+    tensors, alphas, metadata = (
+        {key.removeprefix(prefix): value for key, value in (given or {}).items() if key.startswith(prefix)}
+        for given in (tensors, alphas, metadata)
     )
+    if not any("lora_A" in key for key in tensors):  # down and up of other trainers
+        tensors, alphas = convert_unet_state_dict_to_peft(tensors), convert_unet_state_dict_to_peft(alphas)
+    if metadata:
+        return tensors, LoraConfig(**metadata)
+    # Without metadata: ranks from the shapes, alphas from `.alpha` entries, alpha = rank where there are none
+    ranks = {key.split(".lora_B.")[0]: value.shape[1] for key, value in tensors.items() if ".lora_B.weight" in key}
+    alphas = {key.split(".lora_A.")[0].removesuffix(".alpha"): value for key, value in alphas.items()}
+    if stray := sorted(alphas.keys() - ranks.keys()):
+        raise ValueError(
+            f"teacher {teacher.id!r}: {len(stray)} alphas of {teacher.source!r} belong to no LoRA tensor, "
+            f"e.g. {_sample(stray)}."
+        )
+    config = LoraConfig(
+        rank_pattern={f"^{re.escape(module)}": rank for module, rank in ranks.items()},
+        alpha_pattern={f"^{re.escape(module)}": alpha for module, alpha in (ranks | alphas).items()},
+        target_modules="|".join(re.escape(module) for module in ranks),
+    )
+    return tensors, config
 
 
 def _add_lora(
     teacher: Teacher, denoiser: nn.Module, adapter: str, tensors: dict[str, Tensor], config: LoraConfig
 ) -> None:
     """Adds a frozen adapter and refuses any tensor that is missing, unexpected or of another shape."""
-    config.inference_mode = False
-    add_adapter(denoiser, config, adapter)
+    try:
+        add_adapter(denoiser, config, adapter)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"teacher {teacher.id!r}: the LoRA {teacher.source!r} does not fit the student's "
+            f"{type(denoiser).__name__}: {_one_line(error)}"
+        ) from error
     expected = get_peft_model_state_dict(denoiser, adapter_name=adapter)
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     shapes = [
@@ -361,20 +407,24 @@ def add_adapter(denoiser: nn.Module, config: LoraConfig, name: str) -> None:
     Raises:
         ValueError: if the config's target modules are not in the denoiser.
     """
-    trainable = {key for key, parameter in denoiser.named_parameters() if parameter.requires_grad}
+    trainable = {id(parameter) for parameter in denoiser.parameters() if parameter.requires_grad}
     layers = tuner_layers(denoiser)
     active = layers[0]._active_adapter if layers else []
-    try:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters: the very idea
         if hasattr(denoiser, "add_adapter"):
             denoiser.add_adapter(config, name)
         else:
             inject_adapter_in_model(config, denoiser, name)
-    except ValueError as error:
-        raise ValueError(f"LoRA adapter {name!r} does not fit {type(denoiser).__name__}: {error}") from error
-    for key, parameter in denoiser.named_parameters():
-        parameter.requires_grad_(key in trainable)
+    for parameter in denoiser.parameters():
+        parameter.requires_grad_(id(parameter) in trainable)
     for layer in tuner_layers(denoiser):
         layer._active_adapter = active
+
+
+def _scalings(denoiser: nn.Module, adapter: str) -> dict[str, Tensor]:
+    layers = {key: layer for key, layer in denoiser.named_modules() if isinstance(layer, BaseTunerLayer)}
+    return {f"{k}.scaling": torch.tensor(v.scaling[adapter]) for k, v in layers.items() if adapter in v.scaling}
 
 
 def check_compatible(teacher: Teacher, pipeline: DiffusionPipeline, student: DiffusionPipeline) -> None:
@@ -382,20 +432,25 @@ def check_compatible(teacher: Teacher, pipeline: DiffusionPipeline, student: Dif
 
     def refuse(what: str, theirs: Any, ours: Any) -> None:
         raise ValueError(
-            f"teacher {teacher.id!r} has {what} {theirs}, but the student has {ours}; they must be the same."
+            f"teacher {teacher.id!r} ({teacher.source}) has {what} {theirs}, but the student has {ours}; they must be "
+            "the same."
         )
 
     theirs, ours = _denoiser(pipeline).config, _denoiser(student).config
     if theirs.get("in_channels") != ours.get("in_channels"):
         refuse("in_channels", theirs.get("in_channels"), ours.get("in_channels"))
-    if hasattr(student, "vae"):
+    vae, own_vae = getattr(pipeline, "vae", None), getattr(student, "vae", None)
+    if vae is not None and own_vae is not None:
         for key in ("latent_channels", "z_dim", "scaling_factor", "shift_factor", "latents_mean", "latents_std"):
-            if pipeline.vae.config.get(key) != student.vae.config.get(key):
-                refuse(f"a VAE of {key}", pipeline.vae.config.get(key), student.vae.config.get(key))
+            if vae.config.get(key) != own_vae.config.get(key):
+                refuse(f"a VAE of {key}", vae.config.get(key), own_vae.config.get(key))
         # The encoder defines the latent space; decoders are fine-tuned without changing it
-        encoders = [getattr(p.vae, "encoder", None) for p in (pipeline, student)]
-        if None not in encoders and not same_weights(*encoders):
-            refuse("a VAE encoder of other weights:", _name(pipeline), _name(student))
+        if not same_weights(vae.encoder, own_vae.encoder):
+            raise ValueError(
+                f"teacher {teacher.id!r} ({teacher.source}) has a VAE whose encoder has other weights than that of the "
+                f"student ({_name(student)}), so its latents mean something else; if they do not, give its "
+                f"{denoiser_name(pipeline)} alone."
+            )
     a, b = pipeline.scheduler, student.scheduler
     kinds = ["flow matching" if is_flow(s) else "VP diffusion" for s in (a, b)]
     if kinds[0] != kinds[1]:
@@ -416,6 +471,8 @@ def _name(pipeline: DiffusionPipeline) -> str:
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
     """Whether two modules hold the same tensors, up to the precision of the coarser dtype."""
+    if a is b:
+        return True
     mine, theirs = a.state_dict(), b.state_dict()
     if mine.keys() != theirs.keys():
         return False
@@ -435,26 +492,31 @@ def _coarser(a: Tensor, b: Tensor) -> torch.dtype:
 
 def _share(pipeline: DiffusionPipeline, student: DiffusionPipeline) -> None:
     """Replaces what the teacher has in common with the student (config and weights) by the student's own."""
-    text = [key for key in pipeline.components if key.startswith(("text_encoder", "tokenizer", "processor"))]
-    if all(_same_part(getattr(pipeline, key), getattr(student, key, None)) for key in text):
-        for key in text:
-            pipeline.__dict__[key] = getattr(student, key)
-    if hasattr(student, "vae") and same_weights(pipeline.vae, student.vae):
-        pipeline.__dict__["vae"] = student.vae
+    for key, part in pipeline.components.items():
+        own = getattr(student, key, None)
+        if key != denoiser_name(pipeline) and part is not own and _same_part(part, own):
+            pipeline.__dict__[key] = own  # past `DiffusionPipeline.__setattr__`, which writes into the config
 
 
 def _same_part(mine: Any, theirs: Any) -> bool:
-    if mine is theirs:
-        return True
     if type(mine) is not type(theirs):
         return False
     if isinstance(mine, nn.Module):
-        ignored = ("_name_or_path", "torch_dtype", "dtype", "transformers_version", "_commit_hash")
-        configs = [{k: v for k, v in part.config.to_dict().items() if k not in ignored} for part in (mine, theirs)]
-        return configs[0] == configs[1] and same_weights(mine, theirs)
+        return _plain(mine.config) == _plain(theirs.config) and same_weights(mine, theirs)
     if isinstance(mine, PreTrainedTokenizerBase):
-        return mine.get_vocab() == theirs.get_vocab() and mine.model_max_length == theirs.model_max_length
+        names = "model_max_length padding_side special_tokens_map chat_template".split()
+        return mine.get_vocab() == theirs.get_vocab() and all(getattr(mine, n) == getattr(theirs, n) for n in names)
     return False
+
+
+def _plain(config: Any) -> Any:
+    """A config without what saving and loading change: names, dtypes, tuples that become lists."""
+    if isinstance(config, PreTrainedConfig):
+        config = config.to_dict()
+    if isinstance(config, Mapping):
+        ignored = ("architectures", "dtype", "torch_dtype", "transformers_version")
+        return {k: _plain(v) for k, v in config.items() if k not in ignored and not str(k).startswith("_")}
+    return [_plain(value) for value in config] if isinstance(config, (list, tuple)) else config
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -503,6 +565,10 @@ def check_manifest(checkpoint: str | os.PathLike, teachers: Iterable[LoadedTeach
                 f"teacher {key!r} has other weights ({entry['source']}) than the one that {checkpoint} learnt from "
                 f"({before[key]['source']}, commit {before[key]['commit']}); use the same teacher."
             )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _sample(keys: Iterable[str], most: int = 3) -> str:
