@@ -1,0 +1,190 @@
+"""The documentation says what is true: its snippets run on a tiny SD3, its commands parse, the sentences that it quotes
+are the code's, and its table of weights is worked out again.
+
+A page's `<!-- run -->` marks a snippet that is run, after those before it on the page; the models and prompts that it
+names are folders and files of a temporary directory. `<!-- sentences -->` marks a list of quoted refusals, in which
+`<...>` stands for what the code fills in.
+"""
+
+import ast
+import copy
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+from diffusion_opd import DiffusionOPDConfig
+from diffusion_opd.transitions import cps, dance_sde, flow_sde, ode
+from examples import opd_sd35
+from tests.test_transitions import SHIFT_3, kl_weights, sigmas
+from tests.tiny_pipelines import LORA_TARGETS, sd3
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BASE = "stabilityai/stable-diffusion-3.5-medium"
+TASKS = {"aesthetic": "AesTeacher", "ocr": "OCRTeacher", "geneval": "GenEvalTeacher"}
+
+# What a snippet hands to a pipeline itself, and the checkpoint that a run of two steps leaves
+SMALLER = {
+    r'("(?:height|width)": )\d+': r"\g<1>16",
+    r"(pipe\(.*)num_inference_steps=\d+": r"\1num_inference_steps=2, max_sequence_length=32",
+    "checkpoint-500": "checkpoint-1",
+}
+
+
+@pytest.fixture
+def small_runs(monkeypatch):
+    """Configs as the snippets write them, but of a size for a CPU."""
+    post_init = DiffusionOPDConfig.__post_init__
+
+    def shrink(config: DiffusionOPDConfig) -> None:
+        config.use_cpu = config.disable_tqdm = True
+        config.num_train_epochs, config.per_device_train_batch_size = 1, 2
+        config.num_inference_steps = min(config.num_inference_steps, 3)
+        config.height = config.width = 16
+        config.call_kwargs = {**(config.call_kwargs or {}), "max_sequence_length": 32}
+        if config.max_steps > 0:
+            config.max_steps, config.save_steps = 2, 1
+        post_init(config)
+
+    monkeypatch.setattr(DiffusionOPDConfig, "__post_init__", shrink)
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def snippets(page: Path) -> list[str]:
+    return re.findall(r"^<!-- run -->\n```python[^\n]*\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="session")
+def named_in_the_docs(tmp_path_factory) -> Path:
+    """A tiny SD3 and its teachers, where the snippets look for them."""
+    root = tmp_path_factory.mktemp("docs")
+    base = sd3()
+    base.save_pretrained(root / BASE)
+    sd3(1).save_pretrained(root / "me/sd35-finetuned")
+    with torch.random.fork_rng():
+        for seed, folder in enumerate(TASKS.values()):
+            torch.manual_seed(seed)
+            lora = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=LORA_TARGETS)
+            teacher = get_peft_model(copy.deepcopy(base.transformer), lora)
+            teacher.save_pretrained(root / "quanhaol/DiffusionOPD" / folder / "lora")
+    layers = get_peft_model_state_dict(teacher)
+    layers = {key.removeprefix("base_model.model."): value for key, value in layers.items()}
+    base.save_lora_weights(root / "me/style-lora", transformer_lora_layers=layers)
+    prompts = [f"a hill and {count} trees" for count in range(2)]
+    rows = [json.dumps({"prompt": prompt, "teacher_id": task}) for task in TASKS for prompt in prompts]
+    (root / "me/opd-prompts").mkdir()
+    (root / "me/opd-prompts/train.jsonl").write_text("\n".join(rows))
+    for task in TASKS:
+        (root / f"{task}.txt").write_text("\n".join(prompts))
+        (root / f"{task}.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
+    return root
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=name)
+def test_snippets_run(page: Path, named_in_the_docs: Path, small_runs, tmp_path, monkeypatch):
+    shutil.copytree(named_in_the_docs, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    namespace: dict = {}
+    for snippet in snippets(page):
+        for pattern, replacement in SMALLER.items():
+            snippet = re.sub(pattern, replacement, snippet)
+        exec(compile(snippet, name(page), "exec"), namespace)
+
+
+def test_every_page_with_the_trainer_is_run():
+    for page in PAGES:
+        if "DiffusionOPDTrainer(" in page.read_text():
+            assert snippets(page), page
+
+
+# Commands
+
+
+def commands() -> list[str]:
+    shell = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
+    return [line for block in shell for line in block.replace("\\\n", " ").splitlines()]
+
+
+def test_commands_parse():
+    recipes = [command for command in commands() if "examples/opd_sd35.py" in command]
+    assert len(recipes) >= 2
+    for command in recipes:
+        launcher, flags = command.split("examples/opd_sd35.py", 1)
+        for file in re.findall(r"[\w/]+\.yaml", launcher + flags):
+            assert (ROOT / file).is_file(), command
+        flags = [str(ROOT / flag) if flag.endswith(".yaml") else flag for flag in shlex.split(flags)]
+        opd_sd35.make_parser().parse_args_and_config([*flags, "--fp16", "false", "--use_cpu", "true"])
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = {word for command in commands() for word in re.findall(r"^make ([\w-]+)", command)}
+    assert "demo" in targets
+    for target in targets:
+        assert re.search(rf"^([\w-]+ )*{target}( [\w-]+)*:", makefile, re.MULTILINE), target
+
+
+# Sentences
+
+
+def template(node: ast.expr) -> str:
+    """The text of an expression, with `<>` for what is filled in."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(template(value) for value in node.values)
+    return "<>"
+
+
+def quoted(page: Path) -> list[str]:
+    found = []
+    for part in page.read_text().split("<!-- sentences -->")[1:]:
+        items = re.findall(r"^- (.*?)(?=\n\n|\n- |\Z)", part.split("\n## ")[0].strip(), re.MULTILINE | re.DOTALL)
+        for item in items:
+            sentence = max(re.findall(r"(`+)(.+?)(?<!`)\1(?!`)", item, re.DOTALL), key=lambda match: len(match[1]))[1]
+            found.append(" ".join(sentence.split()))
+    return found
+
+
+def test_quoted_sentences_are_the_codes():
+    sentences = set()
+    for file in (ROOT / "diffusion_opd").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                sentences |= {" ".join(template(argument).split()) for argument in node.exc.args}
+    ours = [(name(page), sentence) for page in PAGES for sentence in quoted(page)]
+    assert len(ours) > 40
+    unknown = [entry for entry in ours if re.sub(r"<[^<>]+>", "<>", entry[1]) not in sentences]
+    assert not unknown
+
+
+# Numbers, links
+
+
+def test_table_of_shares():
+    text = (ROOT / "docs/concepts.md").read_text().split("<!-- shares -->")[1]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in re.findall(r"^\| \d.*$", text, re.MULTILINE)]
+    assert [row[0] for row in rows[:9]] == [str(step) for step in range(1, 10)]
+    levels = sigmas(SHIFT_3)
+    for column, kernel in enumerate((ode, flow_sde, dance_sde, cps), start=2):
+        weights = kl_weights(kernel, levels, 0.7)[:9]
+        for row, weight, level in zip(rows, weights, levels, strict=False):
+            assert float(row[1]) == pytest.approx(level, abs=5e-4)
+            assert float(row[column]) == pytest.approx(100 * weight / sum(weights), abs=0.06)
+
+
+def test_links_of_the_readme_lead_somewhere():
+    links = re.findall(r"(?<!!)\[[^]]*\]\(([^)#]+)", (ROOT / "README.md").read_text())
+    for link in links:
+        assert link.startswith("https://") or (ROOT / link).exists(), link
