@@ -368,7 +368,7 @@ class Policy:
             on_step (`Callable[[Step], Tensor]`): Returns the next state; called once a denoising step.
             num_steps (`int`, *optional*): Only the first so many steps are computed.
             denoiser (`nn.Module`, *optional*): A wrapper around the denoiser (DDP, DeepSpeed) that its calls go
-            through.
+                through.
 
         Returns:
             `Tensor`: the final latents, as the pipeline returns them.

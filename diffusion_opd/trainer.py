@@ -76,7 +76,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     Raises:
         ValueError, TypeError: at once, if anything does not fit together: the sentence names what was given and what to
-        do.
+            do.
     """
 
     _name = "DiffusionOPD"
