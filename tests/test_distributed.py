@@ -45,7 +45,7 @@ def test_ddp_equals_one_process(tmp_path, mode, family, transition):
     assert (two["wrapper"], two["num_processes"]) == ("DistributedDataParallel", 2)
     assert "MULTI_CPU" in two["distributed_type"]
     assert_same_run(one, two)
-    # 2 tasks x 3 learnt steps = 6 backward passes an optimizer step, and one synchronisation (a tiny model is one bucket)
+    # 2 tasks x 3 learnt steps = 6 backward passes an optimizer step, one synchronisation (a tiny model is one bucket)
     assert two["all_reduces"] == 3
 
 
