@@ -1,4 +1,4 @@
-"""Teachers predict what plain diffusers and PEFT make of their files, also side by side; what does not fit is refused."""
+"""Teachers predict what plain diffusers and PEFT make of their files, side by side; what does not fit is refused."""
 
 import json
 import shutil
