@@ -1,0 +1,386 @@
+"""From the Hub and back: everything by id, pushed while it trains, loaded by plain diffusers in a fresh process.
+
+The Hub is tests/hub_server.py on a local port. Clients are processes of their own, as huggingface_hub reads its
+endpoint when it is imported.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load
+
+from tests.hub_server import TOKEN, HubServer
+from tests.test_teachers import save_diffusers, save_peft
+from tests.tiny_pipelines import BUILDERS, CALL
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = {"aesthetic": ["a red fox", "a lake"], "ocr": ['a sign that says "hi"', "a label"]}
+PROMPTS |= {"bare": ["two dogs", "a cat and a dog"], "geneval": ["three green cups", "a bus below a tree"]}
+
+
+def client(hub: HubServer, home: Path, code: str, **variables: str) -> dict:
+    """Runs code as a user would, against the Hub with the cache `home`; returns what it puts into `result`."""
+    answer = home / "answer.json"
+    home.mkdir(exist_ok=True)
+    code += f"\nimport json\nopen({str(answer)!r}, 'w').write(json.dumps(result))\n"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **hub.environment(home), **variables}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=home, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return json.loads(answer.read_text())
+
+
+# The server itself
+
+
+def test_the_server_is_a_hub_to_huggingface_hub(tmp_path):
+    with HubServer() as hub:
+        result = client(hub, tmp_path, HUB_CLIENT)
+        assert result["me"] == "me"
+        assert result["errors"] == [
+            "HfHubHTTPError: 409",
+            "RepositoryNotFoundError: 404",
+            "RevisionNotFoundError: 404",
+            "RemoteEntryNotFoundError: 404",
+            "HfHubHTTPError: 401",
+        ]
+        assert result["main"] == [".gitattributes", "sub/w.safetensors"]
+        assert result["v1"] == result["snapshot"] == [".gitattributes", "a.txt", "one.txt", "sub/w.safetensors"]
+        assert result["unchanged"], "an upload of what is there already makes no commit"
+        repository = hub.repositories["models/acme/x"]
+        assert repository.at("main").files["sub/w.safetensors"].data == b"0" * 50_000
+        assert repository.at("main").files["sub/w.safetensors"].is_lfs
+        assert not repository.at("v1").files["a.txt"].is_lfs and repository.private
+
+
+HUB_CLIENT = """
+from pathlib import Path
+from huggingface_hub import CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
+
+api = HfApi()
+folder = Path("folder/sub")
+folder.mkdir(parents=True)
+Path("folder/a.txt").write_text("hi")
+Path("folder/sub/w.safetensors").write_bytes(b"0" * 50_000)
+api.create_repo("acme/x", private=True)
+api.create_repo("acme/x", exist_ok=True)
+commits = [api.upload_folder(repo_id="acme/x", folder_path="folder").oid for _ in range(2)]
+api.create_branch("acme/x", branch="v1")
+api.upload_file(repo_id="acme/x", path_or_fileobj=b"1", path_in_repo="one.txt", revision="v1")
+api.create_commit("acme/x", operations=[CommitOperationDelete("a.txt")], commit_message="less")
+snapshot = Path(snapshot_download("acme/x", revision="v1"))
+errors = []
+for wrong in (
+    lambda: api.create_repo("acme/x"),
+    lambda: hf_hub_download("acme/none", "a.txt"),
+    lambda: hf_hub_download("acme/x", "a.txt", revision="v9"),
+    lambda: hf_hub_download("acme/x", "a.txt"),
+    lambda: HfApi(token="bad").create_repo("acme/y"),
+):
+    try:
+        wrong()
+    except Exception as error:
+        errors.append(f"{type(error).__name__}: {error.response.status_code}")
+result = {
+    "me": api.whoami()["name"],
+    "main": api.list_repo_files("acme/x"),
+    "v1": api.list_repo_files("acme/x", revision="v1"),
+    "snapshot": sorted(str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file()),
+    "unchanged": commits[0] == commits[1],
+    "errors": errors,
+}
+"""
+
+
+# A world of repositories
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Iterator[HubServer]:
+    """The student's base, four kinds of teachers and their prompts, published."""
+    folder = tmp_path_factory.mktemp("published")
+    with HubServer() as server:
+        BUILDERS["sd3"](0).save_pretrained(folder / "base")
+        save_peft(folder / "teachers" / "AesTeacher" / "lora", seed=1)
+        server.publish("acme/teachers", folder / "teachers")
+        # The branch v1 has a teacher that main lacks
+        save_diffusers(folder / "teachers" / "OCRTeacher" / "lora", seed=2, r=2, lora_alpha=8)
+        server.publish("acme/teachers", folder / "teachers", branch="v1")
+        BUILDERS["sd3"](3).transformer.save_pretrained(folder / "bare")
+        BUILDERS["sd3"](4).save_pretrained(folder / "pipeline")
+        for name in ("base", "bare", "pipeline"):
+            server.publish(f"acme/{name}", folder / name)
+        rows = [{"prompt": prompt, "teacher_id": task} for task, prompts in PROMPTS.items() for prompt in prompts]
+        (folder / "prompts").mkdir()
+        Dataset.from_list(rows).to_parquet(folder / "prompts" / "train.parquet")
+        server.publish("acme/prompts", folder / "prompts", kind="datasets")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+COMMON = f"""
+import torch
+from datasets import load_dataset
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, Teacher
+
+call = {CALL["sd3"] | {"guidance_scale": 4.5}!r}
+
+def draw(pipe):
+    pipe.transformer.requires_grad_(False)  # matmul rounds differently beside a weight that asks for gradients
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    return pipe(["a cat", "two dogs"], num_inference_steps=3, generator=generators, output_type="latent", **call)[0]
+
+teachers = [
+    Teacher("acme/teachers", subfolder="AesTeacher/lora", id="aesthetic"),
+    Teacher("acme/teachers", subfolder="OCRTeacher/lora", id="ocr", revision="v1"),
+    Teacher("acme/bare"),
+    Teacher("acme/pipeline", id="geneval", guidance_scale=1.0),
+]
+"""
+
+TRAIN = """
+def train(output_dir, **how):
+    trainer = DiffusionOPDTrainer(
+        model="acme/base",
+        teachers=teachers,
+        args=DiffusionOPDConfig(
+            output_dir,
+            push_to_hub=True,
+            max_steps=2,
+            save_steps=1,
+            hub_always_push=True,
+            num_inference_steps=2,
+            per_device_train_batch_size=1,
+            learning_rate=1e-2,
+            guidance_scale=call.pop("guidance_scale"),
+            call_kwargs=call,
+            report_to="none",
+            use_cpu=True,
+        ),
+        train_dataset=load_dataset("acme/prompts", split="train"),
+        **how,
+    )
+    before = draw(trainer.pipeline)
+    for parameter in trainer.trainable_parameters:
+        parameter.requires_grad_(True)
+    trainer.train()
+    trainer.push_to_hub()
+    call["guidance_scale"] = 4.5
+    after = draw(trainer.pipeline)
+    assert not torch.allclose(before, after, rtol=1e-2)
+    torch.save(after, f"{output_dir}.pt")
+
+train("student-lora", peft_config=LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_v"]))
+train("student-full")
+result = {}
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(hub: HubServer, home: Path) -> Path:
+    """Two students have been trained and pushed; the folder they were trained in."""
+    client(hub, home, COMMON + TRAIN)
+    return home
+
+
+LOAD = """
+import re
+from huggingface_hub import ModelCard, ModelCardData
+
+lora = DiffusionPipeline.from_pretrained("acme/base")
+lora.load_lora_weights("me/student-lora")
+full = DiffusionPipeline.from_pretrained("me/student-full")
+torch.save(draw(lora), "student-lora.pt")
+torch.save(draw(full), "student-full.pt")
+
+result = {}
+for name in ("student-lora", "student-full"):
+    card = ModelCard.load(f"me/{name}")
+    assert ModelCardData(**card.data.to_dict()).to_dict() == card.data.to_dict()
+    scope = {}
+    exec(re.search("```python\\n(.*?)```", card.text, re.DOTALL)[1], scope)  # as it says there
+    result[name] = {"data": card.data.to_dict(), "text": card.text, "size": scope["image"].size}
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded(hub: HubServer, trained: Path, tmp_path_factory) -> tuple[Path, dict]:
+    """A fresh process with an empty cache has loaded the students, and run the code on their cards."""
+    fresh = tmp_path_factory.mktemp("fresh")
+    without_us = COMMON.replace("from diffusion_opd import", "# from diffusion_opd import").split("teachers = ")[0]
+    return fresh, client(hub, fresh, without_us + LOAD)
+
+
+STUDENTS = pytest.mark.parametrize("student", ["student-lora", "student-full"])
+
+
+@pytest.mark.slow
+@STUDENTS
+def test_plain_diffusers_draws_what_the_trainer_drew(student: str, trained: Path, loaded: tuple[Path, dict]):
+    assert torch.equal(torch.load(loaded[0] / f"{student}.pt"), torch.load(trained / f"{student}.pt"))
+
+
+@pytest.mark.slow
+@STUDENTS
+def test_cards_say_where_a_student_comes_from(student: str, hub: HubServer, loaded: tuple[Path, dict]):
+    card = loaded[1][student]
+    data = card["data"]
+    assert (data["library_name"], data["base_model"], data["pipeline_tag"]) == (
+        "diffusers",
+        "acme/base",
+        "text-to-image",
+    )
+    assert {"trl", "diffusion-opd"} <= set(data["tags"]) and ("lora" in data["tags"]) == (student == "student-lora")
+    files = hub.repositories[f"models/me/{student}"].at("main").files
+    assert len(data["widget"]) == 4  # one picture a teacher
+    for picture in data["widget"]:
+        assert files[picture["output"]["url"]].data.startswith(b"\x89PNG")
+        assert any(picture["text"] in prompts for prompts in PROMPTS.values())
+    commits = {name: hub.repositories[f"models/acme/{name}"] for name in ("teachers", "bare", "pipeline")}
+    for source, commit in [
+        ("acme/teachers/AesTeacher/lora", commits["teachers"].at("main")),
+        ("acme/teachers/OCRTeacher/lora", commits["teachers"].at("v1")),
+        ("acme/bare", commits["bare"].at("main")),
+        ("acme/pipeline", commits["pipeline"].at("main")),
+    ]:
+        assert any(source in line and commit.id in line for line in card["text"].splitlines()), source
+    assert "arXiv:2605.15055" in card["text"]
+    assert card["size"] == [16, 16]
+
+
+@pytest.mark.slow
+@STUDENTS
+def test_every_checkpoint_was_pushed_whole(student: str, hub: HubServer, trained: Path):
+    commits = {commit.title: commit.files for commit in hub.repositories[f"models/me/{student}"].commits}
+    assert {"Training in progress, step 1", "Training in progress, step 2", "End of training"} <= commits.keys()
+    weights = {
+        "student-lora": "pytorch_lora_weights.safetensors",
+        "student-full": "transformer/diffusion_pytorch_model.safetensors",
+    }[student]
+    pushed = [commits[f"Training in progress, step {step}"] for step in (1, 2)]
+    for files in pushed:
+        assert {weights, "README.md", "teacher_manifest.json"} <= files.keys()
+        assert ("model_index.json" in files) == (student == "student-full")
+        assert not any(path.startswith("checkpoint-") for path in files)
+    for step in (1, 2):  # what was pushed is what was saved
+        assert (trained / student / f"checkpoint-{step}" / weights).read_bytes() == pushed[step - 1][weights].data
+    first, second, last = (load(files[weights].data) for files in (*pushed, commits["End of training"]))
+    assert first.keys() == second.keys() == last.keys()
+    assert all(torch.equal(second[key], last[key]) for key in last)
+    assert not all(torch.equal(first[key], second[key]) for key in last)
+
+
+@pytest.mark.slow
+@STUDENTS
+def test_the_manifest_holds_the_commits(student: str, hub: HubServer, trained: Path):
+    text = (trained / student / "checkpoint-2" / "teacher_manifest.json").read_text()
+    assert hub.repositories[f"models/me/{student}"].at("main").files["teacher_manifest.json"].data.decode() == text
+    entries = {entry["id"]: entry for entry in json.loads(text)["teachers"]}
+    where = {"aesthetic": ("teachers", None), "ocr": ("teachers", "v1"), "bare": ("bare", None)}
+    where |= {"geneval": ("pipeline", None)}
+    assert entries.keys() == where.keys()
+    for key, (name, revision) in where.items():
+        commit = hub.repositories[f"models/acme/{name}"].at(revision or "main").id
+        assert (entries[key]["revision"], entries[key]["commit"]) == (revision, commit)
+        assert entries[key]["source"].startswith(f"acme/{name}")
+
+
+BUILD = """
+trainer = DiffusionOPDTrainer(
+    model="acme/base",
+    teachers=teachers,
+    args=DiffusionOPDConfig("offline", num_inference_steps=2, call_kwargs=call, report_to="none", use_cpu=True),
+    train_dataset=load_dataset("acme/prompts", split="train"),
+    peft_config=LoraConfig(r=2, target_modules=["to_q"]),
+)
+from diffusion_opd.teachers import manifest
+result = manifest(trainer.loaded_teachers.values())
+"""
+
+
+@pytest.mark.slow
+def test_what_was_used_once_works_offline(hub: HubServer, trained: Path):
+    asked = len(hub.requests)
+    offline = client(hub, trained, COMMON + BUILD, HF_HUB_OFFLINE="1")
+    assert len(hub.requests) == asked
+    assert offline == json.loads((trained / "student-lora" / "checkpoint-2" / "teacher_manifest.json").read_text())
+
+
+DOWNLOADED = """
+from huggingface_hub import snapshot_download
+for name in ("base", "bare", "pipeline"):
+    snapshot_download(f"acme/{name}")
+snapshot_download("acme/teachers", revision="v1", allow_patterns="OCRTeacher/*")
+snapshot_download("acme/teachers")
+load_dataset("acme/prompts", split="train")
+result = {}
+"""
+
+
+@pytest.mark.slow
+def test_what_was_downloaded_works_offline(hub: HubServer, tmp_path, trained: Path):
+    """As `hf download` before a job on a node without a network: no teacher has been loaded from this cache."""
+    home = tmp_path / "home"
+    client(hub, home, COMMON + DOWNLOADED)
+    offline = client(hub, home, COMMON + BUILD, HF_HUB_OFFLINE="1")
+    assert offline == json.loads((trained / "student-lora" / "checkpoint-2" / "teacher_manifest.json").read_text())
+
+
+REFUSALS = """
+result = {}
+for key, teacher in {
+    "repository": Teacher("acme/gone", id="x"),
+    "revision": Teacher("acme/teachers", subfolder="AesTeacher/lora", revision="v9", id="x"),
+    "subfolder": Teacher("acme/teachers", subfolder="GenEvalTeacher/lora", id="x"),
+    "other revision": Teacher("acme/teachers", subfolder="OCRTeacher/lora", id="x"),
+    "weights": Teacher("acme/teachers", subfolder="AesTeacher", weight_name="w.safetensors", id="x"),
+    "kind": Teacher("acme/prompts", id="x"),
+}.items():
+    try:
+        DiffusionOPDTrainer("acme/base", teacher, DiffusionOPDConfig("out", use_cpu=True))
+    except ValueError as error:
+        result[key] = str(error)
+"""
+
+
+@pytest.mark.slow
+def test_what_is_not_on_the_hub_is_refused_in_a_sentence(hub: HubServer, home: Path):
+    sentences = client(hub, home, COMMON + REFUSALS)
+    words = {
+        "repository": ["'acme/gone'", "neither a folder nor a repository on the Hub"],
+        "revision": ["'acme/teachers'", "has no revision 'v9'"],
+        "subfolder": ["'acme/teachers/GenEvalTeacher/lora'", "no LoRA", "`subfolder`"],
+        "other revision": ["'acme/teachers/OCRTeacher/lora'", "no LoRA"],
+        "weights": ["'acme/teachers/AesTeacher'", "w.safetensors", "`weight_name`"],
+        "kind": ["'acme/prompts'", "neither a folder nor a repository on the Hub"],
+    }
+    assert sentences.keys() == words.keys()
+    for key, sentence in sentences.items():
+        assert "\n" not in sentence and sentence.startswith("teacher 'x'"), sentence
+        assert all(word in sentence for word in words[key]), sentence
+
+
+@pytest.mark.slow
+def test_an_unknown_teacher_offline_is_refused_in_a_sentence(hub: HubServer, home: Path):
+    sentences = client(hub, home, COMMON + REFUSALS, HF_HUB_OFFLINE="1")
+    assert "is not in the local cache" in sentences["repository"] and "offline" in sentences["repository"]
+
+
+def test_a_token_is_not_needed_to_read(hub: HubServer, tmp_path):
+    code = "from huggingface_hub import list_repo_files\nresult = list_repo_files('acme/bare')"
+    assert client(hub, tmp_path, code, HF_TOKEN="") == sorted(hub.repositories["models/acme/bare"].at("main").files)
+    assert TOKEN  # and a wrong one may not write: see the first test
