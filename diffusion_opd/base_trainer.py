@@ -548,6 +548,7 @@ class DiffusionTrainer(_BaseTrainer):
             name=name,
             repo_id=self.hub_model_id or self.args.hub_model_id or str(output_dir),
             base_model=base,
+            base_folder=self.pipeline.config.get("_name_or_path") or "folder of the base model",
             pipeline_class=type(self.pipeline).__name__,
             trains_lora=self.trains_lora,
             has_gallery=bool(pictures),

@@ -106,6 +106,9 @@ class DiffusionConfig(_BaseConfig):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        metric = (self.metric_for_best_model or "").removeprefix("eval_")
+        if self.greater_is_better is None and metric.split("/")[0] in ("kl", "loss"):
+            self.greater_is_better = False  # transformers: True for any name that does not end in "loss"
         super().__post_init__()
         self.call_kwargs = self.call_kwargs or {}
         for name in ("call_kwargs", "model_init_kwargs"):

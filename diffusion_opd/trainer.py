@@ -72,7 +72,10 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         callbacks (`list[TrainerCallback]`, *optional*), optimizers (`tuple`, *optional*):
             As for [`~transformers.Trainer`].
         peft_config ([`~peft.LoraConfig`], *optional*):
-            Trains a LoRA; `None` trains the whole denoiser.
+            Trains a LoRA; `None` trains the whole denoiser (whose learning rate is usually far below the default).
+
+    With `ema_decay`, `trainer.pipeline` carries the trained weights until `train` returns, and their average from then
+    on; `with trainer.ema_weights():` puts the average in place before that.
 
     Raises:
         ValueError, TypeError: at once, if anything does not fit together: the sentence names what was given and what to
@@ -82,12 +85,15 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     _name = "DiffusionOPD"
     _columns = [PROMPT, TEACHER]
     _paper = {
-        "title": "DiffusionOPD",
+        "title": "DiffusionOPD: A Unified Perspective of On-Policy Distillation in Diffusion Models",
         "id": "2605.15055",
-        "citation": (
-            "@article{diffusionopd2026,\n  title  = {DiffusionOPD},\n  year   = {2026},\n"
-            "  eprint = {arXiv:2605.15055}\n}"
-        ),
+        "citation": """@article{li2026diffusionopd,
+  title   = {{DiffusionOPD}: A Unified Perspective of On-Policy Distillation in Diffusion Models},
+  author  = {Li, Quanhao and Yu, Junqiu and Jiang, Kaixun and Wei, Yujie and Xing, Zhen and Li, Pandeng and
+             Chu, Ruihang and Zhang, Shiwei and Liu, Yu and Wu, Zuxuan},
+  journal = {arXiv preprint arXiv:2605.15055},
+  year    = {2026}
+}""",
     }
 
     def __init__(
@@ -425,8 +431,9 @@ def _set_accumulation(args: DiffusionOPDConfig, ids: Sequence[str]) -> None:
     """An optimizer step sees whole cycles: `gradient_accumulation_steps` becomes, or must be, a multiple of the
     tasks."""
     steps = args.gradient_accumulation_steps
-    if steps == 1:
+    if steps == 1 and len(ids) > 1:
         args.gradient_accumulation_steps = len(ids)
+        logger.info(f"An optimizer step sees every task: `gradient_accumulation_steps` is set to {len(ids)}.")
     elif steps % len(ids):
         raise ValueError(
             f"`gradient_accumulation_steps={steps}` is not a multiple of the {len(ids)} teachers {list(ids)}: an "

@@ -215,3 +215,9 @@ def test_help_names_our_fields(capsys):
         "--call_kwargs",
     ):
         assert name in text
+
+
+@pytest.mark.parametrize("metric", ["kl", "eval_kl", "kl/ocr", "eval_loss"])
+def test_the_best_model_is_the_closest_one(tmp_path, metric):
+    """transformers takes the greatest of any metric whose name does not end in "loss"."""
+    assert DiffusionOPDConfig(str(tmp_path), metric_for_best_model=metric).greater_is_better is False
