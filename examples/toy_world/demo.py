@@ -1,0 +1,196 @@
+"""Merges three specialists into one student, on a laptop: the real trainer on the toy world.
+
+    make demo
+    python -m examples.toy_world.demo --seed 1 --output-dir runs/demo-1
+
+Ends with a table (base, each teacher, student: scores on held-out prompts), a picture grid, a plot of KL and scores
+over the steps, and the folder of a LoRA that plain diffusers loads. Nothing here trains by itself: this is how a user
+of the library would write it.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import matplotlib
+import torch
+from datasets import Dataset
+from diffusers import StableDiffusion3Pipeline
+from peft import LoraConfig
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainerCallback
+
+from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
+from examples.toy_world.evaluate import evaluate, generate
+from examples.toy_world.pipeline import BASE, SAMPLING, TEACHERS, load_base
+from examples.toy_world.specialists import LORA_TARGETS
+from examples.toy_world.world import TASKS, sample_prompts
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+MAX_STEPS, BATCH_SIZE, LEARNING_RATE = 120, 8, 2e-3
+PROMPTS = 2000  # of each task, for training
+
+
+class Scores(TrainerCallback):
+    """The student's scores on a few held-out prompts while it trains, for the plot."""
+
+    def __init__(self, pipeline: StableDiffusion3Pipeline, every: int, n: int):
+        self.pipeline, self.every, self.n = pipeline, every, n
+        self.history: list[tuple[int, dict[str, float]]] = []
+        self.seconds = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.score(0)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step % self.every == 0:
+            self.score(state.global_step)
+
+    def score(self, step: int) -> None:
+        started = time.perf_counter()
+        self.history.append((step, evaluate(self.pipeline, self.n)))
+        self.seconds += time.perf_counter() - started
+
+
+def specialist(task: str) -> StableDiffusion3Pipeline:
+    pipeline = load_base()
+    pipeline.load_lora_weights(TEACHERS / task, weight_name="pytorch_lora_weights.safetensors")
+    return pipeline
+
+
+def distil(output_dir: Path, seed: int, max_steps: int) -> tuple[DiffusionOPDTrainer, Scores, float]:
+    """One student from three specialists: the trainer, the scores on the way, and the seconds of training alone."""
+    sampling = dict(SAMPLING)
+    args = DiffusionOPDConfig(
+        str(output_dir),
+        num_inference_steps=sampling.pop("num_inference_steps"),
+        guidance_scale=sampling.pop("guidance_scale"),
+        height=sampling.pop("height"),
+        width=sampling.pop("width"),
+        call_kwargs=sampling,
+        max_steps=max_steps,
+        per_device_train_batch_size=BATCH_SIZE,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="cosine",
+        warmup_steps=5,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+    )
+    trainer = DiffusionOPDTrainer(
+        model=str(BASE),
+        teachers={task: str(TEACHERS / task) for task in TASKS},
+        args=args,
+        train_dataset={
+            task: Dataset.from_dict({"prompt": [prompt.text for prompt in sample_prompts(task, PROMPTS, seed)]})
+            for task in TASKS
+        },
+        peft_config=LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules=LORA_TARGETS),
+    )
+    trainer.pipeline.set_progress_bar_config(disable=True)
+    scores = Scores(trainer.pipeline, every=max(1, max_steps // 4), n=20)
+    trainer.add_callback(scores)
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started - scores.seconds
+    trainer.save_model()
+    return trainer, scores, seconds
+
+
+def picture_grid(rows: list[tuple[str, list[Image.Image]]], captions: list[str], path: Path) -> None:
+    """Prompts from left to right; base, the prompt's own teacher, and the student from top to bottom."""
+    tile, label, header = 128, 70, 34
+    grid = Image.new("RGB", (label + tile * len(captions), header + tile * len(rows)), "white")
+    canvas = ImageDraw.Draw(grid)
+    for column, caption in enumerate(captions):
+        words, lines = caption.split(), [""]
+        for word in words:
+            lines = [*lines, word] if len(lines[-1]) + len(word) > 20 else [*lines[:-1], f"{lines[-1]} {word}".strip()]
+        canvas.multiline_text((label + column * tile + 4, 3), "\n".join(lines), fill="black", spacing=1, font_size=11)
+    for row, (name, pictures) in enumerate(rows):
+        canvas.text((6, header + row * tile + tile // 2 - 6), name, fill="black", font_size=13)
+        for column, picture in enumerate(pictures):
+            grid.paste(picture.resize((tile - 4,) * 2, Image.NEAREST), (label + column * tile, header + row * tile))
+    grid.save(path)
+
+
+def plot(trainer: DiffusionOPDTrainer, scores: Scores, table: dict[str, dict[str, float]], path: Path) -> None:
+    """KL to each teacher and the student's scores over the steps, with the levels of base and teachers."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for task in TASKS:
+        line = left.plot([e["step"] for e in history], [e[f"kl/{task}"] for e in history], label=task)[0]
+        colour = line.get_color()
+        right.plot([s for s, _ in scores.history], [v[task] for _, v in scores.history], "o-", c=colour, label=task)
+        right.axhline(table[f"{task} teacher"][task], color=colour, linestyle="--", linewidth=1)
+        right.axhline(table["base"][task], color=colour, linestyle=":", linewidth=1)
+    left.set(xlabel="optimizer step", ylabel="KL to the task's teacher", yscale="log")
+    right.set(xlabel="optimizer step", ylabel=f"score ({scores.n} held-out prompts)", ylim=(0, 1.05))
+    right.set_title("dashed: the task's teacher, dotted: base", fontsize=10)
+    left.legend()
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(output_dir: Path, seed: int, max_steps: int, n: int) -> dict[str, dict[str, float]]:
+    console = Console()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    shown = [prompt for task in TASKS for prompt in sample_prompts(task, 3, seed=77, heldout=True)]
+    pictures: dict[str, list[Image.Image]] = {}
+    table: dict[str, dict[str, float]] = {}
+    with console.status("Scoring the base model and the specialists"):
+        for name, pipeline in [("base", load_base()), *((f"{task} teacher", specialist(task)) for task in TASKS)]:
+            started = time.perf_counter()
+            table[name] = evaluate(pipeline, n)
+            table[name]["seconds"] = time.perf_counter() - started
+            pictures[name] = generate(pipeline, shown)
+
+    trainer, scores, seconds = distil(output_dir, seed, max_steps)
+    table["student"] = {**evaluate(trainer.pipeline, n), "seconds": seconds}
+    pictures["student"] = generate(trainer.pipeline, shown)
+
+    rendered = Table(title=f"Scores on {n} held-out prompts of each task")
+    rendered.add_column("model")
+    for column in (*TASKS, "mean", "seconds"):
+        rendered.add_column(column, justify="right")
+    for name, row in table.items():
+        row["mean"] = sum(row[task] for task in TASKS) / len(TASKS)
+        rendered.add_row(name, *(f"{row[task]:.3f}" for task in (*TASKS, "mean")), f"{row['seconds']:.0f}")
+    console.print(rendered)
+    console.print("seconds: scoring (base, teachers), distillation (student)")
+    gaps = {task: (table["base"][task], table[f"{task} teacher"][task]) for task in TASKS}
+    closed = {task: (table["student"][task] - base) / (teacher - base) for task, (base, teacher) in gaps.items()}
+    shares = ", ".join(f"{task} {share:.0%}" for task, share in closed.items())
+    console.print(f"of the way from the base to the task's teacher the student went: {shares}")
+    own = [pictures[f"{task} teacher"][i * 3 + j] for i, task in enumerate(TASKS) for j in range(3)]
+    rows = [("base", pictures["base"]), ("its teacher", own), ("student", pictures["student"])]
+    picture_grid(rows, [prompt.text for prompt in shown], output_dir / "grid.png")
+    plot(trainer, scores, table, output_dir / "training.png")
+    result = {"seed": seed, "max_steps": max_steps, "n": n, "table": table, "closed": closed}
+    (output_dir / "scores.json").write_text(json.dumps(result, indent=2))
+    console.print(
+        f"pictures  {output_dir / 'grid.png'}\nplot      {output_dir / 'training.png'}\nstudent   {output_dir}"
+    )
+    console.print(
+        f'load it:  pipe = StableDiffusion3Pipeline.from_pretrained("{BASE}"); pipe.load_lora_weights("{output_dir}", '
+        'weight_name="pytorch_lora_weights.safetensors")'
+    )
+    return table
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Merge the toy world's specialists into one student.")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-steps", type=int, default=MAX_STEPS)
+    parser.add_argument("-n", type=int, default=60, help="held-out prompts of each task")
+    options = parser.parse_args()
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    main(options.output_dir, options.seed, options.max_steps, options.n)
