@@ -8,6 +8,7 @@ knows pipelines and judges, and nothing of how a model was trained.
 """
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -57,4 +58,5 @@ if __name__ == "__main__":
         if lora:
             pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
         scores = evaluate(pipeline, args.n, guidance_scale=args.guidance_scale)
-        print(f"| {lora or 'base'} | " + " | ".join(f"{scores[task]:.3f}" for task in TASKS) + " |", flush=True)
+        row = [Path(lora).name if lora else "base", *(f"{scores[task]:.3f}" for task in TASKS)]
+        print(f"| {' | '.join(row)} |", flush=True)

@@ -4,7 +4,8 @@
     python -m examples.toy_world.specialists --tasks text
 
 Flow matching as in pretraining, but on its own training prompts, with pictures that the task wants, tidily drawn: what
-a specialist makes varies less than what the base makes. The text encoders stay as they are. This module knows nothing of judges and of distillation.
+a specialist makes varies less than what the base makes. The text encoders stay as they are. This module knows nothing
+of judges and of distillation.
 """
 
 import argparse
