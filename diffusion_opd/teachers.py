@@ -16,7 +16,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import diffusers
@@ -147,7 +147,7 @@ def _locate(teacher: Teacher) -> tuple[Path, str | None]:
     if os.path.isdir(path):
         return Path(path, teacher.subfolder or ""), None
     names = [INDEX_NAME, CONFIG_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, teacher.weight_name or LORA_NAME]
-    patterns = ["/".join(part for part in (teacher.subfolder, name) if part) for name in names]
+    patterns = [PurePosixPath(teacher.subfolder or "", name).as_posix() for name in names]
     try:
         if os.path.isabs(path):
             raise HFValidationError
@@ -252,7 +252,7 @@ def _load_pipeline(teacher: Teacher, commit: str | None, dtype: torch.dtype) -> 
     folder = str(teacher.path)
     if teacher.subfolder:
         if commit is not None:  # diffusers reads no pipeline from a subfolder of a repository
-            folder = snapshot_download(folder, revision=commit, allow_patterns=f"{teacher.subfolder}/*")
+            folder = snapshot_download(folder, revision=commit, allow_patterns=f"{teacher.subfolder.strip('/')}/*")
         folder = os.path.join(folder, teacher.subfolder)
     index = DiffusionPipeline.load_config(folder, revision=commit)
     # diffusers would miss optional parts that are absent, e.g. an SD3 without T5

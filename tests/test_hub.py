@@ -23,6 +23,7 @@ from tests.tiny_pipelines import BUILDERS, CALL
 ROOT = Path(__file__).parents[1]
 PROMPTS = {"aesthetic": ["a red fox", "a lake"], "ocr": ['a sign that says "hi"', "a label"]}
 PROMPTS |= {"bare": ["two dogs", "a cat and a dog"], "geneval": ["three green cups", "a bus below a tree"]}
+PROMPTS |= {"editor": ["the same at night", "the same in winter"]}
 
 
 def client(hub: HubServer, home: Path, code: str, **variables: str) -> dict:
@@ -105,7 +106,7 @@ result = {
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> Iterator[HubServer]:
-    """The student's base, four kinds of teachers and their prompts, published."""
+    """The student's base, teachers of all kinds and their prompts, published."""
     folder = tmp_path_factory.mktemp("published")
     with HubServer() as server:
         BUILDERS["sd3"](0).save_pretrained(folder / "base")
@@ -118,6 +119,8 @@ def hub(tmp_path_factory) -> Iterator[HubServer]:
         BUILDERS["sd3"](4).save_pretrained(folder / "pipeline")
         for name in ("base", "bare", "pipeline"):
             server.publish(f"acme/{name}", folder / name)
+        BUILDERS["sd3"](5).save_pretrained(folder / "zoo" / "pipelines" / "editor")
+        server.publish("acme/zoo", folder / "zoo")
         rows = [{"prompt": prompt, "teacher_id": task} for task, prompts in PROMPTS.items() for prompt in prompts]
         (folder / "prompts").mkdir()
         Dataset.from_list(rows).to_parquet(folder / "prompts" / "train.parquet")
@@ -149,6 +152,7 @@ teachers = [
     Teacher("acme/teachers", subfolder="OCRTeacher/lora", id="ocr", revision="v1"),
     Teacher("acme/bare"),
     Teacher("acme/pipeline", id="geneval", guidance_scale=1.0),
+    Teacher("acme/zoo", subfolder="pipelines/editor/"),
 ]
 """
 
@@ -246,16 +250,17 @@ def test_cards_say_where_a_student_comes_from(student: str, hub: HubServer, load
     )
     assert {"trl", "diffusion-opd"} <= set(data["tags"]) and ("lora" in data["tags"]) == (student == "student-lora")
     files = hub.repositories[f"models/me/{student}"].at("main").files
-    assert len(data["widget"]) == 4  # one picture a teacher
+    assert len(data["widget"]) == 5  # one picture a teacher
     for picture in data["widget"]:
         assert files[picture["output"]["url"]].data.startswith(b"\x89PNG")
         assert any(picture["text"] in prompts for prompts in PROMPTS.values())
-    commits = {name: hub.repositories[f"models/acme/{name}"] for name in ("teachers", "bare", "pipeline")}
+    commits = {name: hub.repositories[f"models/acme/{name}"] for name in ("teachers", "bare", "pipeline", "zoo")}
     for source, commit in [
         ("acme/teachers/AesTeacher/lora", commits["teachers"].at("main")),
         ("acme/teachers/OCRTeacher/lora", commits["teachers"].at("v1")),
         ("acme/bare", commits["bare"].at("main")),
         ("acme/pipeline", commits["pipeline"].at("main")),
+        ("acme/zoo/pipelines/editor", commits["zoo"].at("main")),
     ]:
         assert any(source in line and commit.id in line for line in card["text"].splitlines()), source
     assert "arXiv:2605.15055" in card["text"]
@@ -291,7 +296,7 @@ def test_the_manifest_holds_the_commits(student: str, hub: HubServer, trained: P
     assert hub.repositories[f"models/me/{student}"].at("main").files["teacher_manifest.json"].data.decode() == text
     entries = {entry["id"]: entry for entry in json.loads(text)["teachers"]}
     where = {"aesthetic": ("teachers", None), "ocr": ("teachers", "v1"), "bare": ("bare", None)}
-    where |= {"geneval": ("pipeline", None)}
+    where |= {"geneval": ("pipeline", None), "editor": ("zoo", None)}
     assert entries.keys() == where.keys()
     for key, (name, revision) in where.items():
         commit = hub.repositories[f"models/acme/{name}"].at(revision or "main").id
@@ -322,7 +327,7 @@ def test_what_was_used_once_works_offline(hub: HubServer, trained: Path):
 
 DOWNLOADED = """
 from huggingface_hub import snapshot_download
-for name in ("base", "bare", "pipeline"):
+for name in ("base", "bare", "pipeline", "zoo"):
     snapshot_download(f"acme/{name}")
 snapshot_download("acme/teachers", revision="v1", allow_patterns="OCRTeacher/*")
 snapshot_download("acme/teachers")
