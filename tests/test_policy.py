@@ -24,6 +24,7 @@ from diffusers import (
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    FluxKontextPipeline,
     StableDiffusion3Pipeline,
     UNet2DModel,
 )
@@ -42,6 +43,7 @@ PROMPTS = ["a red fox", "two blue birds"]
 STEPS = 3
 
 families = pytest.mark.parametrize("family", FLOW + VP)
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # a second adapter, on purpose
 
 
 # The unmodified pipeline, watched
@@ -163,6 +165,11 @@ def assert_same(steps: list[Step] | list[Visit], visits: list[Visit]) -> None:
         assert torch.equal(step.timestep, visit.timestep)
         assert torch.equal(step.sample, visit.sample)
         assert torch.equal(step.prediction, visit.prediction)
+
+
+def quiet(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @contextlib.contextmanager
@@ -336,6 +343,21 @@ def test_bfloat16(family: str):
 
 def on_euler_in_float32(index: int, visit: Visit | Step, levels: tuple[float, ...]) -> Tensor:
     return visit.sample.float() + (levels[index + 1] - levels[index]) * visit.prediction.float()
+
+
+@torch.no_grad()
+def test_source_image_for_editing():
+    """FLUX.1 Kontext: the image is part of what `prepare_latents` returns, beside the state."""
+    own, ours = (quiet(FluxKontextPipeline(**BUILDERS["flux_guidance"](0).components)) for _ in range(2))
+    image = Image.effect_noise((16, 16), 50).convert("RGB")
+    call_kwargs = {**CALL["flux_guidance"], "image": image, "max_area": 256, "_auto_resize": False}
+    visits, _ = run(own, euler, **call_kwargs)
+    policy = Policy(ours, STEPS, call_kwargs)
+    assert_same(record(policy)[0], visits)
+    for visit in visits:
+        assert torch.equal(policy.predict(visit.sample, visit.timestep, PROMPTS), visit.prediction)
+    other = Policy(ours, STEPS, {**call_kwargs, "image": image.rotate(90)})
+    assert not torch.equal(other.predict(visit.sample, visit.timestep, PROMPTS), visit.prediction)
 
 
 # Learning inside the rollout, against two passes over the recorded states
@@ -574,11 +596,6 @@ def encoders_of(pipe: DiffusionPipeline) -> list[nn.Module]:
     return [part for name, part in pipe.components.items() if name.startswith("text_encoder")]
 
 
-def quiet(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def sharing(family: str, seed: int, **others: Any) -> DiffusionPipeline:
     """A pipeline with another denoiser and, unless told otherwise, all else of `built(family)`."""
     pipe, name = built(family), "unet" if family in ("sdxl", "sd15") else "transformer"
@@ -730,6 +747,17 @@ def test_memo_has_no_gradient():
         encoder.requires_grad_(True)
     assert pipe.encode_prompt(**SD3_ENCODE)[0].requires_grad
     assert not any(part.requires_grad for part in PromptMemo().encode(pipe, (), **SD3_ENCODE))
+
+
+@torch.no_grad()
+def test_memo_encodes_in_the_encoders_own_precision():
+    """Whoever asks first: a party in mixed precision leaves nothing coarser behind for one without."""
+    memo, expected = PromptMemo(), built("sd3").encode_prompt(**SD3_ENCODE)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(built("sd3").encode_prompt(**SD3_ENCODE)[0].float(), expected[0])
+        first = memo.encode(built("sd3"), (), **SD3_ENCODE)
+    for found in (first, memo.encode(built("sd3"), (), **SD3_ENCODE)):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @torch.no_grad()
