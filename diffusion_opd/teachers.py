@@ -27,7 +27,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -285,24 +285,36 @@ def _load_denoiser(
 def _read_lora(teacher: Teacher, folder: Path, student: DiffusionPipeline) -> tuple[dict[str, Tensor], LoraConfig]:
     """Tensors (keys as in the denoiser, `lora_A` / `lora_B`) and config of a LoRA in PEFT or diffusers format."""
     name = denoiser_name(student)
-    weights = folder / (teacher.weight_name or LORA_NAME)
-    if (folder / PEFT_CONFIG_NAME).is_file():
-        weights = folder / PEFT_WEIGHTS_NAME
-        if not weights.is_file():
-            raise ValueError(
-                f"teacher {teacher.id!r}: {teacher.source!r} has an {PEFT_CONFIG_NAME}, but no {PEFT_WEIGHTS_NAME}."
-            )
-        config = PeftConfig.from_pretrained(str(folder))
-        tensors = {key.removeprefix("base_model.model."): value for key, value in load_file(weights).items()}
-    elif not weights.is_file():
+    is_peft = (folder / PEFT_CONFIG_NAME).is_file()
+    weights = folder / (PEFT_WEIGHTS_NAME if is_peft else teacher.weight_name or LORA_NAME)
+    if is_peft and not weights.is_file():
+        raise ValueError(
+            f"teacher {teacher.id!r}: {teacher.source!r} has an {PEFT_CONFIG_NAME}, but no {weights.name}."
+        )
+    if not weights.is_file():
         raise ValueError(
             f"teacher {teacher.id!r}: {teacher.source!r} holds no pipeline ({INDEX_NAME}), no denoiser ({CONFIG_NAME}) "
             f"and no LoRA ({PEFT_CONFIG_NAME} or {weights.name}); check `path`, `subfolder` and `weight_name`."
         )
-    elif not hasattr(type(student), "lora_state_dict"):
+    if not is_peft and not hasattr(type(student), "lora_state_dict"):
         raise ValueError(
             f"teacher {teacher.id!r}: {type(student).__name__} cannot read a LoRA in diffusers format; give it in PEFT "
             f"format ({PEFT_CONFIG_NAME})."
+        )
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(
+            f"teacher {teacher.id!r}: {weights.name} of {teacher.source!r} is no safetensors file "
+            f"({_one_line(error)}); is it a git-lfs pointer, or a download that broke off?"
+        ) from error
+    if is_peft:
+        config = PeftConfig.from_pretrained(str(folder))
+        tensors = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
+    elif scales := [key for key in tensors if "dora_scale" in key]:  # diffusers drops them with a warning
+        raise ValueError(
+            f"teacher {teacher.id!r}: {teacher.source!r} is a DoRA in a format that diffusers cannot read, "
+            f"e.g. {_sample(scales)}."
         )
     else:
         tensors, config = _read_diffusers_lora(teacher, weights, student)
@@ -330,13 +342,6 @@ def _read_diffusers_lora(
     teacher: Teacher, weights: Path, student: DiffusionPipeline
 ) -> tuple[dict[str, Tensor], LoraConfig]:
     prefix = denoiser_name(student) + "."
-    with safe_open(weights, "pt") as file:
-        raw_keys = list(file.keys())
-    if scales := [key for key in raw_keys if "dora_scale" in key]:  # diffusers drops them with a warning
-        raise ValueError(
-            f"teacher {teacher.id!r}: {teacher.source!r} is a DoRA in a format that diffusers cannot read, "
-            f"e.g. {_sample(scales)}."
-        )
     # As its `load_lora_weights`, which needs the config of a UNet to read names of other trainers
     of_unet = {"unet_config": student.unet.config} if prefix == "unet." else {}
     tensors, *rest = type(student).lora_state_dict(

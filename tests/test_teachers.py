@@ -348,6 +348,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match")  # PEFT's, of what is renamed
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", ["peft", "diffusers", "diffusers without metadata"])
 def test_a_lora_with_other_tensors_is_refused(kind: str, change: str, tmp_path):
@@ -454,6 +455,13 @@ def test_a_peft_folder_without_weights_is_refused(tmp_path):
     folder = save_peft(tmp_path)
     (folder / PEFT_FILES[1]).unlink()
     assert_words(refusal(folder), str(folder), *PEFT_FILES)
+
+
+@pytest.mark.parametrize("save", [save_peft, save_diffusers])
+def test_a_git_lfs_pointer_is_refused(save: Callable, tmp_path):
+    (weights,) = save(tmp_path).glob("*.safetensors")
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert_words(refusal(tmp_path), weights.name, str(tmp_path), "no safetensors file", "git-lfs pointer")
 
 
 # Denoisers and pipelines
