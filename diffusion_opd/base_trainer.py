@@ -42,13 +42,13 @@ from trl.trainer.utils import identity
 from .config import DiffusionConfig
 from .policy import Policy, PromptMemo, Step, denoiser_name, tuner_layers
 from .sampling import seed_of
-from .teachers import LORA_NAME, STUDENT_ADAPTER
+from .teachers import LORA_NAME, STUDENT_ADAPTER, absent_parts
 
 logger = get_logger(__name__)
 
 EMA_NAME = "ema_and_raw_weights.safetensors"
 IMAGES_DIR = "images"
-CHECK_PROMPT = "a photo of a red apple"
+CHECK_PROMPT = "a cat"  # short enough for any tokenizer
 
 
 @contextlib.contextmanager
@@ -81,8 +81,9 @@ def load_student(
         pipeline = model
     else:
         init_kwargs = dict(args.model_init_kwargs or {})
+        index = DiffusionPipeline.load_config(model, revision=init_kwargs.get("revision"))
+        init_kwargs = absent_parts(index) | init_kwargs
         if "dtype" not in init_kwargs and "torch_dtype" not in init_kwargs:
-            index = DiffusionPipeline.load_config(model, revision=init_kwargs.get("revision"))
             name = next((name for name in ("transformer", "unet") if name in index), "transformer")
             denoiser_dtype = torch.float32 if peft_config is None else args.mixed_dtype
             init_kwargs["dtype"] = {name: denoiser_dtype, "default": args.mixed_dtype}

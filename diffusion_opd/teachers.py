@@ -227,6 +227,12 @@ def load_teachers(
     return loaded
 
 
+def absent_parts(index: Mapping[str, Any]) -> dict[str, None]:
+    """For `from_pretrained`: optional parts that a saved pipeline was without (an SD3 without T5), which diffusers
+    would miss."""
+    return {key: None for key, entry in index.items() if entry == [None, None]}
+
+
 def _denoiser(pipeline: DiffusionPipeline) -> nn.Module:
     return getattr(pipeline, denoiser_name(pipeline))
 
@@ -255,8 +261,7 @@ def _load_pipeline(teacher: Teacher, commit: str | None, dtype: torch.dtype) -> 
             folder = snapshot_download(folder, revision=commit, allow_patterns=f"{teacher.subfolder.strip('/')}/*")
         folder = os.path.join(folder, teacher.subfolder)
     index = DiffusionPipeline.load_config(folder, revision=commit)
-    # diffusers would miss optional parts that are absent, e.g. an SD3 without T5
-    parts = {key: None for key, entry in index.items() if entry == [None, None]}
+    parts = absent_parts(index)
     name = next((name for name in ("transformer", "unet") if index.get(name, [None])[0]), None)
     if name is None:
         raise ValueError(f"teacher {teacher.id!r}: {teacher.source!r} has neither a transformer nor a unet.")

@@ -299,6 +299,11 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     # Evaluation: the same rollouts and divergences, without learning
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if eval_dataset is not None:
+            eval_dataset = routed_dataset(eval_dataset, list(self.teachers), "eval_dataset", need_all=False)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
     def evaluation_loop(
         self,
         dataloader: Any,

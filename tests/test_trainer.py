@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from diffusers import DDIMScheduler, DiffusionPipeline, SD3Transformer2DModel
+from diffusers import DDIMScheduler, DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from PIL import Image
@@ -495,6 +495,29 @@ def test_evaluation_is_repeatable_and_leaves_no_trace(tmp_path):
     assert first["eval_kl"] == pytest.approx(mean, rel=1e-5)
     assert torch.equal(trained(trainer), before)
     assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_another_evaluation_dataset_is_routed_as_the_first(tmp_path):
+    own = {key: DATA.select(range(i, 6, 2)).select_columns("prompt") for i, key in enumerate("ab")}
+    trainer = trainer_of(tmp_path, eval_dataset=own)
+    first, again = trainer.evaluate(), trainer.evaluate(own)
+    assert all(first[key] == again[key] for key in ("eval_loss", "eval_kl", "eval_kl/a", "eval_kl/b"))
+    with pytest.raises(ValueError, match="eval_dataset has no column"):
+        trainer.evaluate(own["a"])
+
+
+def test_a_student_saved_without_its_third_encoder(tmp_path):
+    parts = BUILDERS["sd3"](0).components | {"text_encoder_3": None, "tokenizer_3": None}
+    StableDiffusion3Pipeline(**parts).save_pretrained(tmp_path / "student")
+    trainer = DiffusionOPDTrainer(
+        str(tmp_path / "student"),
+        BUILDERS["sd3"](1),
+        config(tmp_path),
+        DATA.remove_columns("teacher_id"),
+        peft_config=lora(),
+    )
+    assert trainer.pipeline.text_encoder_3 is None
+    trainer.train()
 
 
 def test_metrics(tmp_path):
