@@ -10,6 +10,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 import shutil
 import time
 from collections import defaultdict
@@ -40,15 +41,17 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from .config import DiffusionConfig
-from .policy import Policy, PromptMemo, Step, denoiser_name, tuner_layers
+from .policy import Policy, PromptMemo, Routed, Step, denoiser_name, tuner_layers
 from .sampling import seed_of
-from .teachers import LORA_NAME, STUDENT_ADAPTER, absent_parts
+from .teachers import LORA_NAME, STUDENT_ADAPTER, absent_parts, changes_base
 
 logger = get_logger(__name__)
 
+# Of `from_pretrained`: what reading the pipeline's index needs too
+HUB_KWARGS = {"revision", "token", "cache_dir", "local_files_only", "proxies", "force_download"}
 EMA_NAME = "ema_and_raw_weights.safetensors"
 IMAGES_DIR = "images"
-CHECK_PROMPT = "a cat"  # short enough for any tokenizer
+CHECK_PROMPTS = ["a cat", "a dog"]  # a batch, and short enough for any tokenizer
 
 
 @contextlib.contextmanager
@@ -81,8 +84,11 @@ def load_student(
         pipeline = model
     else:
         init_kwargs = dict(args.model_init_kwargs or {})
-        index = DiffusionPipeline.load_config(model, revision=init_kwargs.get("revision"))
+        hub = {key: init_kwargs[key] for key in HUB_KWARGS & init_kwargs.keys()}
+        index = DiffusionPipeline.load_config(model, **hub)
         init_kwargs = absent_parts(index) | init_kwargs
+        if isinstance(init_kwargs.get("dtype"), str):  # from YAML or a flag
+            init_kwargs["dtype"] = getattr(torch, init_kwargs["dtype"])
         if "dtype" not in init_kwargs and "torch_dtype" not in init_kwargs:
             name = next((name for name in ("transformer", "unet") if name in index), "transformer")
             denoiser_dtype = torch.float32 if peft_config is None else args.mixed_dtype
@@ -107,6 +113,12 @@ def load_student(
             f"{type(pipeline).__name__} cannot load LoRA weights in plain diffusers; train it in full "
             "(no `peft_config`)."
         )
+    if changes_base(peft_config):
+        raise ValueError(
+            f"`peft_config` changes the {name} itself (bias={peft_config.bias!r}, "
+            f"modules_to_save={peft_config.modules_to_save}, init_lora_weights={peft_config.init_lora_weights!r}), "
+            "which LoRA teachers share; leave these at their defaults, or train in full."
+        )
     if peft_config.lora_dropout > 0:
         logger.warning(
             f"lora_dropout={peft_config.lora_dropout} has no effect: the denoiser runs in eval mode, since the rollout "
@@ -128,9 +140,22 @@ class Stopwatch:
         self._cuda = device.type == "cuda"
         self._stack: list[str | None] = [None]
         self._marks: list[tuple[str | None, Any]] = []
+        self._paused = False
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Sections in here are not counted."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     @contextlib.contextmanager
     def section(self, name: str) -> Iterator[None]:
+        if self._paused:
+            yield
+            return
         self._stack.append(name)
         self._mark()
         try:
@@ -167,7 +192,8 @@ class _Config(FrozenDict):
 
 
 class _EveryStep(TrainerCallback):
-    """Updates the moving average and draws the sample images, before the trainer evaluates or saves."""
+    """Updates the moving average and draws the sample images, before the trainer evaluates or saves, and before the
+    trackers close."""
 
     def __init__(self, trainer: "DiffusionTrainer"):
         self.trainer = trainer
@@ -176,6 +202,19 @@ class _EveryStep(TrainerCallback):
         if self.trainer.ema is not None and state.global_step % args.ema_update_every == 0:
             self.trainer.ema.step(self.trainer.trainable_parameters)
         if args.image_steps and state.global_step % args.image_steps == 0:
+            self.trainer.log_images()
+        if args.logging_strategy == "no":
+            self.trainer.forget_metrics()
+
+    def on_train_end(self, args: DiffusionConfig, state, control, **kwargs: Any) -> None:
+        ema = self.trainer.ema
+        if ema is not None:
+            if state.global_step % args.ema_update_every and state.best_model_checkpoint is None:
+                ema.step(self.trainer.trainable_parameters)  # or a short run would end where it began
+            # What `pipeline`, `save_model` and the Hub carry from here on
+            ema.copy_to(self.trainer.trainable_parameters)
+        drawn = args.image_steps and state.global_step % args.image_steps == 0 and state.best_model_checkpoint is None
+        if args.image_steps != 0 and not drawn:
             self.trainer.log_images()
 
 
@@ -228,9 +267,9 @@ class DiffusionTrainer(_BaseTrainer):
         self.stopwatch = Stopwatch(device)
         self.memo = PromptMemo(partial(self.stopwatch.section, "encode"))
         self.student = Policy(pipeline, args.num_inference_steps, args.pipeline_kwargs, self.memo)
-        with self.accelerator.autocast():
+        with self.autocast(model):
             self._freeze_unused()
-            self._first_step = self.student.self_check(CHECK_PROMPT)[0]
+            self._first_step = self.student.self_check(CHECK_PROMPTS, args.num_learnt_steps)[0]
         self.trainable_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.ema = None
         if args.ema_decay is not None:
@@ -241,7 +280,15 @@ class DiffusionTrainer(_BaseTrainer):
         self._ema_is_in_place = False
         self._metrics: dict[str, list[Any]] = defaultdict(list)
         self._last_log = (time.perf_counter(), 0)
-        self.add_callback(_EveryStep(self))
+        self.callback_handler.callbacks.insert(0, _EveryStep(self))
+
+    def autocast(self, module: nn.Module) -> contextlib.AbstractContextManager:
+        """Mixed precision for a `module` that is called past the trained wrapper. accelerate's own context does nothing
+        under DeepSpeed, whose engine casts what it trains and nothing else."""
+        dtype = self.args.mixed_dtype
+        if self.is_deepspeed_enabled and dtype not in (torch.float32, next(module.parameters()).dtype):
+            return torch.autocast(self.accelerator.device.type, dtype)
+        return self.accelerator.autocast()
 
     def _freeze_unused(self) -> None:
         """Freezes parameters that no gradient reaches (Qwen-Image's last block has six): DDP would wait for them."""
@@ -250,8 +297,8 @@ class DiffusionTrainer(_BaseTrainer):
             step.prediction.float().square().mean().backward()
             return step.sample
 
-        generator = torch.Generator().manual_seed(0)
-        self.student.rollout([CHECK_PROMPT], [generator], differentiate, num_steps=1)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(CHECK_PROMPTS))]
+        self.student.rollout(CHECK_PROMPTS, generators, differentiate, num_steps=1)
         unused = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
         for name in unused:
             self.model.get_parameter(name).requires_grad_(False)
@@ -283,17 +330,12 @@ class DiffusionTrainer(_BaseTrainer):
             self.ema.restore(self.trainable_parameters)
             self._ema_is_in_place = False
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().train(*args, **kwargs)
-        if self.ema is not None:  # what `pipeline`, `save_model` and the Hub carry from here on
-            self.ema.copy_to(self.trainable_parameters)
-        if self.args.image_steps != 0:
-            self.log_images()
-        return output
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self.ema_weights():
+        with self.ema_weights(), self.stopwatch.paused():
             return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("`predict` has no meaning for a diffusion model; use `evaluate` or `sample_images`.")
 
     # Metrics
 
@@ -312,7 +354,6 @@ class DiffusionTrainer(_BaseTrainer):
                 for name in names
             ]
             logs.update(zip(names, self.accelerator.reduce(torch.stack(means), "mean").tolist(), strict=True))
-            self._metrics.clear()
             now, step = time.perf_counter(), self.state.global_step
             steps = max(step - self._last_log[1], 1)
             logs["steps_per_second"] = steps / (now - self._last_log[0])
@@ -320,13 +361,17 @@ class DiffusionTrainer(_BaseTrainer):
                 self._train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
             )
             logs.update({f"time/{name}": seconds / steps for name, seconds in self.stopwatch.read().items()})
-            self._last_log = (now, step)
+            self.forget_metrics()
         super().log(logs, start_time)
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def forget_metrics(self) -> None:
+        """Begins a new interval of the means and times that `log` shows."""
         self._metrics.clear()
         self.stopwatch.read()
         self._last_log = (time.perf_counter(), self.state.global_step)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.forget_metrics()
         return super()._inner_training_loop(*args, **kwargs)
 
     # Images
@@ -346,7 +391,13 @@ class DiffusionTrainer(_BaseTrainer):
         pipeline = copy.copy(self.pipeline)
         pipeline.set_progress_bar_config(disable=True)
         self.model.eval()
-        with self.ema_weights(), self.accelerator.autocast():
+
+        def denoise(*args: Any, **kwargs: Any) -> Any:
+            with self.autocast(self.model):  # not around the whole call: a VAE may ask for float32
+                return self.model(*args, **kwargs)
+
+        vars(pipeline)[self.denoiser_name] = Routed(self.model, denoise)
+        with self.ema_weights():
             output = pipeline(
                 prompt=[prompts[index] for index in mine],
                 num_inference_steps=self.args.image_num_inference_steps or self.args.num_inference_steps,
@@ -478,8 +529,11 @@ class DiffusionTrainer(_BaseTrainer):
         self.ema.optimization_step = self.state.global_step // self.args.ema_update_every
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        if self.ema is not None and resume_from_checkpoint is not None:
-            self._load_ema(resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            if self.ema is not None:
+                self._load_ema(resume_from_checkpoint)
+            elif Path(resume_from_checkpoint, EMA_NAME).is_file():
+                raise ValueError(f"{resume_from_checkpoint} was saved with `ema_decay`; resume it with.")
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
@@ -495,7 +549,10 @@ class DiffusionTrainer(_BaseTrainer):
     # Publishing: Trainer copies transformers' file names, i.e. uploads no weights
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.is_world_process_zero():
+        # The two conditions under which Trainer does not push: an upload that still runs reads these very files
+        job = self.push_in_progress
+        busy = not self.args.hub_always_push and job is not None and not job.is_done()
+        if self.is_world_process_zero() and self.args.hub_strategy != "end" and not busy:
             output_dir = Path(self.args.output_dir)
             if not self.trains_lora and not (output_dir / "model_index.json").is_file():
                 self.pipeline.save_pretrained(output_dir)
@@ -526,12 +583,13 @@ class DiffusionTrainer(_BaseTrainer):
         gallery = sorted(output_dir.glob(f"{IMAGES_DIR}/step_*"))[-1:]
         pictures = sorted(gallery[0].glob("*.png")) if gallery else []
         name = model_name or output_dir.name
+        makes_video = hasattr(self.pipeline, "video_processor")
         data = ModelCardData(
             library_name="diffusers",
             base_model=base,
             model_name=name,
             datasets=dataset_name,
-            pipeline_tag="text-to-video" if "video" in type(self.pipeline).__module__ else "text-to-image",
+            pipeline_tag="text-to-video" if makes_video else "text-to-image",
             tags=[
                 *self._tag_names,
                 *(["lora"] if self.trains_lora else []),
@@ -552,6 +610,7 @@ class DiffusionTrainer(_BaseTrainer):
             base_folder=self.pipeline.config.get("_name_or_path") or "folder of the base model",
             pipeline_class=type(self.pipeline).__name__,
             trains_lora=self.trains_lora,
+            makes_video=makes_video,
             has_gallery=bool(pictures),
             call_kwargs={key: repr(value) for key, value in self.args.pipeline_kwargs.items()},
             trainer_name=self._name,
@@ -567,7 +626,7 @@ class DiffusionTrainer(_BaseTrainer):
 
 
 def _is_checkpoint(folder: str | os.PathLike) -> bool:
-    return Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR)
+    return re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(folder).name) is not None
 
 
 def _middle_frame(video: Any) -> Image.Image:

@@ -46,8 +46,8 @@ class DiffusionConfig(_BaseConfig):
             Anything else that the pipeline's `__call__` takes, e.g. `{"max_sequence_length": 128}`.
         ema_decay (`float`, *optional*):
             Decay, in [0, 1), of the exponential moving average of the trained weights, which then is what is evaluated,
-            saved and published. `None` turns it off. It ramps up as `min(ema_decay, (1 + n) / (10 + n))` after `n`
-            updates.
+            saved and published. `None` turns it off. The first update copies the trained weights, update `n + 1` has
+            the decay `min(ema_decay, (1 + n) / (10 + n))`; what is left at the end of training is one more update.
         ema_update_every (`int`, *optional*, defaults to `8`):
             Optimizer steps between two updates of the average.
         image_steps (`int`, *optional*):
@@ -130,6 +130,17 @@ class DiffusionConfig(_BaseConfig):
             )
         # Every process reads a stream and takes its share: a batch of text cannot be sliced and sent by one of them
         self.accelerator_config.dispatch_batches = False
+        # Trainer's own loops read these; ours do not
+        for name, only in {
+            "fp16_full_eval": False,
+            "bf16_full_eval": False,
+            "train_sampling_strategy": "random",
+        }.items():
+            if (value := getattr(self, name)) != only:
+                raise ValueError(
+                    f"`{name}={value!r}` is not supported: evaluation runs in the precision of training, and the tasks "
+                    "come in turn; leave it out."
+                )
         if self.image_steps is not None and self.image_steps < 0:
             raise ValueError(f"`image_steps` must be at least 0 (never) or None (at the end), got {self.image_steps}.")
 

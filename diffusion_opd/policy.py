@@ -178,10 +178,10 @@ class _FieldSeat(_Seat):
         return SchedulerOutput(sample)
 
 
-class _Routed:
-    """A denoiser whose calls go to its wrapper (DDP, DeepSpeed) and whose attributes are its own."""
+class Routed:
+    """A denoiser whose calls go to a wrapper (DDP, DeepSpeed, a function) and whose attributes are its own."""
 
-    def __init__(self, module: nn.Module, wrapper: nn.Module):
+    def __init__(self, module: nn.Module, wrapper: Callable[..., Any]):
         self._module, self._wrapper = module, wrapper
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -317,8 +317,8 @@ class Policy:
         self.num_inference_steps, self.adapter = num_inference_steps, adapter
         self.memo = memo or PromptMemo()
         self._pipeline = pipeline
-        self._denoiser = getattr(pipeline, self.denoiser_name)
-        self._layers = tuner_layers(self._denoiser) if adapter is not None else []
+        self.denoiser = getattr(pipeline, self.denoiser_name)
+        self._layers = tuner_layers(self.denoiser) if adapter is not None else []
         self._encoders = _encoders(pipeline)
         # One scheduler each: a field is asked in the middle of a rollout
         self._rollout_scheduler = own_scheduler(pipeline.scheduler)
@@ -376,7 +376,7 @@ class Policy:
         seat = _RolloutSeat(self._rollout_scheduler, on_step, num_steps)
         with self._copy(seat) as pipeline:
             if denoiser is not None:
-                vars(pipeline)[self.denoiser_name] = _Routed(self._denoiser, denoiser)
+                vars(pipeline)[self.denoiser_name] = Routed(self.denoiser, denoiser)
             latents = self._call(pipeline, prompts, generators)
         if seat.index != len(seat.timesteps):
             raise ValueError(
@@ -403,8 +403,8 @@ class Policy:
         return seat.prediction
 
     @torch.no_grad()
-    def self_check(self, prompt: str, num_steps: int = 2) -> list[Step]:
-        """Compares the field with the pipeline's own run at its first states.
+    def self_check(self, prompts: Sequence[str], num_steps: int = 2) -> list[Step]:
+        """Compares the field with the pipeline's own run at its first `num_steps` states.
 
         Returns:
             `list[Step]`: the steps of that run.
@@ -419,9 +419,10 @@ class Policy:
             level, level_next = step.schedule.levels[step.index : step.index + 2]
             return step.sample.float() + (level_next - level) * step.prediction.float()
 
-        self.rollout([prompt], [torch.Generator().manual_seed(0)], record, num_steps=num_steps)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+        self.rollout(prompts, generators, record, num_steps=num_steps)
         for step in steps:
-            prediction = self.predict(step.sample, step.timestep, [prompt])
+            prediction = self.predict(step.sample, step.timestep, prompts)
             gap = _relative_gap(prediction, step.prediction)
             # The same numbers through the same kernels: what is left is the non-determinism of some GPU kernels
             if not gap < (1e-4 if prediction.dtype == torch.float32 else 2e-2):

@@ -21,6 +21,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft
 from huggingface_hub import snapshot_download
@@ -237,15 +238,22 @@ def _denoiser(pipeline: DiffusionPipeline) -> nn.Module:
     return getattr(pipeline, denoiser_name(pipeline))
 
 
-def _load_module(teacher: Teacher, cls: type, dtype: torch.dtype, *where: Any, **kwargs: Any) -> nn.Module:
-    """`from_pretrained` of a diffusers model that refuses what it would only warn about."""
+def _load_module(
+    teacher: Teacher,
+    cls: type,
+    dtype: torch.dtype,
+    *where: Any,
+    refused: Sequence[str] = ("missing_keys", "unexpected_keys"),
+    **kwargs: Any,
+) -> nn.Module:
+    """`from_pretrained` of a model that refuses what it would only warn about."""
     try:
         module, info = cls.from_pretrained(*where, **kwargs, dtype=dtype, output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"teacher {teacher.id!r}: {teacher.source!r} cannot be loaded as a {cls.__name__}: {_one_line(error)}"
         ) from error
-    for kind in ("missing_keys", "unexpected_keys"):
+    for kind in refused:
         if keys := info[kind]:
             raise ValueError(
                 f"teacher {teacher.id!r}: {len(keys)} {kind.replace('_', ' ')} between {teacher.source!r} and "
@@ -267,6 +275,12 @@ def _load_pipeline(teacher: Teacher, commit: str | None, dtype: torch.dtype) -> 
         raise ValueError(f"teacher {teacher.id!r}: {teacher.source!r} has neither a transformer nor a unet.")
     cls = getattr(diffusers, index[name][1])
     parts[name] = _load_module(teacher, cls, dtype, folder, subfolder=name, revision=commit)
+    for key, (library, class_name) in (item for item in index.items() if isinstance(item[1], list)):
+        cls = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(class_name), None)
+        if key != name and isinstance(cls, type) and issubclass(cls, nn.Module):
+            # Whole checkpoints of CLIP and T5 hold more than their encoders
+            where = dict(subfolder=key, revision=commit, refused=["missing_keys"])
+            parts[key] = _load_module(teacher, cls, dtype, folder, **where)
     return DiffusionPipeline.from_pretrained(folder, revision=commit, dtype=dtype, **parts)
 
 
@@ -327,13 +341,7 @@ def _read_lora(teacher: Teacher, folder: Path, student: DiffusionPipeline) -> tu
         raise ValueError(
             f"teacher {teacher.id!r}: no LoRA tensors for a {name} in {teacher.source!r}, e.g. {_sample(tensors)}."
         )
-    # What a student and its other teachers share must stay as it is
-    changes_base = (
-        config.bias != "none"
-        or config.modules_to_save
-        or str(config.init_lora_weights).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga", "mica"))
-    )
-    if changes_base:
+    if changes_base(config):
         raise ValueError(
             f"teacher {teacher.id!r}: the LoRA {teacher.source!r} also changes the {name} itself "
             f"(bias={config.bias!r}, modules_to_save={config.modules_to_save}, "
@@ -341,6 +349,15 @@ def _read_lora(teacher: Teacher, folder: Path, student: DiffusionPipeline) -> tu
         )
     config.init_lora_weights = config.inference_mode = False  # the weights are about to come
     return tensors, config
+
+
+def changes_base(config: LoraConfig) -> bool:
+    """Whether a LoRA also changes the backbone that a student and its LoRA teachers share."""
+    return (
+        config.bias != "none"
+        or bool(config.modules_to_save)
+        or str(config.init_lora_weights).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
+    )
 
 
 def _read_diffusers_lora(
@@ -454,10 +471,10 @@ def check_compatible(teacher: Teacher, pipeline: DiffusionPipeline, student: Dif
         for key in ("latent_channels", "z_dim", "scaling_factor", "shift_factor", "latents_mean", "latents_std"):
             if vae.config.get(key) != own_vae.config.get(key):
                 refuse(f"a VAE of {key}", vae.config.get(key), own_vae.config.get(key))
-        # The encoder defines the latent space; decoders are fine-tuned without changing it
-        if not same_weights(vae.encoder, own_vae.encoder):
+        # What encodes defines the latent space; decoders are fine-tuned without changing it
+        if not same_weights(vae, own_vae, besides=("decoder.", "post_quant_conv.")):
             raise ValueError(
-                f"teacher {teacher.id!r} ({teacher.source}) has a VAE whose encoder has other weights than that of the "
+                f"teacher {teacher.id!r} ({teacher.source}) has a VAE that encodes with other weights than that of the "
                 f"student ({_name(student)}), so its latents mean something else; if they do not, give its "
                 f"{denoiser_name(pipeline)} alone."
             )
@@ -479,11 +496,14 @@ def _name(pipeline: DiffusionPipeline) -> str:
     return pipeline.config.get("_name_or_path") or type(pipeline).__name__
 
 
-def same_weights(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two modules hold the same tensors, up to the precision of the coarser dtype."""
+def same_weights(a: nn.Module, b: nn.Module, besides: tuple[str, ...] = ()) -> bool:
+    """Whether two modules hold the same tensors, up to the precision of the coarser dtype; `besides` the keys that
+    start so."""
     if a is b:
         return True
-    mine, theirs = a.state_dict(), b.state_dict()
+    mine, theirs = (
+        {key: value for key, value in module.state_dict().items() if not key.startswith(besides)} for module in (a, b)
+    )
     if mine.keys() != theirs.keys():
         return False
     return all(
@@ -547,6 +567,7 @@ def manifest(teachers: Iterable[LoadedTeacher]) -> dict[str, Any]:
             "source": teacher.spec.source,
             "revision": teacher.spec.revision,
             "commit": teacher.commit,
+            "dtype": str(next(_denoiser(teacher.pipeline).parameters()).dtype),
             "sha256": teacher.sha256,
         }
         for teacher in teachers
@@ -570,6 +591,11 @@ def check_manifest(checkpoint: str | os.PathLike, teachers: Iterable[LoadedTeach
             f"{checkpoint} learnt from the teachers {list(before)}, this run has {list(now)}; use the same set."
         )
     for key, entry in now.items():
+        if entry["sha256"] != before[key]["sha256"] and entry["dtype"] != before[key].get("dtype", entry["dtype"]):
+            raise ValueError(
+                f"teacher {key!r} is loaded in {entry['dtype']}, {checkpoint} learnt from it in "
+                f"{before[key]['dtype']}; resume in the same precision."
+            )
         if entry["sha256"] != before[key]["sha256"]:
             raise ValueError(
                 f"teacher {key!r} has other weights ({entry['source']}) than the one that {checkpoint} learnt from "

@@ -7,6 +7,7 @@ backpropagated at once. Rollout and gradient are one pass, inside the pipeline's
 """
 
 import contextlib
+import copy
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,11 +26,19 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 
 from . import objectives
-from .base_trainer import CHECK_PROMPT, DiffusionTrainer, load_student, no_zero_init
+from .base_trainer import CHECK_PROMPTS, DiffusionTrainer, load_student, no_zero_init
 from .config import DiffusionOPDConfig, check_call_kwargs
 from .policy import Policy, Step, is_flow
 from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, routed_dataset, seed_of
-from .teachers import MANIFEST_NAME, STUDENT_ADAPTER, check_manifest, load_teachers, manifest, name_teachers
+from .teachers import (
+    MANIFEST_NAME,
+    STUDENT_ADAPTER,
+    check_manifest,
+    load_teachers,
+    manifest,
+    name_teachers,
+    same_weights,
+)
 from .transitions import TRANSITIONS
 
 logger = get_logger(__name__)
@@ -118,6 +127,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             train_dataset = routed_dataset(train_dataset, ids, "train_dataset")
         if eval_dataset is not None:
             eval_dataset = routed_dataset(eval_dataset, ids, "eval_dataset", need_all=False)
+        args = copy.copy(args)  # what a run sets in them must not reach the next one
         _set_accumulation(args, ids)
 
         set_seed(args.seed)
@@ -169,23 +179,23 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         self.kernel = partial(TRANSITIONS[name], noise_level=args.noise_level)
 
         step = self._first_step
-        with self.accelerator.autocast():
-            still = [
-                j
-                for j in range(args.num_learnt_steps)
-                if self.kernel(step.sample, step.prediction, step.schedule, j).std == 0
-            ]
-            if args.noise_level > 0 and args.objective != "velocity" and still:
-                raise ValueError(
-                    f"step {still[0] + 1} of {args.num_inference_steps} has zero std under {name!r}, so its "
-                    f"{args.objective!r} is not defined; lower `timestep_fraction` (now {args.timestep_fraction})."
-                )
-            for key, teacher in self.teachers.items():
+        still = [
+            j
+            for j in range(args.num_learnt_steps)
+            if self.kernel(step.sample, step.prediction, step.schedule, j).std == 0
+        ]
+        if args.noise_level > 0 and args.objective != "velocity" and still:
+            raise ValueError(
+                f"step {still[0] + 1} of {args.num_inference_steps} has zero std under {name!r}, so its "
+                f"{args.objective!r} is not defined; lower `timestep_fraction` (now {args.timestep_fraction})."
+            )
+        for key, teacher in self.teachers.items():
+            with self.autocast(teacher.denoiser):
                 source = self.loaded_teachers[key].spec.source
                 try:
-                    teacher.self_check(CHECK_PROMPT)
+                    teacher.self_check(CHECK_PROMPTS, args.num_learnt_steps)
                     with torch.no_grad():
-                        prediction = teacher.predict(step.sample, step.timestep, [CHECK_PROMPT])
+                        prediction = teacher.predict(step.sample, step.timestep, CHECK_PROMPTS)
                 except (RuntimeError, ValueError) as error:
                     raise ValueError(
                         f"teacher {key!r} ({source}) cannot be asked at the student's states of shape "
@@ -196,12 +206,18 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                         f"teacher {key!r} ({source}) predicts {tuple(prediction.shape)} at the student's states, the "
                         f"student predicts {tuple(step.prediction.shape)}."
                     )
-                if torch.equal(prediction, step.prediction):
+                unchanged = torch.equal(prediction, step.prediction)
+                if self.loaded_teachers[key].adapter is None:  # in another dtype it predicts other numbers
+                    unchanged |= same_weights(
+                        getattr(self.loaded_teachers[key].pipeline, self.denoiser_name), self.model
+                    )
+                if unchanged:
                     logger.warning(
                         f"Teacher {key!r} ({source}) predicts exactly what the untrained student predicts: there is "
                         "nothing to learn from it."
                     )
         self.memo.clear()
+        del self._first_step
 
     # Algorithm 1
 
@@ -245,14 +261,15 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         """Student and teacher at one visited state: the objective and the KL of each sample, and the student's next
         state."""
         # A loaded pipeline keeps its dtype; the student's states may have another
-        with torch.no_grad(), self.stopwatch.section("teacher"), self.accelerator.autocast():
-            target = self.teachers[task].predict(step.sample, step.timestep, prompts)
+        field = self.teachers[task]
+        with torch.no_grad(), self.stopwatch.section("teacher"), self.autocast(field.denoiser):
+            target = field.predict(step.sample, step.timestep, prompts)
         student = self.kernel(step.sample, step.prediction, step.schedule, step.index)
         teacher = self.kernel(step.sample, target, step.schedule, step.index)
         next_state = student.mean.detach()
         if student.std > 0:
             noise = randn_tensor(next_state.shape, generators, next_state.device, torch.float32)
-            next_state = next_state + student.std * noise
+            next_state = student.sample(noise).detach()
 
         kl = objectives.kl(student, teacher)
         if self.args.objective == "velocity":
@@ -315,6 +332,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         self.model.eval()
         ids = list(self.teachers)
         rows = []
+        self.callback_handler.eval_dataloader = dataloader
+        if callable(getattr(self.optimizer, "eval", None)):  # schedule-free optimizers
+            self.optimizer.eval()
         for number, batch in enumerate(dataloader):
             # A batch of an eval dataset may hold several tasks; a rollout holds one
             generators = self._generators(len(batch), _EVAL, number, 0, 0)
@@ -347,7 +367,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             kls.append(kl)
             return next_state
 
-        with self.accelerator.autocast():  # before the first `train()` the denoiser is not wrapped in it
+        with self.autocast(self.model):  # before the first `train()` the denoiser is not wrapped in it
             self.student.rollout(prompts, generators, watch, self.args.num_learnt_steps)
         self.memo.clear()
         return torch.stack(losses).mean(0), torch.stack(kls).mean(0)
@@ -404,11 +424,11 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         if self.args.image_prompts is not None or not isinstance(self.train_dataset, Dataset):
             return super().image_prompts
         per_task = -(-4 // len(self.teachers))
-        chosen: dict[str, list[str]] = {key: [] for key in self.teachers}
-        for prompt, task in zip(self.train_dataset[PROMPT], self.train_dataset[TEACHER], strict=True):
-            if len(chosen[task]) < per_task:
-                chosen[task].append(prompt)
-        return [prompt for prompts in chosen.values() for prompt in prompts]
+        rows = {key: [] for key in self.teachers}
+        for row, task in enumerate(self.train_dataset[TEACHER]):
+            if len(rows[task]) < per_task:
+                rows[task].append(row)
+        return self.train_dataset[[row for chosen in rows.values() for row in chosen]][PROMPT]
 
     def _card_fields(self) -> dict[str, Any]:
         teachers = [
@@ -424,7 +444,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             "transition noise_level objective num_inference_steps timestep_fraction guidance_scale learning_rate "
             "per_device_train_batch_size gradient_accumulation_steps max_grad_norm ema_decay seed"
         ).split()
-        settings = {name: getattr(self.args, name) for name in names}
+        settings = {name: getattr(self.args, name) for name in names} | {"transition": self.kernel.func.__name__}
         settings |= {"optimizer steps": self.state.global_step, "processes": self.accelerator.num_processes}
         if self.trains_lora:
             lora = self.model.peft_config[STUDENT_ADAPTER]

@@ -264,7 +264,7 @@ def test_pipeline_is_left_as_it_was(family: str):
     policy = Policy(pipe, STEPS, CALL[family])
     steps, _ = record(policy, num_steps=2)
     policy.predict(steps[0].sample, steps[0].timestep, PROMPTS)
-    policy.self_check(PROMPTS[0])
+    policy.self_check(PROMPTS)
 
     assert vars(pipe).keys() == attributes.keys()
     for name, value in attributes.items():
@@ -323,7 +323,7 @@ def test_random_state_is_left_alone(family: str):
     before = torch.get_rng_state()
     steps, _ = record(policy)
     policy.predict(steps[1].sample, steps[1].timestep, PROMPTS)
-    policy.self_check(PROMPTS[0])
+    policy.self_check(PROMPTS)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -900,7 +900,7 @@ def test_pipeline_of_ones_own():
     steps, ours = record(policy, lambda step: ode(step.sample, step.prediction, step.schedule, step.index).mean)
     assert_same(steps, visits)
     assert torch.equal(ours, latents)
-    assert len(policy.self_check(PROMPTS[0])) == 2
+    assert len(policy.self_check(PROMPTS)) == 2
 
 
 @pytest.mark.parametrize(
@@ -940,7 +940,7 @@ def test_step_must_be_called_once_a_timestep(cls: type):
     with torch.no_grad(), pytest.raises(ValueError, match="scheduler.step"):
         record(policy)
     with pytest.raises(ValueError, match="scheduler.step"):
-        policy.self_check(PROMPTS[0])
+        policy.self_check(PROMPTS)
 
 
 def test_unknown_arguments_are_refused():
@@ -972,26 +972,26 @@ def test_used_pipeline_is_not_taken_for_an_offloaded_one(family: str):
 @pytest.mark.parametrize("cls", [Momentum, Broken])
 def test_self_check_refuses(cls: type):
     with pytest.raises(ValueError, match=f"{cls.__name__} cannot be asked at a given state"):
-        Policy(of(cls), STEPS).self_check(PROMPTS[0])
+        Policy(of(cls), STEPS).self_check(PROMPTS)
 
 
 def test_self_check_refuses_guidance_that_depends_on_the_step():
     """SD3's skip-layer guidance, which starts after the first step."""
     policy = Policy(built("sd3"), STEPS, {**CALL["sd3"], "skip_guidance_layers": [0], "skip_layer_guidance_stop": 1.0})
     with pytest.raises(ValueError, match="at step 1 differs"):
-        policy.self_check(PROMPTS[0])
+        policy.self_check(PROMPTS)
 
 
 @families
 def test_self_check_hands_out_the_run(family: str):
     policy = Policy(built(family), STEPS, CALL[family])
-    steps = policy.self_check(PROMPTS[0])
+    steps = policy.self_check(PROMPTS)
     assert [step.index for step in steps] == [0, 1]
     assert all(len(step.sample) == 1 and not step.prediction.requires_grad for step in steps)
 
 
 def test_self_check_of_a_single_step():
-    assert len(Policy(built("sd3"), 1, CALL["sd3"]).self_check(PROMPTS[0])) == 1
+    assert len(Policy(built("sd3"), 1, CALL["sd3"]).self_check(PROMPTS)) == 1
 
 
 # Schedules
@@ -1038,7 +1038,7 @@ def test_solver_of_second_order_is_refused():
     pipe = BUILDERS["sd3"](0)
     pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
     with pytest.raises(ValueError, match="FlowMatchHeunDiscreteScheduler.*first-order scheduler"):
-        Policy(pipe, STEPS, CALL["sd3"]).self_check(PROMPTS[0])
+        Policy(pipe, STEPS, CALL["sd3"]).self_check(PROMPTS)
 
 
 @pytest.mark.parametrize("scheduler", [EDMEulerScheduler(), CogVideoXDDIMScheduler(snr_shift_scale=3.0)])
@@ -1053,7 +1053,7 @@ def test_prediction_of_the_sample_is_refused():
     pipe = BUILDERS["sd15"](0)
     pipe.scheduler = DDIMScheduler(prediction_type="sample")
     with pytest.raises(ValueError, match="prediction type 'sample' is not supported"):
-        Policy(pipe, STEPS, CALL["sd15"]).self_check(PROMPTS[0])
+        Policy(pipe, STEPS, CALL["sd15"]).self_check(PROMPTS)
 
 
 @pytest.mark.parametrize("set_alpha_to_one", [True, False])

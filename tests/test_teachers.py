@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -621,6 +621,16 @@ def test_a_denoiser_with_other_tensors_is_refused(change: str, whole: bool, save
     assert_words(sentence, words.get(change, "3, 32"))
 
 
+@pytest.mark.parametrize(
+    ("part", "file"), [("text_encoder", "model.safetensors"), ("vae", "diffusion_pytorch_model.safetensors")]
+)
+def test_an_encoder_that_lacks_a_tensor_is_refused(part: str, file: str, saved, tmp_path):
+    folder = changed_copy(saved, tmp_path)
+    lost = sorted(load_file(folder / part / file))[0]
+    edit(folder / part, lambda t: {key: value for key, value in t.items() if key != lost}, file)
+    assert_words(refusal(Teacher(folder, id="aes")), "'aes'", "1 missing keys", str(folder), lost.split(".")[-2])
+
+
 def test_a_denoiser_without_weights_is_refused(saved, tmp_path):
     folder = changed_copy(saved, tmp_path)
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
@@ -658,16 +668,15 @@ def teacher_with(family: str, **parts) -> DiffusionPipeline:
     return pipe
 
 
-def with_vae_config(**config) -> DiffusionPipeline:
-    pipe = BUILDERS["sd3"](1)
+def with_vae_config(family: str = "sd3", **config) -> DiffusionPipeline:
+    pipe = BUILDERS[family](1)
     pipe.vae.register_to_config(**config)
     return pipe
 
 
-def with_vae_encoder() -> DiffusionPipeline:
-    pipe = BUILDERS["sd3"](1)
-    with torch.no_grad():
-        pipe.vae.encoder.conv_in.weight.add_(0.1)
+def with_vae_tensor(family: str, key: str) -> DiffusionPipeline:
+    pipe = BUILDERS[family](1)
+    pipe.vae.state_dict()[key].add_(0.1)
     return pipe
 
 
@@ -695,7 +704,16 @@ def linear_betas() -> DiffusionPipeline:
     [
         ("sd3", lambda: with_vae_config(scaling_factor=0.5), ["VAE of scaling_factor 0.5", "1.5305"]),
         ("sd3", lambda: with_vae_config(shift_factor=None), ["VAE of shift_factor None", "0.0609"]),
-        ("sd3", with_vae_encoder, ["VAE whose encoder has other weights", "give its transformer alone"]),
+        ("wan", lambda: with_vae_config("wan", latents_mean=[0.5] * 16), ["VAE of latents_mean", "0.5"]),
+        *(
+            (family, partial(with_vae_tensor, family, key), ["VAE that encodes with other weights", "alone"])
+            for family, key in (
+                ("sd3", "encoder.conv_in.weight"),
+                ("sd15", "quant_conv.weight"),
+                ("flux2_klein", "bn.running_mean"),
+                ("ltx", "latents_mean"),
+            )
+        ),
         ("sd3", lambda: BUILDERS["wan"](1), ["in_channels 16", "4"]),
         ("sd3", lambda: sd3_of_channels(8), ["in_channels 8", "4"]),
         ("sd3", lambda: BUILDERS["pixart_sigma"](1), ["VAE of scaling_factor 0.13025", "1.5305"]),
@@ -729,7 +747,7 @@ def test_another_shift_of_the_same_time_is_fine():
 
 
 def test_another_vae_is_fine_for_a_denoiser_alone(tmp_path):
-    pipe = with_vae_encoder()
+    pipe = with_vae_tensor("sd3", "encoder.conv_in.weight")
     pipe.save_pretrained(tmp_path)
     student = BUILDERS["sd3"](0)
     (loaded,) = load(Teacher(tmp_path, subfolder="transformer"), student)

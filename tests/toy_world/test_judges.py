@@ -81,8 +81,8 @@ def test_positions(relation, opposite):
 
 
 def test_detector_names_shapes_colours_and_places():
-    left, right = detect(drawn(things("position", Thing("cross", "orange"), BLUE_SQUARE, relation="right of")))[::-1]
-    assert {(left.shape, left.colour), (right.shape, right.colour)} == {("cross", "orange"), ("square", "blue")}
+    left, right = detect(drawn(things("position", Thing("cross", "yellow"), BLUE_SQUARE, relation="right of")))[::-1]
+    assert {(left.shape, left.colour), (right.shape, right.colour)} == {("cross", "yellow"), ("square", "blue")}
 
 
 def test_components_are_connected_parts():
