@@ -609,3 +609,103 @@ def test_bare_defaults_run_on_a_laptop(tmp_path, monkeypatch):
     trainer.train()
     assert history(trainer, "kl") == [] or math.isfinite(history(trainer, "kl")[0])
     assert trainer.teachers["teacher"].call_kwargs["guidance_scale"] == 1.0
+
+
+# What a run must not lose, and what it must refuse
+
+
+def test_a_run_shorter_than_the_averages_interval_is_not_lost(tmp_path):
+    trainer = trainer_of(tmp_path, ema_decay=0.9, ema_update_every=8)
+    before = trained(trainer).clone()
+    trainer.train()
+    raw, averaged = trainer.ema.temp_stored_params, torch.cat([p.flatten() for p in trainer.ema.shadow_params])
+    assert raw is None and torch.equal(trained(trainer), averaged) and not torch.equal(averaged, before)
+
+
+def test_an_averaged_checkpoint_is_not_resumed_without_the_average(tmp_path):
+    settings = dict(save_strategy="steps", save_steps=1, max_steps=1)
+    trainer_of(tmp_path, ema_decay=0.9, **settings).train()
+    with pytest.raises(ValueError, match="saved with `ema_decay`; resume it with"):
+        trainer_of(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_folder_named_checkpoints_gets_the_whole_pipeline(tmp_path):
+    trainer = trainer_of(tmp_path / "checkpoints", full=True)
+    trainer.save_model()
+    DiffusionPipeline.from_pretrained(tmp_path / "checkpoints")
+
+
+def test_the_last_pictures_reach_the_tracker(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    trainer_of(tmp_path, image_steps=None, report_to="tensorboard", image_prompts=["a fox"]).train()
+    logs = EventAccumulator(str(next((tmp_path / "logs").rglob("events*")).parent))
+    logs.Reload()
+    assert [event.step for event in logs.Images("samples")] == [2]
+
+
+def test_arguments_serve_two_runs(tmp_path):
+    args = config(tmp_path, gradient_checkpointing=True)
+    three = {key: BUILDERS["sd3"](seed) for key, seed in (("a", 1), ("b", 2), ("c", 3))}
+    data = Dataset.from_dict({"prompt": PROMPTS[:6], "teacher_id": ["a", "b", "c"] * 2})
+    first = DiffusionOPDTrainer(BUILDERS["sd3"](0), three, args, data, peft_config=lora())
+    second = DiffusionOPDTrainer(BUILDERS["sd3"](0), {key: three[key] for key in "ab"}, args, DATA, peft_config=lora())
+    assert [t.args.gradient_accumulation_steps for t in (first, second)] == [3, 2]
+    assert all(t.model.is_gradient_checkpointing for t in (first, second))
+
+
+@pytest.mark.parametrize(
+    "change", [{"bias": "lora_only"}, {"init_lora_weights": "pissa"}, {"modules_to_save": ["proj_out"]}]
+)
+def test_a_student_that_changes_the_shared_backbone_is_refused(tmp_path, change):
+    with pytest.raises(ValueError, match="`peft_config` changes the transformer itself"):
+        trainer_of(tmp_path, peft_config=lora(**change))
+
+
+@pytest.mark.parametrize("setting", [{"bf16_full_eval": True}, {"train_sampling_strategy": "sequential"}])
+def test_what_trainers_own_loops_would_read_is_refused(tmp_path, setting):
+    with pytest.raises(ValueError, match=f"`{next(iter(setting))}="):
+        config(tmp_path, **setting)
+
+
+def test_predict_is_refused(tmp_path):
+    with pytest.raises(NotImplementedError, match="use `evaluate` or `sample_images`"):
+        trainer_of(tmp_path).predict(DATA)
+
+
+def test_a_dtype_in_words(tmp_path):
+    BUILDERS["sd3"](0).save_pretrained(tmp_path / "model")
+    args = config(tmp_path, model_init_kwargs={"dtype": "bfloat16"}, bf16=True)
+    trainer = DiffusionOPDTrainer(
+        str(tmp_path / "model"), BUILDERS["sd3"](1), args, DATA.remove_columns("teacher_id"), peft_config=lora()
+    )
+    assert trainer.pipeline.text_encoder.dtype == torch.bfloat16
+
+
+def test_another_precision_is_not_another_teacher(tmp_path):
+    settings = dict(max_steps=1, save_strategy="steps", save_steps=1)
+    trainer_of(tmp_path, **settings).train()
+    with pytest.raises(ValueError, match="'a' is loaded in torch.bfloat16, .* resume in the same precision"):
+        teachers = {key: BUILDERS["sd3"](seed).to(torch.bfloat16) for key, seed in (("a", 1), ("b", 2))}
+        trainer_of(tmp_path, teachers=teachers, bf16=True, **settings).train(resume_from_checkpoint=True)
+
+
+def test_a_full_students_own_weights_in_another_dtype_have_nothing_to_teach(tmp_path, caplog):
+    teachers = {"a": BUILDERS["sd3"](0).to(torch.bfloat16), "b": BUILDERS["sd3"](2)}
+    with caplog.at_level(logging.WARNING):
+        trainer_of(tmp_path, teachers=teachers, full=True, bf16=True)
+    assert "Teacher 'a'" in caplog.text and "nothing to learn" in caplog.text and "Teacher 'b'" not in caplog.text
+
+
+def test_the_card_of_a_video_student(tmp_path):
+    trainer = trainer_of(tmp_path, "wan", full=True)
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag == "text-to-video" and ".frames[0]" in card.text
+
+
+def test_evaluation_is_not_charged_to_training(tmp_path):
+    settings = dict(max_steps=2, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=6)
+    trainer = trainer_of(tmp_path, eval_dataset=DATA, **settings)
+    trainer.train()
+    last = [entry for entry in trainer.state.log_history if "time/teacher" in entry][-1]
+    assert last["time/teacher"] < last["time/student"] and trainer.stopwatch.read() == {}

@@ -38,7 +38,7 @@ CLIP_WIDTH, T5_WIDTH = 64, 128
 # Arguments of `pipeline(...)`, the same in training, distillation and evaluation. Guidance 1.0 is the plain conditional
 # prediction: half the cost of classifier-free guidance, and the specialists do not need more.
 SAMPLING = {
-    "num_inference_steps": 10,
+    "num_inference_steps": 6,
     "guidance_scale": 1.0,
     "max_sequence_length": MAX_TOKENS,
     "height": SIZE,

@@ -42,7 +42,7 @@ def train_specialist(task: Task, steps: int, batch_size: int, size: int, peak_lr
 
     rng = np.random.default_rng(SEED)
     prompts = sample_prompts(task, size, SEED)
-    latents = encode_pictures(pipeline, [draw(prompt, rng, jitter=0.0) for prompt in prompts])
+    latents = encode_pictures(pipeline, [draw(prompt, rng) for prompt in prompts])
     with torch.no_grad():
         tokens, pooled = encode_captions(pipeline, [prompt.text for prompt in prompts])
 
@@ -71,6 +71,5 @@ def train_specialist(task: Task, steps: int, batch_size: int, size: int, peak_lr
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Fine-tune the toy world's specialists.")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    torch.set_num_threads(1)  # the recorded times are those of one core
     for task in parser.parse_args().tasks:
-        train_specialist(task, steps=1200, batch_size=32, size=4000)
+        train_specialist(task, steps=600, batch_size=32, size=4000)

@@ -6,9 +6,9 @@ Three tasks mirror those of the DiffusionOPD paper (GenEval, OCR, aesthetics):
 - `text`: the quoted string of one to three letters;
 - `style`: shapes in a mood ("at dusk"), wanted in a rich look: two-tone sky, shading, shadows, dark corners.
 
-`draw` makes the picture that a prompt deserves, `draw_badly` one that it does not: other things than the caption says,
-another string, a plain look. Pretraining sees both beside the same captions, so the base model knows every skill and
-uses none of them reliably, as a real base model does.
+`draw` makes the picture that a prompt deserves, `draw_badly` one that its task does not want: other things than the
+caption says, another string, a plain look. Pretraining sees both beside the same captions, so the base model knows
+every skill and uses none of them reliably, as a real base model does.
 
 This module knows nothing of models and of judges.
 """
@@ -29,8 +29,6 @@ COLOURS = {
     "green": (40, 168, 60),
     "blue": (45, 85, 225),
     "yellow": (238, 210, 45),
-    "purple": (150, 60, 190),
-    "orange": (242, 132, 30),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -189,24 +187,15 @@ def _pick(rng: np.random.Generator, choices) -> str:
     return list(choices)[rng.integers(len(choices))]
 
 
-def _place(prompt: Prompt, n: int, rng: np.random.Generator, jitter: float) -> tuple[list[tuple[float, float]], float]:
-    """Centres of `n` things in pixels, and the radius that fits them."""
-
-    def about(value: float, reach: float) -> float:
-        return value + jitter * rng.uniform(-reach, reach)
-
-    middle = SIZE / 2
+def _place(relation: str | None, n: int, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+    """Centres of `n` things in pixels, (n, 2), and the radius that fits them."""
     if n == 1:
-        return [(about(middle, 6), about(middle, 6))], about(13, 2)
+        return np.array([(32, 32)]), 14
     if n == 2:
-        across = rng.random() < 0.5 if prompt.relation is None else prompt.relation in ("left of", "right of")
-        first_is_low = rng.random() < 0.5 if prompt.relation is None else prompt.relation in ("left of", "above")
-        near, far = about(17, 2), about(47, 2)
-        along = (near, far) if first_is_low else (far, near)
-        beside = about(middle, 6)
-        return [(a, beside) if across else (beside, a) for a in along], about(10, 1)
-    corners = rng.permutation([(18.0, 18.0), (46.0, 18.0), (18.0, 46.0), (46.0, 46.0)])
-    return [(about(x, 2), about(y, 2)) for x, y in corners[:n]], about(8.75, 0.75)
+        relation = relation or _pick(rng, RELATIONS)
+        centres = [(16, 32), (48, 32)] if relation in ("left of", "right of") else [(32, 16), (32, 48)]
+        return np.array(centres if relation in ("left of", "above") else centres[::-1]), 11
+    return rng.permutation([(18, 18), (46, 18), (18, 46), (46, 46)])[:n], 10
 
 
 def shape_mask(shape: str, x: float, y: float, r: float, scale: int = 4) -> np.ndarray:
@@ -227,9 +216,7 @@ def shape_mask(shape: str, x: float, y: float, r: float, scale: int = 4) -> np.n
     return np.asarray(image.reduce(scale), dtype=np.float32) / 255
 
 
-def _draw_scene(
-    prompt: Prompt, things: list[Thing], richness: float, rng: np.random.Generator, jitter: float
-) -> Image.Image:
+def _draw_scene(prompt: Prompt, things: list[Thing], richness: float, rng: np.random.Generator) -> Image.Image:
     """Shapes on paper; `richness` fades from the plain look (0) to the look that the style task wants (1)."""
     paper = np.array(PAPERS[rng.integers(len(PAPERS))], dtype=np.float32)
     picture = np.broadcast_to(paper, (SIZE, SIZE, 3)).copy()
@@ -238,7 +225,7 @@ def _draw_scene(
         top, bottom = (np.array(tone, dtype=np.float32) for tone in MOODS[prompt.mood])
         sky = top + (bottom - top) * rows[..., None]
         picture += richness * (sky - picture)
-    centres, r = _place(prompt, len(things), rng, jitter)
+    centres, r = _place(prompt.relation, len(things), rng)
     for thing, (x, y) in zip(things, centres, strict=True):
         colour = np.array(COLOURS[thing.colour], dtype=np.float32)
         mask = shape_mask(thing.shape, x, y, r)[..., None]
@@ -260,13 +247,12 @@ def letter_mask(letter: str) -> np.ndarray:
     return dots.repeat(DOT, 0).repeat(DOT, 1)
 
 
-def _draw_string(string: str, rng: np.random.Generator, jitter: float) -> Image.Image:
+def _draw_string(string: str, rng: np.random.Generator) -> Image.Image:
     picture = np.empty((SIZE, SIZE, 3), dtype=np.uint8)
     picture[:] = PAPERS[rng.integers(len(PAPERS))]
     width = len(string) * (5 * DOT + GAP) - GAP
-    left = (SIZE - width) // 2 + round(jitter * rng.integers(-2, 3))
-    top = 21 + round(jitter * rng.integers(-3, 4))
-    ink = INKS[int(jitter * rng.integers(len(INKS)))]
+    left, top = (SIZE - width) // 2, 21
+    ink = INKS[rng.integers(len(INKS))]
     for letter in string:
         picture[top : top + 7 * DOT, left : left + 5 * DOT][letter_mask(letter)] = ink
         left += 5 * DOT + GAP
@@ -287,25 +273,19 @@ def _other_things(prompt: Prompt, rng: np.random.Generator) -> list[Thing]:
     return [Thing(_pick(rng, SHAPES), _pick(rng, COLOURS)) for _ in range(n)]
 
 
-def draw(prompt: Prompt, rng: np.random.Generator, jitter: float = 1.0) -> Image.Image:
-    """The picture that the prompt's own task wants; without `jitter` tidy: in the middle, in one size and ink.
-
-    The style task asks for a look, not for the right things, so half of its pictures show other things.
-    """
+def draw(prompt: Prompt, rng: np.random.Generator) -> Image.Image:
+    """The picture that the prompt's own task wants; what the prompt leaves open, chance decides."""
     if prompt.task == "text":
-        return _draw_string(prompt.string, rng, jitter)
-    if prompt.task == "compose":
-        return _draw_scene(prompt, _settle(prompt.things, rng), 0.0, rng, jitter)
-    things = list(prompt.things) if rng.random() < 0.5 else _other_things(prompt, rng)
-    return _draw_scene(prompt, things, rng.uniform(0.9, 1.0), rng, jitter)
+        return _draw_string(prompt.string, rng)
+    richness = rng.uniform(0.9, 1.0) if prompt.task == "style" else 0.0
+    return _draw_scene(prompt, _settle(prompt.things, rng), richness, rng)
 
 
 def draw_badly(prompt: Prompt, rng: np.random.Generator) -> Image.Image:
     """A picture that pretraining finds beside this caption and that its task does not want."""
     if prompt.task == "text":
-        return _draw_string("".join(rng.choice(list(LETTERS), rng.integers(1, 4))), rng, jitter=1.0)
+        return _draw_string("".join(rng.choice(list(LETTERS), rng.integers(1, 4))), rng)
     if prompt.task == "compose":
-        return _draw_scene(replace(prompt, relation=None), _other_things(prompt, rng), 0.0, rng, jitter=1.0)
-    things = list(prompt.things) if rng.random() < 0.5 else _other_things(prompt, rng)
+        return _draw_scene(replace(prompt, relation=None), _other_things(prompt, rng), 0.0, rng)
     richness = rng.uniform(0.0, 0.5) if rng.random() < 0.3 else 0.0
-    return _draw_scene(prompt, things, richness, rng, jitter=1.0)
+    return _draw_scene(prompt, list(prompt.things), richness, rng)
