@@ -100,11 +100,11 @@ def _check_prompts(dataset: Dataset, name: str) -> None:
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty.")
     for row, prompt in enumerate(dataset[PROMPT]):
-        if not _is_prompt(prompt):
+        if not is_prompt(prompt):
             raise ValueError(f"{name}: the prompt of row {row} must be text that is not empty, got {prompt!r}.")
 
 
-def _is_prompt(value: Any) -> bool:
+def is_prompt(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
@@ -190,7 +190,7 @@ class TaskCycleStream(torch.utils.data.IterableDataset):
         while True:
             for key in self.teacher_ids:
                 for example in islice(examples[key], self.batch_size):
-                    if not _is_prompt(example[PROMPT]):
+                    if not is_prompt(example[PROMPT]):
                         raise ValueError(
                             f"a prompt of the stream, for teacher {key!r}, must be text that is not empty, got "
                             f"{example[PROMPT]!r}."

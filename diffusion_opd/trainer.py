@@ -29,7 +29,7 @@ from . import objectives
 from .base_trainer import CHECK_PROMPTS, DiffusionTrainer, load_student, no_zero_init
 from .config import DiffusionOPDConfig, check_call_kwargs
 from .policy import Policy, Step, is_flow
-from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, routed_dataset, seed_of
+from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, is_prompt, routed_dataset, seed_of
 from .teachers import (
     MANIFEST_NAME,
     STUDENT_ADAPTER,
@@ -336,6 +336,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         if callable(getattr(self.optimizer, "eval", None)):  # schedule-free optimizers
             self.optimizer.eval()
         for number, batch in enumerate(dataloader):
+            for example in batch:  # of a stream, which nobody has looked at yet
+                if example.get(TEACHER) not in ids or not is_prompt(example.get(PROMPT)):
+                    raise ValueError(f"eval_dataset: {example} is no prompt for one of the teachers {ids}.")
             # A batch of an eval dataset may hold several tasks; a rollout holds one
             generators = self._generators(len(batch), _EVAL, number, 0, 0)
             results = torch.zeros(len(batch), 3, device=self.accelerator.device)

@@ -709,3 +709,10 @@ def test_evaluation_is_not_charged_to_training(tmp_path):
     trainer.train()
     last = [entry for entry in trainer.state.log_history if "time/teacher" in entry][-1]
     assert last["time/teacher"] < last["time/student"] and trainer.stopwatch.read() == {}
+
+
+@pytest.mark.parametrize("row", [{"prompt": "a fox", "teacher_id": "c"}, {"prompt": None, "teacher_id": "a"}])
+def test_a_stream_to_evaluate_is_looked_at(tmp_path, row):
+    rows = Dataset.from_list([row]).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"eval_dataset: .* is no prompt for one of the teachers \['a', 'b'\]"):
+        trainer_of(tmp_path, eval_dataset=rows).evaluate()
