@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
@@ -253,6 +254,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                 self.student.rollout(prompts, generators, learn, self.args.num_learnt_steps, denoiser=model)
         self.memo.clear()
         self._micro_step += 1
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         return torch.stack(losses).mean() / self.current_gradient_accumulation_steps
 
     def _compare(

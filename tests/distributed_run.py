@@ -17,6 +17,7 @@ parser.add_argument("--batch", type=int, required=True)
 parser.add_argument("--mode", choices=["lora", "full"], default="lora")
 parser.add_argument("--family", default="sd3")
 parser.add_argument("--transition", default="ode")
+parser.add_argument("--resume", help="a checkpoint")
 options = parser.parse_args()
 if options.engine == "zero2":
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -60,7 +61,7 @@ args = DiffusionOPDConfig(
     per_device_train_batch_size=options.batch,
     max_steps=3,
     logging_steps=1,
-    save_steps=3,
+    save_steps=2,
     report_to="none",
     learning_rate=1e-3,
     max_grad_norm=1.0,
@@ -83,7 +84,7 @@ trainer = DiffusionOPDTrainer(
     if options.mode == "lora"
     else None,
 )
-trainer.train()
+trainer.train(resume_from_checkpoint=options.resume)
 
 weights = torch.cat([p.detach().float().flatten() for p in trainer.trainable_parameters])
 everyone = trainer.accelerator.gather(weights[None])
@@ -97,6 +98,7 @@ if trainer.is_world_process_zero():
         "kl_a": [entry["kl/a"] for entry in history],
         "grad_norms": [entry["grad_norm"] for entry in history],
         "weights": weights.tolist(),
+        "names": [name for name, p in trainer.model.named_parameters() if p.requires_grad],
         "ranks_agree": bool((everyone == everyone[0]).all()),
         **counts,
     }

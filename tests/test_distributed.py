@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from tests.tiny_pipelines import BUILDERS, denoiser
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
 
@@ -33,6 +36,30 @@ def assert_same_run(one: dict, two: dict, tolerance: float = 2e-5) -> None:
     assert two["ranks_agree"]
 
 
+def assert_saved(out: Path, result: dict, family: str) -> None:
+    """The last checkpoint, loaded by plain diffusers, holds the weights at the end."""
+    folder, pipe = out / "run" / "checkpoint-3", BUILDERS[family](0)
+    if (folder / "pytorch_lora_weights.safetensors").is_file():
+        pipe.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors", adapter_name="default")
+        module = denoiser(pipe)
+    else:
+        module = type(denoiser(pipe)).from_pretrained(folder / "transformer")
+    parameters = dict(module.named_parameters())
+    saved = torch.cat([parameters[name].detach().flatten() for name in result["names"]])
+    assert torch.equal(saved, torch.tensor(result["weights"]))
+
+
+def assert_resumes(out: Path, result: dict, **start: Any) -> None:
+    """From its checkpoint at step 2 a run ends as the undisturbed one."""
+    resume = ["--resume", str(out / "run" / "checkpoint-2")]
+    options = [*start.pop("options"), *resume]
+    resumed = run(out.with_name("resumed"), *options, processes=2, **start)
+    assert resumed["weights"] == result["weights"]
+    for key in ("losses", "kl_a", "grad_norms"):
+        assert resumed[key] == result[key]
+    assert resumed["ranks_agree"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "family", "transition"),
@@ -41,12 +68,15 @@ def assert_same_run(one: dict, two: dict, tolerance: float = 2e-5) -> None:
 def test_ddp_equals_one_process(tmp_path, mode, family, transition):
     options = ["--mode", mode, "--family", family, "--transition", transition]
     one = run(tmp_path / "one", "--batch", "4", *options)
-    two = run(tmp_path / "two", "--batch", "2", "--engine", "ddp", *options, processes=2)
+    options += ["--batch", "2", "--engine", "ddp"]
+    two = run(tmp_path / "two", *options, processes=2)
     assert (two["wrapper"], two["num_processes"]) == ("DistributedDataParallel", 2)
     assert "MULTI_CPU" in two["distributed_type"]
     assert_same_run(one, two)
     # 2 tasks x 3 learnt steps = 6 backward passes an optimizer step, one synchronisation (a tiny model is one bucket)
     assert two["all_reduces"] == 3
+    assert_saved(tmp_path / "two", two, family)
+    assert_resumes(tmp_path / "two", two, options=options)
 
 
 @pytest.mark.slow
@@ -56,8 +86,11 @@ def test_zero2_equals_one_process(tmp_path, mode):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--zero_stage", "2"]
     launcher += ["--num_processes", "2", "--mixed_precision", "no", "--num_machines", "1", "--dynamo_backend", "no"]
     one = run(tmp_path / "one", "--batch", "4", "--mode", mode)
-    two = run(tmp_path / "two", "--batch", "2", "--engine", "zero2", "--mode", mode, processes=2, launcher=launcher)
+    options = ["--batch", "2", "--engine", "zero2", "--mode", mode]
+    two = run(tmp_path / "two", *options, processes=2, launcher=launcher)
     assert (two["wrapper"], two["num_processes"]) == ("DeepSpeedEngine", 2)
     assert "DEEPSPEED" in two["distributed_type"]
     assert_same_run(one, two)
     assert two["engine_steps"] == 3
+    assert_saved(tmp_path / "two", two, "sd3")
+    assert_resumes(tmp_path / "two", two, options=options, launcher=launcher)

@@ -19,6 +19,8 @@ from peft import LoraConfig, get_peft_model
 
 from diffusion_opd import Teacher
 from examples import opd_sd35
+from tests.hub_server import HubServer
+from tests.test_hub import client
 from tests.tiny_pipelines import CALL, sd3
 
 ROOT = Path(__file__).parents[1]
@@ -259,3 +261,31 @@ def test_whole_denoiser_from_a_dataset_with_evaluation(files, tmp_path):
     student = DiffusionPipeline.from_pretrained(tmp_path / "out")
     base = DiffusionPipeline.from_pretrained(files / "base")
     assert (latents(student) - latents(base)).abs().max() > 1e-4
+
+
+@pytest.mark.slow
+def test_pushed_student_is_the_saved_one(files, tmp_path):
+    with HubServer() as hub:
+        out, home = tmp_path / "student", tmp_path / "home"
+        home.mkdir()
+        flags = ["--use_cpu", "true", "--push_to_hub", "--image_steps", "2"]
+        run(files, out, *train_files(files), *flags, **hub.environment(home))
+        pushed = hub.repositories["models/me/student"].at("main").files
+        assert {"README.md", "pytorch_lora_weights.safetensors", "teacher_manifest.json"} <= pushed.keys()
+        client(hub, tmp_path / "elsewhere", LOAD.format(base=str(files / "base"), call=CALL["sd3"]))
+    student = DiffusionPipeline.from_pretrained(files / "base")
+    student.load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors")
+    assert torch.equal(torch.load(tmp_path / "elsewhere" / "latents.pt"), latents(student))
+
+
+LOAD = """
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({base!r})
+pipeline.load_lora_weights("me/student")
+generator = torch.Generator().manual_seed(0)
+latents = pipeline("a hill", num_inference_steps=3, output_type="latent", generator=generator, **{call!r}).images
+torch.save(latents, "latents.pt")
+result = None
+"""

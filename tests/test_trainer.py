@@ -16,9 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, Teacher
-from diffusion_opd.base_trainer import EMA_NAME
+from diffusion_opd.base_trainer import EMA_NAME, no_zero_init
+from diffusion_opd.config import OBJECTIVES
+from tests.test_policy import Momentum, Plain, of
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS, denoiser
 
 PROMPTS = [f"prompt number {i}" for i in range(12)]
@@ -82,10 +85,11 @@ def latents(pipeline: DiffusionPipeline, family: str = "sd3") -> torch.Tensor:
 # What is learnt
 
 
-def test_first_loss_is_the_papers(tmp_path):
-    """Eq. 12 written down again: the plain pipeline rolls out (its own Euler steps are the ODE's), the teacher's plain
-    pipeline is asked at each visited state, and the loss is the mean of `|dt (v_S - v_T)|^2 / 2`."""
-    seeds = []
+@pytest.mark.parametrize(("transition", "noise_level"), [("ode", 0.0), ("flow_sde", 0.7)])
+def test_first_loss_and_gradient_are_the_papers(tmp_path, transition, noise_level):
+    """Eq. 12 written down again: the plain pipeline rolls out, the teacher's plain pipeline is asked at each visited
+    state under its own guidance, and the loss is a mean over samples, learnt steps and tasks."""
+    seeds, batches, gradients = [], [], {}
 
     class Spy(DiffusionOPDTrainer):
         def _generators(self, *args):
@@ -97,46 +101,69 @@ def test_first_loss_is_the_papers(tmp_path):
             batches.append(inputs)
             return super().training_step(model, inputs, num_items_in_batch)
 
-    batches = []
-    teachers = {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)}
+    class Catch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+    teachers = {"a": (BUILDERS["sd3"](1), 1.0), "b": (BUILDERS["sd3"](2), CALL["sd3"]["guidance_scale"])}
     trainer = Spy(
-        BUILDERS["sd3"](0), dict(teachers), config(tmp_path, max_steps=1), train_dataset=DATA, peft_config=lora()
+        BUILDERS["sd3"](0),
+        {"a": Teacher(teachers["a"][0], guidance_scale=1.0), "b": teachers["b"][0]},
+        config(tmp_path, max_steps=1, max_grad_norm=0, transition=transition),
+        train_dataset=DATA,
+        peft_config=lora(init_lora_weights=False),
+        callbacks=[Catch()],
     )
+    student = BUILDERS["sd3"](0)
+    student.transformer.add_adapter(lora())
+    student.transformer.load_state_dict(trainer.model.state_dict())
     trainer.train()
 
     losses = []
     for batch, batch_seeds in zip(batches, seeds, strict=True):
-        teacher, visited = teachers[batch[0]["teacher_id"]], []
-        student = BUILDERS["sd3"](0)
+        teacher, guidance = teachers[batch[0]["teacher_id"]]
+        prompts = [example["prompt"] for example in batch]
+        losses += losses_by_hand(student, teacher, guidance, prompts, batch_seeds, noise_level)[:3]
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    assert history(trainer, "loss")[0] == pytest.approx(loss.item(), rel=1e-5)
+    expected = {name: p.grad for name, p in student.transformer.named_parameters() if p.grad is not None}
+    assert gradients.keys() == expected.keys() and expected
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).norm() < 1e-4 * gradient.norm(), name
 
-        def spy(step, visited=visited):
-            def recording(model_output, t, x, **kwargs):
-                visited.append((x, t, model_output))
-                return step(model_output, t, x, **kwargs)
 
-            return recording
+def losses_by_hand(student, teacher, guidance, prompts, seeds, noise_level):
+    """What each step of SD3's own rollout costs: `|mu_S - mu_T|^2 / (2 std^2)`, `|dt (v_S - v_T)|^2 / 2` without
+    noise."""
+    generators, losses = [torch.Generator().manual_seed(seed) for seed in seeds], []
 
-        student.scheduler.step = spy(student.scheduler.step)
+    def step(velocity, timestep, x, **kwargs):
+        sigma, following = student.scheduler.sigmas[len(losses) : len(losses) + 2].tolist()
+        dt, largest = following - sigma, student.scheduler.sigmas[1].item()  # where 1 - sigma is 0, the next is taken
+        g = noise_level * math.sqrt(sigma / (1 - min(sigma, largest)))
+        std = g * math.sqrt(-dt)
+
+        def mean(v):
+            return x + dt * (v + g**2 / (2 * sigma) * (x + (1 - sigma) * v))
+
         with torch.no_grad():
-            student(
-                prompt=[example["prompt"] for example in batch],
-                num_inference_steps=4,
-                output_type="latent",
-                generator=[torch.Generator().manual_seed(seed) for seed in batch_seeds],
-                **CALL["sd3"],
-            )
-            for index, (sample, timestep, prediction) in enumerate(visited[:3]):
-                target = guided_by_hand(teacher, sample, timestep, [example["prompt"] for example in batch])
-                dt = student.scheduler.sigmas[index + 1] - student.scheduler.sigmas[index]
-                losses.append((dt * (prediction - target)).square().mean() / 2)
-    assert history(trainer, "loss")[0] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+            target = mean(guided_by_hand(teacher, x, timestep, prompts, guidance))
+        losses.append((mean(velocity) - target).square().mean() / (2 * std**2 if std else 2))
+        noise = torch.cat([torch.randn(1, *x.shape[1:], generator=generator) for generator in generators])
+        return ((mean(velocity) + std * noise).detach(),)
+
+    student.scheduler.step = step
+    StableDiffusion3Pipeline.__call__.__wrapped__(
+        student, prompt=prompts, num_inference_steps=4, output_type="latent", generator=generators, **CALL["sd3"]
+    )
+    return losses
 
 
-def guided_by_hand(pipeline, sample, timestep, prompts):
+def guided_by_hand(pipeline, sample, timestep, prompts, guidance):
     """SD3's classifier-free guidance, without any pipeline."""
-    texts = {"prompt": prompts, "prompt_2": None, "prompt_3": None, "max_sequence_length": 256}
-    if "max_sequence_length" in CALL["sd3"]:
-        texts["max_sequence_length"] = CALL["sd3"]["max_sequence_length"]
+    texts = {"prompt": prompts, "prompt_2": None, "prompt_3": None}
+    texts["max_sequence_length"] = CALL["sd3"]["max_sequence_length"]
     positive, negative, pooled, negative_pooled = pipeline.encode_prompt(**texts, do_classifier_free_guidance=True)
     predictions = [
         pipeline.transformer(
@@ -148,7 +175,7 @@ def guided_by_hand(pipeline, sample, timestep, prompts):
         )[0]
         for embeddings, pool in ((positive, pooled), (negative, negative_pooled))
     ]
-    return predictions[1] + CALL["sd3"]["guidance_scale"] * (predictions[0] - predictions[1])
+    return predictions[1] + guidance * (predictions[0] - predictions[1])
 
 
 def test_student_comes_closer_to_every_teacher(tmp_path):
@@ -162,23 +189,41 @@ def test_student_comes_closer_to_every_teacher(tmp_path):
         assert after[key] < 0.7 * before[key]
 
 
-@pytest.mark.parametrize(
-    ("transition", "objective"),
-    [("flow_sde", "kl"), ("dance_sde", "kl"), ("cps", "kl"), ("ode", "velocity"), ("flow_sde", "policy_gradient")],
-)
+NOISY = [(name, objective) for name in ("flow_sde", "dance_sde", "cps") for objective in OBJECTIVES]
+
+
+@pytest.mark.parametrize(("transition", "objective"), [("ode", "kl"), ("ode", "velocity"), *NOISY])
 def test_every_combination_trains(tmp_path, transition, objective):
-    trainer = trainer_of(tmp_path, transition=transition, objective=objective)
+    assert_trains(trainer_of(tmp_path, transition=transition, objective=objective, num_inference_steps=3))
+
+
+@pytest.mark.parametrize(
+    ("noise_level", "objective"), [(0.0, "kl"), (0.0, "velocity"), *((0.6, objective) for objective in OBJECTIVES)]
+)
+def test_vp_models_train_under_ddim(tmp_path, noise_level, objective):
+    settings = dict(transition="ddim", noise_level=noise_level, objective=objective, num_inference_steps=3)
+    assert_trains(trainer_of(tmp_path, "sd15", **settings))
+
+
+def test_v_prediction_trains(tmp_path):
+    runs = []
+    for prediction_type in ("epsilon", "v_prediction"):
+        pipes = [BUILDERS["sd15"](seed) for seed in (0, 1)]
+        for pipe in pipes:
+            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction_type)
+        trainer = DiffusionOPDTrainer(
+            pipes[0], pipes[1], config(tmp_path, "sd15"), DATA.remove_columns("teacher_id"), peft_config=lora()
+        )
+        assert_trains(trainer)
+        runs.append(history(trainer, "loss"))
+    assert runs[0] != runs[1]
+
+
+def assert_trains(trainer: DiffusionOPDTrainer) -> None:
     before = trained(trainer).clone()
     trainer.train()
     assert all(math.isfinite(loss) and loss > 0 for loss in history(trainer, "loss"))
     assert not torch.equal(trained(trainer), before)
-
-
-@pytest.mark.parametrize("noise_level", [0.0, 0.6])
-def test_vp_models_train_under_ddim(tmp_path, noise_level):
-    trainer = trainer_of(tmp_path, "sd15", transition="ddim", noise_level=noise_level)
-    trainer.train()
-    assert all(math.isfinite(loss) and loss > 0 for loss in history(trainer, "loss"))
 
 
 def test_objective_that_does_not_fit_the_model_is_refused(tmp_path):
@@ -198,6 +243,40 @@ def test_objective_that_does_not_fit_the_model_is_refused(tmp_path):
         )
 
 
+class OneChannel(Plain):
+    """Its prediction fits the state, but is not of its shape."""
+
+    def predict(self, x, t, **embeds):
+        return super().predict(x, t, **embeds)[:, :1]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "sentence"),
+    [
+        (Momentum, Plain, "^Momentum cannot be asked at a given state"),
+        (Plain, Momentum, r"^teacher 'teacher' .* at the student's states of shape \(1, 4, 8, 8\): Momentum cannot be"),
+        (Plain, OneChannel, r"^teacher 'teacher' .* predicts \(1, 1, 8, 8\) .* student predicts \(1, 4, 8, 8\)"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_party_that_cannot_be_asked_is_refused(tmp_path, student, teacher, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        DiffusionOPDTrainer(
+            of(student),
+            of(teacher),
+            config(tmp_path, call_kwargs={}),
+            DATA.remove_columns("teacher_id"),
+            peft_config=lora(),
+        )
+
+
+def test_teacher_that_is_asked_at_another_size_is_refused(tmp_path):
+    """FLUX's position ids come from the teacher's own size, the state from the student's."""
+    teacher = Teacher(BUILDERS["flux"](1), call_kwargs={"height": 32, "width": 32})
+    with pytest.raises(ValueError, match=r"teacher 'teacher' .* at the student's states of shape \(1, \d+, 4\)"):
+        trainer_of(tmp_path, "flux", teachers=teacher, data=DATA.remove_columns("teacher_id"))
+
+
 def test_teacher_equal_to_the_base_is_warned_about_and_teaches_nothing(tmp_path, caplog):
     data = Dataset.from_dict({"prompt": PROMPTS})
     logging.getLogger("diffusion_opd").propagate = True
@@ -212,6 +291,19 @@ def test_dropout_is_warned_about(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer_of(tmp_path, peft_config=lora(lora_dropout=0.1))
     assert "lora_dropout=0.1 has no effect" in caplog.text
+
+
+def test_dropout_has_no_effect(tmp_path):
+    """What is trained is the policy that rolled out: in training too, the denoiser is in eval mode."""
+    assert_same_runs([trainer_of(tmp_path, peft_config=lora(lora_dropout=dropout)) for dropout in (0.0, 0.5)])
+
+
+def assert_same_runs(trainers: list[DiffusionOPDTrainer]) -> None:
+    for trainer in trainers:
+        trainer.train()
+    for trainer in trainers[1:]:
+        assert history(trainer, "loss") == history(trainers[0], "loss")
+        assert torch.equal(trained(trainer), trained(trainers[0]))
 
 
 # What an optimizer step sees
@@ -253,6 +345,26 @@ def test_every_step_sees_every_task(tmp_path):
     assert trainer.state.global_step == 3 and trainer.state.epoch == 1
 
 
+def test_prompts_are_forgotten_after_their_batch(tmp_path):
+    left = []
+
+    class Watch(TrainerCallback):
+        def look(self, args, state, control, **kwargs):
+            left.append((len(trainer.memo._store), trainer.memo.num_encodings))
+
+        on_substep_end = on_step_end = on_prediction_step = on_evaluate = look
+
+    trainer = trainer_of(
+        tmp_path, eval_dataset=DATA.select(range(4)), eval_strategy="steps", eval_steps=2, callbacks=[Watch()]
+    )
+    assert not trainer.memo._store
+    trainer.train()
+    trainer.evaluate()
+    encodings = [count for _, count in left]
+    assert len(left) > 6 and encodings == sorted(encodings) and encodings[-1] > encodings[0] > 0
+    assert all(entries == 0 for entries, _ in left)
+
+
 def test_accumulation_that_splits_a_cycle_is_refused(tmp_path):
     with pytest.raises(ValueError, match="gradient_accumulation_steps=3.*2 teachers.*use 4"):
         trainer_of(tmp_path, gradient_accumulation_steps=3)
@@ -283,18 +395,62 @@ def test_gradient_is_clipped_and_callbacks_and_optimizers_are_used(tmp_path):
     assert (trained(trainer) - before).norm() <= 0.5 * 2e-3
 
 
+def test_given_optimizer_and_schedule_are_used(tmp_path):
+    pipe = BUILDERS["sd3"](0)
+    optimizer = torch.optim.SGD(pipe.transformer.parameters(), lr=0.5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    trainer = DiffusionOPDTrainer(
+        pipe,
+        {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)},
+        config(tmp_path, max_grad_norm=1e-3),
+        train_dataset=DATA,
+        optimizers=(optimizer, schedule),
+    )
+    before = trained(trainer).clone()
+    trainer.train()
+    assert trainer.optimizer.optimizer is optimizer
+    assert optimizer.param_groups[0]["lr"] == 0.5 * 0.5**2
+    assert 0 < (trained(trainer) - before).norm() <= 1.001e-3 * (0.5 + 0.25)
+
+
+def test_another_seed_is_another_run(tmp_path):
+    losses = []
+    for seed in (0, 1):
+        trainer = trainer_of(tmp_path, seed=seed, data_seed=0, max_steps=1)
+        trainer.train()
+        losses += history(trainer, "loss")
+    assert losses[0] != losses[1]
+
+
 # Precision and memory
 
 
-def test_activation_checkpointing_changes_nothing(tmp_path):
-    runs = []
-    for checkpointing in (False, True):
-        trainer = trainer_of(tmp_path, activation_checkpointing=checkpointing)
-        trainer.train()
-        assert trainer.model.is_gradient_checkpointing == checkpointing
-        runs.append((history(trainer, "loss"), trained(trainer)))
-    assert runs[0][0] == runs[1][0]
-    assert torch.equal(runs[0][1], runs[1][1])
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_checkpointing_changes_nothing(tmp_path, name):
+    trainers = [trainer_of(tmp_path, **{name: value}) for value in (False, True)]
+    assert_same_runs(trainers)
+    assert [trainer.model.is_gradient_checkpointing for trainer in trainers] == [False, True]
+
+
+def test_cache_is_emptied_as_transformers_does(tmp_path, monkeypatch):
+    """In every micro-batch of every other optimizer step."""
+    steps = []
+    monkeypatch.setattr("diffusion_opd.trainer.clear_device_cache", lambda: steps.append(trainer.state.global_step))
+    trainer = trainer_of(tmp_path, torch_empty_cache_steps=2, max_steps=4, num_inference_steps=1)
+    trainer.train()
+    assert steps == [0, 0, 2, 2]
+
+
+def test_pipelines_are_loaded_whole_under_zero3():
+    pytest.importorskip("deepspeed")
+    live = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    assert is_deepspeed_zero3_enabled()
+    with no_zero_init():
+        assert not is_deepspeed_zero3_enabled()
+    assert is_deepspeed_zero3_enabled()
+    with pytest.raises(KeyError), no_zero_init():
+        raise KeyError
+    assert is_deepspeed_zero3_enabled() and live.is_zero3()
 
 
 def test_checkpointing_with_lora_teachers_recomputes_under_the_student(tmp_path):
@@ -335,22 +491,28 @@ def save_lora(pipe: DiffusionPipeline, folder: Path) -> None:
 
 @pytest.mark.parametrize("full", [False, True])
 def test_bf16(tmp_path, full):
-    """Frozen modules in bf16, trainable ones in float32, loss in float32, and a pipeline that is ready to use."""
+    """Frozen modules in bf16, trainable ones in float32, a loss near that of float32, and a pipeline that is ready to
+    use."""
     BUILDERS["sd3"](0).save_pretrained(tmp_path / "base")
     BUILDERS["sd3"](1).save_pretrained(tmp_path / "teacher")
-    trainer = DiffusionOPDTrainer(
-        str(tmp_path / "base"),
-        str(tmp_path / "teacher"),
-        config(tmp_path / "out", bf16=True),
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-        peft_config=None if full else lora(),
+    exact, trainer = (
+        DiffusionOPDTrainer(
+            str(tmp_path / "base"),
+            str(tmp_path / "teacher"),
+            config(tmp_path / "out", bf16=bf16),
+            train_dataset=DATA.remove_columns("teacher_id"),
+            peft_config=None if full else lora(),
+        )
+        for bf16 in (False, True)
     )
+    exact.train()
     trainer.train()
     assert {p.dtype for p in trainer.trainable_parameters} == {torch.float32}
     frozen = {p.dtype for p in trainer.pipeline.transformer.parameters() if not p.requires_grad}
     assert frozen <= {torch.bfloat16} and trainer.pipeline.text_encoder.dtype == torch.bfloat16
     assert all(p.dtype == torch.bfloat16 for p in denoiser(trainer.loaded_teachers["teacher"].pipeline).parameters())
-    assert all(math.isfinite(loss) and loss > 0 for loss in history(trainer, "loss"))
+    assert history(trainer, "loss") == pytest.approx(history(exact, "loss"), rel=3e-2)
+    assert history(trainer, "loss") != history(exact, "loss")
     assert torch.isfinite(latents(trainer.pipeline)).all()
 
 
@@ -371,6 +533,41 @@ def test_saved_student_is_the_student_in_plain_diffusers(tmp_path, full):
     assert torch.equal(latents(fresh), student)
     assert not torch.allclose(student, untrained, atol=1e-3)
     assert not (tmp_path / "model.safetensors").exists()
+
+
+# PixArt's pipelines cannot load a LoRA
+FAMILIES = pytest.mark.parametrize(("family", "full"), [(family, family == "pixart_sigma") for family in BUILDERS])
+
+
+@FAMILIES
+def test_every_family_is_saved_loaded_and_resumed(tmp_path, family, full):
+    settings = dict(full=full, num_inference_steps=3, save_strategy="steps", save_steps=1)
+    trainer = trainer_of(tmp_path / "a", family, **settings)
+    assert_trains(trainer)
+    trainer.save_model()
+    if full:
+        fresh = DiffusionPipeline.from_pretrained(tmp_path / "a")
+    else:
+        fresh = BUILDERS[family](0)
+        fresh.load_lora_weights(str(tmp_path / "a"), weight_name="pytorch_lora_weights.safetensors")
+    resumed = trainer_of(tmp_path / "b", family, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    assert torch.equal(trained(resumed), trained(trainer))
+    for pipe in (trainer.pipeline, fresh):  # matmul rounds differently beside a weight that asks for gradients
+        denoiser(pipe).requires_grad_(False)
+    student = latents(trainer.pipeline, family)
+    assert torch.equal(latents(fresh, family), student)
+    assert not torch.equal(latents(BUILDERS[family](0), family), student)
+
+
+@FAMILIES
+def test_teacher_equal_to_the_base_leaves_no_loss_in_any_family(tmp_path, family, full):
+    data = Dataset.from_dict({"prompt": PROMPTS})
+    trainer = trainer_of(
+        tmp_path, family, full=full, teachers=BUILDERS[family](0), data=data, max_steps=1, num_inference_steps=3
+    )
+    trainer.train()
+    assert history(trainer, "loss") == [0.0]
 
 
 @pytest.mark.parametrize(("full", "ema"), [(False, None), (True, None), (False, 0.8), (True, 0.8)])
@@ -406,12 +603,13 @@ def test_checkpoint_of_another_student_is_refused(tmp_path):
         trainer_of(tmp_path, peft_config=lora(r=8)).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("ema", [None, 0.5])
+@pytest.mark.parametrize(("full", "ema"), [(False, None), (False, 0.5), (True, None)])
 @pytest.mark.parametrize("greater_is_better", [True, False])
-def test_best_model_is_loaded(tmp_path, greater_is_better, ema):
+def test_best_model_is_loaded(tmp_path, greater_is_better, full, ema):
     """Trainer only warns and keeps the last weights."""
     trainer = trainer_of(
         tmp_path,
+        full=full,
         eval_dataset=DATA.select(range(4)),
         eval_strategy="steps",
         eval_steps=1,
@@ -429,11 +627,29 @@ def test_best_model_is_loaded(tmp_path, greater_is_better, ema):
     values = history(trainer, "eval_kl")
     best = values.index(max(values) if greater_is_better else min(values)) + 1
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
-    saved = load_file(tmp_path / f"checkpoint-{best}" / "pytorch_lora_weights.safetensors")
+    name = "transformer/diffusion_pytorch_model.safetensors" if full else "pytorch_lora_weights.safetensors"
+    saved = load_file(tmp_path / f"checkpoint-{best}" / name)
     trainer.save_model()
-    now = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    now = load_file(tmp_path / name)
     assert saved.keys() == now.keys() and all(torch.equal(saved[key], now[key]) for key in saved)
     assert trainer.evaluate()["eval_kl"] == pytest.approx(values[best - 1], rel=1e-5)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_given_state_dict_is_what_is_saved(tmp_path, full):
+    """A sharded engine hands over the weights that it gathered."""
+    trainer = trainer_of(tmp_path, full=full)
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    gathered = {key: value + 1 for key, value in before.items()}
+    trainer._save(str(tmp_path), gathered)
+    if full:
+        saved, expected = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"), gathered
+    else:
+        saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+        expected = {f"transformer.{k.replace('.default', '')}": v for k, v in gathered.items() if "lora_" in k}
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[key], expected[key]) for key in expected)
+    after = trainer.model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
 
 
 def test_full_checkpoint_holds_the_denoiser_alone(tmp_path):
@@ -531,8 +747,19 @@ def test_metrics(tmp_path):
     assert expected <= entry.keys()
     assert entry["loss"] == pytest.approx((entry["loss/a"] + entry["loss/b"]) / 2, rel=1e-5)
     assert entry["kl"] == pytest.approx(sum(entry[f"kl_step/{j}"] for j in range(3)) / 3, rel=1e-5)
-    times = sum(value for key, value in entry.items() if key.startswith("time/"))
-    assert times <= 1.05 / entry["steps_per_second"]
+    times = [value for key, value in entry.items() if key.startswith("time/")]
+    assert min(times) > 0 and sum(times) <= 1.05 / entry["steps_per_second"]
+    assert entry["samples_per_second"] == pytest.approx(4 * entry["steps_per_second"])  # two samples of two tasks
+
+
+def test_a_log_is_the_mean_of_its_steps(tmp_path):
+    runs = [trainer_of(tmp_path, logging_steps=steps) for steps in (1, 2)]
+    for trainer in runs:
+        trainer.train()
+    for key in ("loss", "kl", "kl/a", "kl/b", "kl_step/0", "kl_step/2"):
+        each, (both,) = (history(trainer, key) for trainer in runs)
+        assert len(each) == 2 and each[0] != each[1]
+        assert both == pytest.approx(sum(each) / 2, rel=1e-5)
 
 
 def test_images_and_trackers(tmp_path, monkeypatch):
@@ -607,7 +834,7 @@ def test_bare_defaults_run_on_a_laptop(tmp_path, monkeypatch):
         peft_config=lora(),
     )
     trainer.train()
-    assert history(trainer, "kl") == [] or math.isfinite(history(trainer, "kl")[0])
+    assert math.isfinite(history(trainer, "train_loss")[0]) and history(trainer, "train_loss")[0] > 0
     assert trainer.teachers["teacher"].call_kwargs["guidance_scale"] == 1.0
 
 
