@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset, Value, concatenate_datasets
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value, concatenate_datasets
 from torch.utils.data import Sampler
 
 PROMPT, TEACHER = "prompt", "teacher_id"
@@ -46,6 +46,11 @@ def routed_dataset(
         TypeError: if it is neither.
         ValueError: if a column is missing, a prompt is no text, or the tasks are not the teachers' ids.
     """
+    if isinstance(dataset, (DatasetDict, IterableDatasetDict)) and not set(dataset) & set(teacher_ids):
+        raise ValueError(
+            f"{name} is a {type(dataset).__name__} of the splits {list(dataset)}; choose one, e.g. "
+            f"`load_dataset(..., split={next(iter(dataset), 'train')!r})`."
+        )
     if isinstance(dataset, Mapping):
         _check_tasks(dataset.keys(), teacher_ids, f"the keys of {name}", need_all)
         parts = {key: dataset[key] for key in teacher_ids if key in dataset}

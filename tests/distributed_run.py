@@ -18,6 +18,7 @@ parser.add_argument("--mode", choices=["lora", "full"], default="lora")
 parser.add_argument("--family", default="sd3")
 parser.add_argument("--transition", default="ode")
 parser.add_argument("--resume", help="a checkpoint")
+parser.add_argument("--bf16", action="store_true")
 options = parser.parse_args()
 if options.engine == "zero2":
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -56,8 +57,14 @@ class Count(TrainerCallback):
             wrapped.step = counted
 
 
+student = BUILDERS[options.family](0)
+if options.bf16:  # loaded from a folder, its frozen parts are in half precision
+    folder = options.out / f"student-{os.environ.get('RANK', 0)}"
+    student.save_pretrained(folder)
+    student = str(folder)
 args = DiffusionOPDConfig(
     str(options.out / "run"),
+    bf16=options.bf16,
     per_device_train_batch_size=options.batch,
     max_steps=3,
     logging_steps=1,
@@ -75,7 +82,7 @@ args = DiffusionOPDConfig(
 )
 prompts = {task: Dataset.from_dict({"prompt": [f"{task} {i}" for i in range(12)]}) for task in ("a", "b")}
 trainer = DiffusionOPDTrainer(
-    BUILDERS[options.family](0),
+    student,
     {"a": BUILDERS[options.family](1), "b": BUILDERS[options.family](2)},
     args,
     train_dataset=prompts,

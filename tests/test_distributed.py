@@ -79,12 +79,17 @@ def test_ddp_equals_one_process(tmp_path, mode, family, transition):
     assert_resumes(tmp_path / "two", two, options=options)
 
 
+def zero2_launcher(precision: str) -> list[str]:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--zero_stage", "2"]
+    launcher += ["--num_processes", "2", "--num_machines", "1", "--dynamo_backend", "no"]
+    return [*launcher, "--mixed_precision", precision]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_zero2_equals_one_process(tmp_path, mode):
     pytest.importorskip("deepspeed")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--zero_stage", "2"]
-    launcher += ["--num_processes", "2", "--mixed_precision", "no", "--num_machines", "1", "--dynamo_backend", "no"]
+    launcher = zero2_launcher("no")
     one = run(tmp_path / "one", "--batch", "4", "--mode", mode)
     options = ["--batch", "2", "--engine", "zero2", "--mode", mode]
     two = run(tmp_path / "two", *options, processes=2, launcher=launcher)
@@ -94,3 +99,15 @@ def test_zero2_equals_one_process(tmp_path, mode):
     assert two["engine_steps"] == 3
     assert_saved(tmp_path / "two", two, "sd3")
     assert_resumes(tmp_path / "two", two, options=options, launcher=launcher)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_zero2_in_mixed_precision(tmp_path, mode):
+    """The engine casts the student and nothing else: encoders, teachers and start-up checks must meet its dtype."""
+    pytest.importorskip("deepspeed")
+    one = run(tmp_path / "one", "--batch", "4", "--mode", mode)
+    options = ["--batch", "2", "--engine", "zero2", "--mode", mode, "--bf16"]
+    two = run(tmp_path / "two", *options, processes=2, launcher=zero2_launcher("bf16"))
+    assert two["wrapper"] == "DeepSpeedEngine" and two["ranks_agree"]
+    assert two["losses"] == pytest.approx(one["losses"], rel=0.05)

@@ -336,7 +336,7 @@ def column(prompts: list, ids: list | None = None) -> Dataset:
         (column(["a", "b"], ["aes", "aes"]), ["the data has ['aes']", "['aes', 'ocr']"]),
         (column([], []), ["train_dataset"]),
         ({"aes": column(["a"])}, ["keys of train_dataset", "['aes']", "['aes', 'ocr']"]),
-        (DatasetDict(train=column(["a"])), ["keys of train_dataset", "['train']", "['aes', 'ocr']"]),
+        (DatasetDict(train=column(["a"])), ["train_dataset is a DatasetDict", "['train']", "split='train'"]),
         ({"aes": column(["a"]), "ocr": column(["b"]), "x": column(["c"])}, ["['aes', 'ocr', 'x']"]),
         ({"aes": column(["a"]), "ocr": Dataset.from_dict({"p": ["b"]})}, ["train_dataset['ocr']", "['prompt']"]),
         ({"aes": column(["a"]), "ocr": column([""])}, ["train_dataset['ocr']", "row 0"]),
