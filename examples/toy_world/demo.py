@@ -32,7 +32,7 @@ from examples.toy_world.world import TASKS, sample_prompts
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-MAX_STEPS, BATCH_SIZE, LEARNING_RATE = 160, 8, 4e-3
+MAX_STEPS, BATCH_SIZE, LEARNING_RATE = 170, 8, 4e-3
 PROMPTS = 2000  # of each task, for training
 
 
