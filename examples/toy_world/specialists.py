@@ -22,7 +22,6 @@ from examples.toy_world.pretrain import encode_captions, encode_pictures, flow_m
 from examples.toy_world.world import TASKS, Task, draw, sample_prompts
 
 SEED = 0
-STEPS: dict[Task, int] = {"compose": 1200, "text": 600, "style": 600}
 LORA_TARGETS = [
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
@@ -73,4 +72,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Fine-tune the toy world's specialists.")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     for task in parser.parse_args().tasks:
-        train_specialist(task, steps=STEPS[task], batch_size=32, size=4000)
+        train_specialist(task, steps=600, batch_size=32, size=4000)
