@@ -987,7 +987,7 @@ def test_self_check_hands_out_the_run(family: str):
     policy = Policy(built(family), STEPS, CALL[family])
     steps = policy.self_check(PROMPTS)
     assert [step.index for step in steps] == [0, 1]
-    assert all(len(step.sample) == 1 and not step.prediction.requires_grad for step in steps)
+    assert all(len(step.sample) == len(PROMPTS) and not step.prediction.requires_grad for step in steps)
 
 
 def test_self_check_of_a_single_step():

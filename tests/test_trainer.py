@@ -943,3 +943,9 @@ def test_a_stream_to_evaluate_is_looked_at(tmp_path, row):
     rows = Dataset.from_list([row]).to_iterable_dataset()
     with pytest.raises(ValueError, match=r"eval_dataset: .* is no prompt for one of the teachers \['a', 'b'\]"):
         trainer_of(tmp_path, eval_dataset=rows).evaluate()
+
+
+def test_guidance_that_depends_on_the_step_is_refused(tmp_path):
+    kwargs = CALL["lumina2"] | {"cfg_trunc_ratio": 0.25}
+    with pytest.raises(ValueError, match="cannot be asked at a given state"):
+        trainer_of(tmp_path, "lumina2", num_inference_steps=10, call_kwargs=kwargs)
