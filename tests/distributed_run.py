@@ -64,7 +64,6 @@ if options.bf16:  # loaded from a folder, its frozen parts are in half precision
     student = str(folder)
 args = DiffusionOPDConfig(
     str(options.out / "run"),
-    bf16=options.bf16,
     per_device_train_batch_size=options.batch,
     max_steps=3,
     logging_steps=1,
@@ -80,6 +79,8 @@ args = DiffusionOPDConfig(
     use_cpu=options.engine != "zero2",
     ddp_backend="gloo" if options.engine == "zero2" else None,
 )
+if options.bf16:  # transformers refuses it on a CPU unless told `use_cpu`, which DeepSpeed does not take
+    args.bf16, args.mixed_precision = True, "bf16"
 prompts = {task: Dataset.from_dict({"prompt": [f"{task} {i}" for i in range(12)]}) for task in ("a", "b")}
 trainer = DiffusionOPDTrainer(
     student,

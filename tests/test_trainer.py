@@ -254,8 +254,8 @@ class OneChannel(Plain):
     ("student", "teacher", "sentence"),
     [
         (Momentum, Plain, "^Momentum cannot be asked at a given state"),
-        (Plain, Momentum, r"^teacher 'teacher' .* at the student's states of shape \(1, 4, 8, 8\): Momentum cannot be"),
-        (Plain, OneChannel, r"^teacher 'teacher' .* predicts \(1, 1, 8, 8\) .* student predicts \(1, 4, 8, 8\)"),
+        (Plain, Momentum, r"^teacher 'teacher' .* at the student's states of shape \(2, 4, 8, 8\): Momentum cannot be"),
+        (Plain, OneChannel, r"^teacher 'teacher' .* predicts \(2, 1, 8, 8\) .* student predicts \(2, 4, 8, 8\)"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -273,7 +273,7 @@ def test_party_that_cannot_be_asked_is_refused(tmp_path, student, teacher, sente
 def test_teacher_that_is_asked_at_another_size_is_refused(tmp_path):
     """FLUX's position ids come from the teacher's own size, the state from the student's."""
     teacher = Teacher(BUILDERS["flux"](1), call_kwargs={"height": 32, "width": 32})
-    with pytest.raises(ValueError, match=r"teacher 'teacher' .* at the student's states of shape \(1, \d+, 4\)"):
+    with pytest.raises(ValueError, match=r"teacher 'teacher' .* at the student's states of shape \(2, \d+, 4\)"):
         trainer_of(tmp_path, "flux", teachers=teacher, data=DATA.remove_columns("teacher_id"))
 
 
