@@ -32,7 +32,7 @@ from examples.toy_world.world import TASKS, sample_prompts
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-MAX_STEPS, BATCH_SIZE, LEARNING_RATE = 170, 8, 4e-3
+MAX_STEPS, BATCH_SIZE, LEARNING_RATE = 160, 8, 4e-3
 PROMPTS = 2000  # of each task, for training
 
 
@@ -78,7 +78,6 @@ def distil(output_dir: Path, seed: int, max_steps: int) -> tuple[DiffusionOPDTra
         # The KL of the ODE puts half of its weight on one late step; what a picture shows is decided early
         objective="velocity",
         learning_rate=LEARNING_RATE,
-        adam_beta2=0.99,  # the gradient shrinks tenfold within a hundred steps, and 0.999 remembers a thousand
         lr_scheduler_type="cosine",
         warmup_steps=5,
         logging_steps=1,

@@ -27,7 +27,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output-dir", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--max-steps", type=int, default=MAX_STEPS)
-    parser.add_argument("-n", type=int, default=240, help="held-out prompts of each task")
+    parser.add_argument("-n", type=int, default=120, help="held-out prompts of each task")
     options = parser.parse_args()
 
     runs = []
