@@ -949,3 +949,18 @@ def test_guidance_that_depends_on_the_step_is_refused(tmp_path):
     kwargs = CALL["lumina2"] | {"cfg_trunc_ratio": 0.25}
     with pytest.raises(ValueError, match="cannot be asked at a given state"):
         trainer_of(tmp_path, "lumina2", num_inference_steps=10, call_kwargs=kwargs)
+
+
+def test_a_compiled_student_learns_the_same(tmp_path):
+    plain = trainer_of(tmp_path / "plain", transition="flow_sde")
+    compiled = trainer_of(
+        tmp_path / "compiled", transition="flow_sde", torch_compile=True, torch_compile_backend="eager"
+    )
+    for trainer in (plain, compiled):
+        trainer.train()
+        trainer.save_model()
+    assert type(compiled.model_wrapped).__name__ == "OptimizedModule"
+    assert history(compiled, "loss") == pytest.approx(history(plain, "loss"), rel=1e-5)
+    saved = [load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("plain", "compiled")]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.allclose(saved[0][key], saved[1][key], atol=1e-5) for key in saved[0])
