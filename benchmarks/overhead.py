@@ -16,12 +16,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from benchmarks.common import LORA_TARGETS, arguments, machine, ratios, spread
 from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
@@ -54,7 +55,7 @@ class Floor(TrainerCallback):
 
         self.calls.append(call)
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == 1:
             for hook in self.hooks:
                 hook.remove()
@@ -72,14 +73,14 @@ class Floor(TrainerCallback):
 class Profile(TrainerCallback):
     """Where the time of the trainer's steps goes."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.profiler = cProfile.Profile()
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == WARMUP:
             self.profiler.enable()
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.profiler.disable()
         pstats.Stats(self.profiler).sort_stats("cumulative").print_stats(60)
 

@@ -32,7 +32,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -198,7 +198,7 @@ class _EveryStep(TrainerCallback):
     def __init__(self, trainer: "DiffusionTrainer"):
         self.trainer = trainer
 
-    def on_step_end(self, args: DiffusionConfig, state, control, **kwargs: Any) -> None:
+    def on_step_end(self, args: DiffusionConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.ema is not None and state.global_step % args.ema_update_every == 0:
             self.trainer.ema.step(self.trainer.trainable_parameters)
         if args.image_steps and state.global_step % args.image_steps == 0:
@@ -206,7 +206,7 @@ class _EveryStep(TrainerCallback):
         if args.logging_strategy == "no":
             self.trainer.forget_metrics()
 
-    def on_train_end(self, args: DiffusionConfig, state, control, **kwargs: Any) -> None:
+    def on_train_end(self, args: DiffusionConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         ema = self.trainer.ema
         if ema is not None:
             if state.global_step % args.ema_update_every and state.best_model_checkpoint is None:

@@ -103,7 +103,7 @@ class DiffusionConfig(_BaseConfig):
         default=False, metadata={"help": "Hide NaN and Inf in the logged loss. Off: they are shown."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
@@ -191,7 +191,7 @@ class DiffusionOPDConfig(DiffusionConfig):
         default=0.99, metadata={"help": "The student learns at this first fraction of the denoising steps."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.transition not in TRANSITIONS:
             raise ValueError(f"`transition` must be one of {list(TRANSITIONS)}, got {self.transition!r}.")

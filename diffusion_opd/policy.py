@@ -167,7 +167,15 @@ class _FieldSeat(_Seat):
         self.timesteps, self.prediction = timestep.reshape(1), None
 
     # `retrieve_timesteps` of the pipelines reads this signature to learn what a scheduler takes
-    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None, **kwargs: Any):
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         pass
 
     def set_begin_index(self, begin_index: int = 0) -> None:

@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -21,7 +22,7 @@ from peft import LoraConfig
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
 from examples.toy_world.evaluate import evaluate, generate
@@ -44,10 +45,10 @@ class Scores(TrainerCallback):
         self.history: list[tuple[int, dict[str, float]]] = []
         self.seconds = 0.0
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.score(0)
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
             self.score(state.global_step)
 

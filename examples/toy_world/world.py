@@ -13,6 +13,7 @@ every skill and uses none of them reliably, as a real base model does.
 This module knows nothing of models and of judges.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import permutations, product
 from typing import Literal
@@ -183,7 +184,7 @@ def any_prompt(task: Task, rng: np.random.Generator) -> Prompt:
     return kind[rng.integers(len(kind))]
 
 
-def _pick(rng: np.random.Generator, choices) -> str:
+def _pick(rng: np.random.Generator, choices: Iterable[str]) -> str:
     return list(choices)[rng.integers(len(choices))]
 
 
