@@ -560,6 +560,7 @@ def test_every_family_is_saved_loaded_and_resumed(tmp_path, family, full):
     assert not torch.equal(latents(BUILDERS[family](0), family), student)
 
 
+@pytest.mark.slow
 @FAMILIES
 def test_teacher_equal_to_the_base_leaves_no_loss_in_any_family(tmp_path, family, full):
     data = Dataset.from_dict({"prompt": PROMPTS})
