@@ -87,8 +87,10 @@ def load_student(
         hub = {key: init_kwargs[key] for key in HUB_KWARGS & init_kwargs.keys()}
         index = DiffusionPipeline.load_config(model, **hub)
         init_kwargs = absent_parts(index) | init_kwargs
-        if isinstance(init_kwargs.get("dtype"), str):  # from YAML or a flag
-            init_kwargs["dtype"] = getattr(torch, init_kwargs["dtype"])
+        if isinstance(word := init_kwargs.get("dtype"), str):  # from YAML or a flag
+            init_kwargs["dtype"] = getattr(torch, word, None)
+            if not isinstance(init_kwargs["dtype"], torch.dtype):
+                raise ValueError(f"`model_init_kwargs`: dtype {word!r} is none of torch's, e.g. 'bfloat16'.")
         if "dtype" not in init_kwargs and "torch_dtype" not in init_kwargs:
             name = next((name for name in ("transformer", "unet") if name in index), "transformer")
             denoiser_dtype = torch.float32 if peft_config is None else args.mixed_dtype
@@ -172,6 +174,9 @@ class Stopwatch:
             now = time.perf_counter()
         self._marks.append((self._stack[-1], now))
 
+    def clear(self) -> None:
+        self._marks.clear()
+
     def read(self) -> dict[str, float]:
         """Seconds of each section since the last reading."""
         if self._cuda:
@@ -180,7 +185,7 @@ class Stopwatch:
         for (name, start), (_, end) in pairwise(self._marks):
             if name is not None:
                 totals[name] += start.elapsed_time(end) / 1000 if self._cuda else end - start
-        self._marks.clear()
+        self.clear()
         return dict(totals)
 
 
@@ -367,7 +372,7 @@ class DiffusionTrainer(_BaseTrainer):
     def forget_metrics(self) -> None:
         """Begins a new interval of the means and times that `log` shows."""
         self._metrics.clear()
-        self.stopwatch.read()
+        self.stopwatch.clear()
         self._last_log = (time.perf_counter(), self.state.global_step)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -40,6 +40,9 @@ class DiffusionConfig(_BaseConfig):
             Keyword arguments for `DiffusionPipeline.from_pretrained` when `model` is a string.
         num_inference_steps (`int`, *optional*, defaults to `10`):
             Denoising steps of a training rollout.
+        timestep_fraction (`float`, *optional*, defaults to `0.99`):
+            The student learns at the first `K = max(1, int(num_inference_steps * timestep_fraction))` states of the
+            rollout, and the steps after them are not computed. In (0, 1].
         guidance_scale, height, width (*optional*):
             Handed to the pipeline's `__call__`; `None` leaves the pipeline's own default. Lengths in pixels.
         call_kwargs (`dict`, *optional*):
@@ -70,6 +73,9 @@ class DiffusionConfig(_BaseConfig):
         default=None, metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`."}
     )
     num_inference_steps: int = field(default=10, metadata={"help": "Denoising steps of a training rollout."})
+    timestep_fraction: float = field(
+        default=0.99, metadata={"help": "The student learns at this first fraction of the denoising steps."}
+    )
     guidance_scale: float | None = field(
         default=None, metadata={"help": "Guidance scale of the pipeline call. None: the pipeline's own default."}
     )
@@ -121,6 +127,8 @@ class DiffusionConfig(_BaseConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if not 0 < self.timestep_fraction <= 1:
+            raise ValueError(f"`timestep_fraction` must be in (0, 1], got {self.timestep_fraction}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1) or None (off), got {self.ema_decay}.")
         if self.accelerator_config.split_batches:
@@ -143,6 +151,11 @@ class DiffusionConfig(_BaseConfig):
                 )
         if self.image_steps is not None and self.image_steps < 0:
             raise ValueError(f"`image_steps` must be at least 0 (never) or None (at the end), got {self.image_steps}.")
+
+    @property
+    def num_learnt_steps(self) -> int:
+        """`K`: the student learns at the first `K` states of a rollout."""
+        return max(1, int(self.num_inference_steps * self.timestep_fraction))
 
     @property
     def pipeline_kwargs(self) -> dict[str, Any]:
@@ -177,9 +190,6 @@ class DiffusionOPDConfig(DiffusionConfig):
             `"kl"`: `|mu_S - mu_T|^2 / (2 std^2)` with the true std of the step, `|mu_S - mu_T|^2 / 2` for a
             deterministic step. `"velocity"`: `(v_S - v_T)^2`. `"policy_gradient"`: the PPO-style surrogate, for
             comparison only.
-        timestep_fraction (`float`, *optional*, defaults to `0.99`):
-            The student learns at the first `K = max(1, int(num_inference_steps * timestep_fraction))` states of the
-            rollout, and the steps after them are not computed. In (0, 1].
     """
 
     transition: str = field(default="ode", metadata={"help": "How the student moves.", "choices": list(TRANSITIONS)})
@@ -187,9 +197,6 @@ class DiffusionOPDConfig(DiffusionConfig):
         default=None, metadata={"help": "Noise of the transition. None: 0.7 for the SDEs and CPS, 0 else."}
     )
     objective: str = field(default="kl", metadata={"help": "What is asked of it.", "choices": list(OBJECTIVES)})
-    timestep_fraction: float = field(
-        default=0.99, metadata={"help": "The student learns at this first fraction of the denoising steps."}
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -197,8 +204,6 @@ class DiffusionOPDConfig(DiffusionConfig):
             raise ValueError(f"`transition` must be one of {list(TRANSITIONS)}, got {self.transition!r}.")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"`objective` must be one of {list(OBJECTIVES)}, got {self.objective!r}.")
-        if not 0 < self.timestep_fraction <= 1:
-            raise ValueError(f"`timestep_fraction` must be in (0, 1], got {self.timestep_fraction}.")
         if self.noise_level is None:
             self.noise_level = 0.0 if self.transition in ("ode", "ddim") else 0.7
         if not self.noise_level >= 0 or (self.transition in ("cps", "ddim") and self.noise_level > 1):
@@ -222,8 +227,3 @@ class DiffusionOPDConfig(DiffusionConfig):
                 f"the last step of 'cps' has zero std, so its {self.objective!r} is not defined; set "
                 f"`timestep_fraction` below 1 (now {self.timestep_fraction} of {self.num_inference_steps} steps)."
             )
-
-    @property
-    def num_learnt_steps(self) -> int:
-        """`K`: the student learns at the first `K` states of a rollout."""
-        return max(1, int(self.num_inference_steps * self.timestep_fraction))

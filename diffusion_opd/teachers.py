@@ -275,12 +275,14 @@ def _load_pipeline(teacher: Teacher, commit: str | None, dtype: torch.dtype) -> 
         raise ValueError(f"teacher {teacher.id!r}: {teacher.source!r} has neither a transformer nor a unet.")
     cls = getattr(diffusers, index[name][1])
     parts[name] = _load_module(teacher, cls, dtype, folder, subfolder=name, revision=commit)
-    for key, (library, class_name) in (item for item in index.items() if isinstance(item[1], list)):
-        cls = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(class_name), None)
-        if key != name and isinstance(cls, type) and issubclass(cls, nn.Module):
+    for key, entry in index.items():
+        library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        part = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(class_name), None)
+        if key != name and isinstance(part, type) and issubclass(part, nn.Module):
             # Whole checkpoints of CLIP and T5 hold more than their encoders
-            where = dict(subfolder=key, revision=commit, refused=["missing_keys"])
-            parts[key] = _load_module(teacher, cls, dtype, folder, **where)
+            parts[key] = _load_module(
+                teacher, part, dtype, folder, refused=["missing_keys"], subfolder=key, revision=commit
+            )
     return DiffusionPipeline.from_pretrained(folder, revision=commit, dtype=dtype, **parts)
 
 

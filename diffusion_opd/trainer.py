@@ -435,6 +435,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         for row, task in enumerate(self.train_dataset[TEACHER]):
             if len(rows[task]) < per_task:
                 rows[task].append(row)
+            elif all(len(chosen) == per_task for chosen in rows.values()):
+                break
         return self.train_dataset[[row for chosen in rows.values() for row in chosen]][PROMPT]
 
     def _card_fields(self) -> dict[str, Any]:

@@ -965,3 +965,15 @@ def test_a_compiled_student_learns_the_same(tmp_path):
     saved = [load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("plain", "compiled")]
     assert saved[0].keys() == saved[1].keys()
     assert all(torch.allclose(saved[0][key], saved[1][key], atol=1e-5) for key in saved[0])
+
+
+def test_a_dtype_that_torch_does_not_have_is_refused(tmp_path):
+    BUILDERS["sd3"](0).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="dtype 'bf17' is none of torch's"):
+        DiffusionOPDTrainer(
+            str(tmp_path / "model"),
+            BUILDERS["sd3"](1),
+            config(tmp_path, model_init_kwargs={"dtype": "bf17"}),
+            DATA.remove_columns("teacher_id"),
+            peft_config=lora(),
+        )
