@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
+from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from diffusers.training_utils import EMAModel, _collate_lora_metadata, cast_training_params
@@ -41,9 +43,10 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from .config import DiffusionConfig
-from .policy import Policy, PromptMemo, Routed, Step, denoiser_name, tuner_layers
-from .sampling import seed_of
+from .policy import Policy, PromptMemo, Routed, Step, denoiser_name, is_flow, tuner_layers
+from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, seed_of
 from .teachers import LORA_NAME, STUDENT_ADAPTER, absent_parts, changes_base
+from .transitions import TRANSITIONS, Kernel
 
 logger = get_logger(__name__)
 
@@ -134,6 +137,21 @@ def load_student(
     return pipeline
 
 
+def whole_cycles(args: DiffusionConfig, tasks: Sequence[str]) -> None:
+    """An optimizer step sees whole cycles: `gradient_accumulation_steps` becomes, or must be, a multiple of the
+    tasks."""
+    steps = args.gradient_accumulation_steps
+    if steps == 1 and len(tasks) > 1:
+        args.gradient_accumulation_steps = len(tasks)
+        logger.info(f"An optimizer step sees every task: `gradient_accumulation_steps` is set to {len(tasks)}.")
+    elif steps % len(tasks):
+        raise ValueError(
+            f"`gradient_accumulation_steps={steps}` is not a multiple of the {len(tasks)} tasks {list(tasks)}: an "
+            f"optimizer step must see every task equally often; leave it out, or use "
+            f"{len(tasks) * max(1, round(steps / len(tasks)))}."
+        )
+
+
 class Stopwatch:
     """Seconds by section; a nested section's time is its own. On CUDA by events, so that timing does not
     synchronise."""
@@ -197,15 +215,14 @@ class _Config(FrozenDict):
 
 
 class _EveryStep(TrainerCallback):
-    """Updates the moving average and draws the sample images, before the trainer evaluates or saves, and before the
-    trackers close."""
+    """Updates what follows the trained weights and draws the sample images, before the trainer evaluates or saves, and
+    before the trackers close."""
 
     def __init__(self, trainer: "DiffusionTrainer"):
         self.trainer = trainer
 
     def on_step_end(self, args: DiffusionConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.trainer.ema is not None and state.global_step % args.ema_update_every == 0:
-            self.trainer.ema.step(self.trainer.trainable_parameters)
+        self.trainer.after_optimizer_step()
         if args.image_steps and state.global_step % args.image_steps == 0:
             self.trainer.log_images()
         if args.logging_strategy == "no":
@@ -229,18 +246,18 @@ class DiffusionTrainer(_BaseTrainer):
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]): As [`load_student`] returns it; its denoiser is the model.
-        args ([`DiffusionConfig`]): The configuration.
+        args ([`DiffusionConfig`]): The configuration, which [`whole_cycles`] has seen.
+        tasks (`Sequence[str]`): In the order of the cycle.
         kwargs: For [`~transformers.Trainer`].
     """
 
     # A training step backpropagates a mean over its micro-batch; Trainer would guess from the denoiser's `**kwargs`
     loss_is_scaled_for_ga = False
     _tag_names = ["trl", "diffusion-opd"]
-    # The columns that reach a batch; Trainer would take them from the denoiser's forward and drop the prompts
-    _columns = ["prompt"]
+    _task_column = TEACHER
 
-    def __init__(self, pipeline: DiffusionPipeline, args: DiffusionConfig, **kwargs: Any):
-        self.pipeline = pipeline
+    def __init__(self, pipeline: DiffusionPipeline, args: DiffusionConfig, tasks: Sequence[str], **kwargs: Any):
+        self.pipeline, self.tasks = pipeline, list(tasks)
         self.denoiser_name = denoiser_name(pipeline)
         model = getattr(pipeline, self.denoiser_name)
         self.trains_lora = bool(tuner_layers(model)) and STUDENT_ADAPTER in model.peft_config
@@ -311,12 +328,132 @@ class DiffusionTrainer(_BaseTrainer):
             logger.warning(f"No gradient reaches {len(unused)} parameters, e.g. {unused[0]}; they stay as they are.")
         self.model.zero_grad(set_to_none=True)
 
+    def choose_kernel(self, transition: str, noise_level: float, needs_noise: bool) -> Kernel:
+        """The kernel of a rollout, with its noise level.
+
+        Args:
+            transition (`str`): A key of `TRANSITIONS`; on VP models `"ode"` means `"ddim"`.
+            noise_level (`float`): For the kernel.
+            needs_noise (`bool`): Whether every learnt step must have a std above 0.
+
+        Raises:
+            ValueError: if the kernel is not for this pipeline, or a learnt step lacks the noise that it needs.
+        """
+        scheduler, name = self.pipeline.scheduler, type(self.pipeline).__name__
+        if not is_flow(scheduler):
+            if transition not in ("ode", "ddim"):
+                raise ValueError(
+                    f"`transition={transition!r}` is for flow matching, but {name} is a VP model "
+                    f"({type(scheduler).__name__}); use 'ddim' (noise by `noise_level`)."
+                )
+            transition = "ddim"
+        elif transition == "ddim":
+            raise ValueError(
+                f"`transition='ddim'` is for VP models, but {name} is a flow-matching model "
+                f"({type(scheduler).__name__}); use 'ode', 'flow_sde', 'dance_sde' or 'cps'."
+            )
+        kernel, step = partial(TRANSITIONS[transition], noise_level=noise_level), self._first_step
+        for index in range(self.args.num_learnt_steps) if needs_noise else ():
+            if kernel(step.sample, step.prediction, step.schedule, index).std == 0:
+                raise ValueError(
+                    f"step {index + 1} of {self.args.num_inference_steps} has zero std under {transition!r}, so its "
+                    f"probability is not defined; lower `timestep_fraction` (now {self.args.timestep_fraction})."
+                )
+        return kernel
+
+    # What every training step shares: a micro-batch has several backward passes, one for each learnt step
+
+    def _backward(self, loss: Tensor) -> None:
+        # DeepSpeed would divide by the accumulation steps again
+        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
+
+    @contextlib.contextmanager
+    def _held_gradient_sync(self, model: nn.Module, num_backwards: int) -> Iterator[Any]:
+        """Of the `num_backwards` backward passes of a micro-batch, the LAST one of an optimizer step alone synchronises
+        gradients: call what this yields when only that one is left.
+
+        DDP decides at the forward pass, so the release must come before the forward passes of that step; accelerate's
+        DeepSpeed wrapper calls `engine.step()` in every backward pass while `sync_gradients` is set.
+        """
+        state = self.accelerator.gradient_state
+        stack = contextlib.ExitStack()
+        if state.sync_gradients and num_backwards > 1:
+            state._set_sync_gradients(False)
+            stack.callback(state._set_sync_gradients, True)
+            stack.enter_context(self.accelerator.no_sync(model))
+        with stack:
+            yield stack.close
+
+    def _generators(self, count: int, domain: int, step: int, task: int, cycle: int) -> list[torch.Generator]:
+        """One generator a sample, by its place among its task's samples of the step: the same however a step's samples
+        are split over processes and micro-batches, and after a resume."""
+        first = (cycle * self.accelerator.num_processes + self.accelerator.process_index) * count
+        return [
+            torch.Generator().manual_seed(seed_of(self.args.seed, domain, step, task, first + index))
+            for index in range(count)
+        ]
+
+    def _end_micro_batch(self) -> None:
+        self.memo.clear()
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
+
     # Reads `config.model_type`, which a denoiser's config lacks
     def _send_telemetry(self) -> None:
         pass
 
+    # The columns that reach a batch; Trainer would take them from the denoiser's forward and drop the prompts
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = self._columns
+        self._signature_columns = [PROMPT, self._task_column]
+
+    # Data: one task a micro-batch, tasks in turn
+
+    _repetition: dict[str, int] = {}  # of rows, for the two samplers
+
+    def get_train_dataloader(self) -> Any:
+        if self.train_dataset is None or isinstance(self.train_dataset, Dataset):
+            return super().get_train_dataloader()
+        stream = TaskCycleStream(
+            self.train_dataset,
+            self.tasks,
+            self._global_batch_size,
+            self._cycles,
+            **self._repetition,
+            column=self._task_column,
+        )
+        return self._get_dataloader(stream, "Training", self._train_batch_size, is_training=True)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TaskCycleSampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        self._train_sampler = TaskCycleSampler(
+            dataset[self._task_column],
+            self.tasks,
+            self._global_batch_size,
+            self._cycles,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            **self._repetition,
+        )
+        return self._train_sampler
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        # In several processes accelerate does not reach the sampler of an epoch that is resumed in its middle
+        if isinstance(self.train_dataset, Dataset):
+            self._train_sampler.set_epoch(epoch)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    @property
+    def _global_batch_size(self) -> int:
+        return self._train_batch_size * self.accelerator.num_processes
+
+    @property
+    def _cycles(self) -> int:
+        return self.args.gradient_accumulation_steps // len(self.tasks)
+
+    def after_optimizer_step(self) -> None:
+        """Updates what follows the trained weights."""
+        if self.ema is not None and self.state.global_step % self.args.ema_update_every == 0:
+            self.ema.step(self.trainable_parameters)
 
     # The moving average
 
@@ -382,13 +519,37 @@ class DiffusionTrainer(_BaseTrainer):
     # Images
 
     @property
+    def image_examples(self) -> list[dict[str, Any]]:
+        """What the sample images show: `args.image_prompts`, or the first rows of each task, four or more in all."""
+        if self.args.image_prompts is not None:
+            return [{PROMPT: prompt} for prompt in self.args.image_prompts]
+        if not isinstance(self.train_dataset, Dataset):
+            return []
+        per_task = -(-4 // len(self.tasks))
+        rows = {key: [] for key in self.tasks}
+        for row, task in enumerate(self.train_dataset[self._task_column]):
+            if len(rows[task]) < per_task:
+                rows[task].append(row)
+            elif all(len(chosen) == per_task for chosen in rows.values()):
+                break
+        return [self.train_dataset[row] for chosen in rows.values() for row in chosen]
+
+    @property
     def image_prompts(self) -> list[str]:
         """The prompts of the sample images."""
-        return self.args.image_prompts or []
+        return [example[PROMPT] for example in self.image_examples]
 
-    @torch.no_grad()
+    def image_captions(self, drawn: list[Any]) -> list[str]:
+        """What the trackers show under each sample image, or list of frames. Called on the first process alone."""
+        return self.image_prompts
+
     def sample_images(self, prompts: Sequence[str]) -> list[Image.Image]:
         """One image a prompt (of a video its middle frame), drawn by the student with fixed seeds, on every process."""
+        return [_middle_frame(drawn) for drawn in self._draw(prompts)]
+
+    @torch.no_grad()
+    def _draw(self, prompts: Sequence[str]) -> list[Any]:
+        """An image, or a list of frames, for each prompt."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         per_process = -(-len(prompts) // world)
         # Every process draws equally many: sharded weights are gathered by all
@@ -407,22 +568,25 @@ class DiffusionTrainer(_BaseTrainer):
                 prompt=[prompts[index] for index in mine],
                 num_inference_steps=self.args.image_num_inference_steps or self.args.num_inference_steps,
                 generator=[torch.Generator().manual_seed(seed_of(self.args.seed, index)) for index in mine],
+                output_type="pil",
                 **self.args.pipeline_kwargs,
             )
-        images = output.images if hasattr(output, "images") else [_middle_frame(video) for video in output.frames]
-        return gather_object(images)[: len(prompts)] if world > 1 else images
+        drawn = output.images if hasattr(output, "images") else output.frames
+        return gather_object(drawn)[: len(prompts)] if world > 1 else drawn
 
     def log_images(self) -> None:
         """Draws the sample images and hands them to `output_dir/images/step_...` and the trackers in use."""
         prompts = self.image_prompts
         if not prompts:
             return
-        images = self.sample_images(prompts)
+        drawn = self._draw(prompts)
         if not self.is_world_process_zero():
             return
+        images = [_middle_frame(one) for one in drawn]
         step = self.state.global_step
         folder = Path(self.args.output_dir, IMAGES_DIR, f"step_{step:06d}")
         folder.mkdir(parents=True, exist_ok=True)
+        captions = self.image_captions(drawn)
         for index, image in enumerate(images):
             image.save(folder / f"{index:02d}.png")
         grid = make_image_grid(images, rows=1, cols=len(images))
@@ -436,11 +600,11 @@ class DiffusionTrainer(_BaseTrainer):
             import wandb
 
             if wandb.run is not None:
-                wandb.log({"samples": [wandb.Image(i, caption=p) for i, p in zip(images, prompts, strict=True)]})
+                wandb.log({"samples": [wandb.Image(i, caption=c) for i, c in zip(images, captions, strict=True)]})
         if "trackio" in self.args.report_to:
             import trackio
 
-            trackio.log({"samples": trackio.Image(grid, caption=" | ".join(prompts))})
+            trackio.log({"samples": trackio.Image(grid, caption=" | ".join(captions))})
 
     # Saving: Trainer would write a bare model.safetensors without a config
 
@@ -451,7 +615,7 @@ class DiffusionTrainer(_BaseTrainer):
         output_dir = output_dir or self.args.output_dir
         with self.ema_weights():
             super().save_model(output_dir, _internal_call)
-        if self.ema is not None and _is_checkpoint(output_dir) and self.args.should_save:
+        if self.ema is not None and is_checkpoint(output_dir) and self.args.should_save:
             raw = {f"raw.{i}": p.detach() for i, p in enumerate(self.trainable_parameters)}
             averaged = {f"ema.{i}": p for i, p in enumerate(self.ema.shadow_params)}
             save_file({key: value.contiguous() for key, value in (raw | averaged).items()}, Path(output_dir, EMA_NAME))
@@ -474,7 +638,7 @@ class DiffusionTrainer(_BaseTrainer):
             if state_dict is not None:
                 model.state_dict = lambda *args, **kwargs: state_dict
             try:
-                if _is_checkpoint(output_dir):
+                if is_checkpoint(output_dir):
                     model.save_pretrained(os.path.join(output_dir, self.denoiser_name))
                 else:
                     self.pipeline.save_pretrained(output_dir)
@@ -626,14 +790,20 @@ class DiffusionTrainer(_BaseTrainer):
         card.save(output_dir / "README.md")
 
     def _card_fields(self) -> dict[str, Any]:
-        """What a trainer's own part of the card shows: `teachers` (rows) and `settings`."""
-        return {"teachers": [], "settings": {}}
+        """What a trainer's own part of the card shows: `teachers` or `rewards` (rows), and `settings`."""
+        return {"settings": self._run_settings()}
+
+    def _run_settings(self) -> dict[str, Any]:
+        settings = {"optimizer steps": self.state.global_step, "processes": self.accelerator.num_processes}
+        if self.trains_lora:
+            lora = self.model.peft_config[STUDENT_ADAPTER]
+            settings |= {"LoRA rank": lora.r, "LoRA alpha": lora.lora_alpha}
+        return settings
 
 
-def _is_checkpoint(folder: str | os.PathLike) -> bool:
+def is_checkpoint(folder: str | os.PathLike) -> bool:
     return re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(folder).name) is not None
 
 
-def _middle_frame(video: Any) -> Image.Image:
-    frame = video[len(video) // 2]
-    return frame if isinstance(frame, Image.Image) else Image.fromarray((frame * 255).round().astype("uint8"))
+def _middle_frame(drawn: Image.Image | list[Image.Image]) -> Image.Image:
+    return drawn[len(drawn) // 2] if isinstance(drawn, list) else drawn

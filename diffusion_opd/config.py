@@ -29,6 +29,22 @@ def check_call_kwargs(call_kwargs: dict[str, Any], named: dict[str, Any], owner:
         )
 
 
+def check_noise(transition: str, noise_level: float) -> None:
+    """Refuses a transition or a noise level that does not exist."""
+    if transition not in TRANSITIONS:
+        raise ValueError(f"`transition` must be one of {list(TRANSITIONS)}, got {transition!r}.")
+    if not noise_level >= 0 or (transition in ("cps", "ddim") and noise_level > 1):
+        raise ValueError(
+            f"`noise_level` must be at least 0, and at most 1 for 'cps' and 'ddim'; got {noise_level} for "
+            f"{transition!r}."
+        )
+    if transition == "ode" and noise_level > 0:
+        raise ValueError(
+            f"`transition='ode'` has no noise, but `noise_level={noise_level}` was given; choose 'flow_sde', "
+            "'dance_sde' or 'cps', or leave `noise_level` out."
+        )
+
+
 @dataclass
 class DiffusionConfig(_BaseConfig):
     r"""
@@ -200,22 +216,11 @@ class DiffusionOPDConfig(DiffusionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.transition not in TRANSITIONS:
-            raise ValueError(f"`transition` must be one of {list(TRANSITIONS)}, got {self.transition!r}.")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"`objective` must be one of {list(OBJECTIVES)}, got {self.objective!r}.")
         if self.noise_level is None:
             self.noise_level = 0.0 if self.transition in ("ode", "ddim") else 0.7
-        if not self.noise_level >= 0 or (self.transition in ("cps", "ddim") and self.noise_level > 1):
-            raise ValueError(
-                f"`noise_level` must be at least 0, and at most 1 for 'cps' and 'ddim'; got {self.noise_level} "
-                f"for {self.transition!r}."
-            )
-        if self.transition == "ode" and self.noise_level > 0:
-            raise ValueError(
-                f"`transition='ode'` has no noise, but `noise_level={self.noise_level}` was given; choose 'flow_sde', "
-                "'dance_sde' or 'cps', or leave `noise_level` out."
-            )
+        check_noise(self.transition, self.noise_level)
         if self.objective == "policy_gradient" and self.noise_level == 0:
             raise ValueError(
                 "`objective='policy_gradient'` needs a stochastic transition: a deterministic step has no probability; "

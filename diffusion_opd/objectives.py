@@ -11,7 +11,7 @@ from torch import Tensor
 from .transitions import Transition
 
 
-def _mean_per_sample(x: Tensor) -> Tensor:
+def mean_per_sample(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
@@ -21,19 +21,19 @@ def kl(student: Transition, teacher: Transition) -> Tensor:
     Both Gaussians share the std of the step, so `KL = |mu_S - mu_T|^2 / (2 std^2)`; a deterministic step (std 0) has no
     KL and takes the paper's ODE form `|mu_S - mu_T|^2 / 2`.
     """
-    gap = _mean_per_sample((student.mean - teacher.mean) ** 2)
+    gap = mean_per_sample((student.mean - teacher.mean) ** 2)
     return gap / (2 * student.std**2) if student.std > 0 else gap / 2
 
 
 def velocity(student: Tensor, teacher: Tensor) -> Tensor:
     """Plain mean squared error of the guided predictions (DanceOPD, arXiv 2606.27377), shape `[batch]`."""
-    return _mean_per_sample((student.float() - teacher.float()) ** 2)
+    return mean_per_sample((student.float() - teacher.float()) ** 2)
 
 
 def log_prob(transition: Transition, sample: Tensor) -> Tensor:
     """Log-density of `sample` under the transition up to a constant, averaged over elements as in Flow-GRPO
     (arXiv 2505.05470), shape `[batch]`."""
-    return _mean_per_sample(-((sample - transition.mean) ** 2) / (2 * transition.std**2))
+    return mean_per_sample(-((sample - transition.mean) ** 2) / (2 * transition.std**2))
 
 
 def policy_gradient(kl: Tensor, student: Transition, next_sample: Tensor) -> Tensor:

@@ -49,6 +49,8 @@ class Step:
 
 OnStep = Callable[[Step], Tensor]
 
+BACKBONE = ""  # as the name of an adapter: none at all
+
 
 def is_flow(scheduler: Any) -> bool:
     """Whether the scheduler belongs to flow matching (`x = (1 - s) x_0 + s eps`), by its class or its config."""
@@ -278,13 +280,12 @@ def tuner_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
 
 
 @contextlib.contextmanager
-def active_adapter(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterator[None]:
-    """Another adapter (`None`: the bare backbone) for the duration. PEFT's `set_adapter` would also set
-    `requires_grad`, which drops gradients and raises under sharding, so the attribute that it sets last is set
-    alone."""
+def active_adapter(layers: Sequence[BaseTunerLayer], name: str) -> Iterator[None]:
+    """Another adapter, or the bare [`BACKBONE`], for the duration. PEFT's `set_adapter` would also set `requires_grad`,
+    which drops gradients and raises under sharding, so the attribute that it sets last is set alone."""
     before = [layer._active_adapter for layer in layers]
     for layer in layers:
-        layer._active_adapter = [] if name is None else [name]
+        layer._active_adapter = [] if name == BACKBONE else [name]
     try:
         yield
     finally:
@@ -300,7 +301,8 @@ class Policy:
         num_inference_steps (`int`): Denoising steps of a whole rollout.
         call_kwargs (`dict`, *optional*): For the pipeline's `__call__`: guidance, size, negative prompt ...
         memo ([`PromptMemo`], *optional*): Shared by the parties of one batch. `None`: its own.
-        adapter (`str`, *optional*): PEFT adapter of the denoiser that this policy is; by default whatever is active.
+        adapter (`str`, *optional*): PEFT adapter of the denoiser that this policy is, or [`BACKBONE`]; by default
+            whatever is active.
 
     Raises:
         ValueError: if the pipeline lacks a seam, or `call_kwargs` holds a key that its `__call__` does not take.
@@ -346,7 +348,9 @@ class Policy:
             # Its own functions refer to it: a cycle that would hold the graph until the next garbage collection
             vars(pipeline).clear()
 
-    def _call(self, pipeline: DiffusionPipeline, prompts: Sequence[str], generator: Any) -> Any:
+    def _call(
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], generator: Any, output_type: str = "latent"
+    ) -> Any:
         switch = contextlib.nullcontext() if self.adapter is None else active_adapter(self._layers, self.adapter)
         with switch:
             return type(pipeline).__call__.__wrapped__(
@@ -354,7 +358,7 @@ class Policy:
                 prompt=list(prompts),
                 num_inference_steps=self.num_inference_steps,
                 generator=generator,
-                output_type="latent",
+                output_type=output_type,
                 return_dict=False,
                 **_fresh_containers(self.call_kwargs),
             )[0]
@@ -366,7 +370,8 @@ class Policy:
         on_step: OnStep,
         num_steps: int | None = None,
         denoiser: nn.Module | None = None,
-    ) -> Tensor:
+        output_type: str = "latent",
+    ) -> Any:
         """Runs the pipeline's own `__call__`, under the caller's gradient mode, with `on_step` deciding each next
         state.
 
@@ -377,24 +382,26 @@ class Policy:
             num_steps (`int`, *optional*): Only the first so many steps are computed.
             denoiser (`nn.Module`, *optional*): A wrapper around the denoiser (DDP, DeepSpeed) that its calls go
                 through.
+            output_type (`str`, *optional*): `"latent"`, or `"pil"` to decode the final latents.
 
         Returns:
-            `Tensor`: the final latents, as the pipeline returns them.
+            The final latents (`Tensor`), images or videos, as the pipeline returns them.
         """
         seat = _RolloutSeat(self._rollout_scheduler, on_step, num_steps)
         with self._copy(seat) as pipeline:
             if denoiser is not None:
                 vars(pipeline)[self.denoiser_name] = Routed(self.denoiser, denoiser)
-            latents = self._call(pipeline, prompts, generators)
+            output = self._call(pipeline, prompts, generators, output_type)
         if seat.index != len(seat.timesteps):
             raise ValueError(
                 f"{type(self._pipeline).__name__} lacks a seam: it called `scheduler.step` {seat.index} times for "
                 f"{len(seat.timesteps)} timesteps; one call a timestep is needed."
             )
-        return latents
+        return output
 
-    def predict(self, x: Tensor, timestep: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The guided prediction at state `x` (in the pipeline's own latent shape) and `timestep`: the field."""
+    def predict(self, x: Tensor, timestep: Tensor, prompts: Sequence[str], denoiser: nn.Module | None = None) -> Tensor:
+        """The guided prediction at state `x` (in the pipeline's own latent shape) and `timestep`: the field. Under the
+        caller's gradient mode; `denoiser`: as for [`rollout`]."""
         seat = _FieldSeat(self._field_scheduler, timestep)
         if self._scratch_generator is None:  # its own, so that the global generator is left alone
             self._scratch_generator = torch.Generator(x.device)
@@ -407,6 +414,8 @@ class Policy:
                 return (x, *prepared[1:]) if isinstance(prepared, tuple) else x
 
             vars(pipeline)["prepare_latents"] = given_latents
+            if denoiser is not None:
+                vars(pipeline)[self.denoiser_name] = Routed(self.denoiser, denoiser)
             self._call(pipeline, prompts, self._scratch_generator)
         return seat.prediction
 

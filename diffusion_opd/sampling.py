@@ -1,7 +1,7 @@
-"""Which prompts, and which teacher: batches of one task, tasks in turn, every optimizer step a whole number of cycles.
+"""Which prompts of which task: batches of one task, tasks in turn, every optimizer step a whole number of cycles.
 
-Routing is by data (the `teacher_id` column), never by a counter, and the order is a function of seed and epoch alone,
-so a resumed run sees what an undisturbed one sees, in any number of processes.
+Routing is by data (a column, `teacher_id` or `task`), never by a counter, and the order is a function of seed and epoch
+alone, so a resumed run sees what an undisturbed one sees, in any number of processes.
 
 This file knows datasets, and no pipeline, teacher or trainer.
 """
@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value, concatenate_datasets
 from torch.utils.data import Sampler
 
-PROMPT, TEACHER = "prompt", "teacher_id"
+PROMPT, TEACHER, TASK = "prompt", "teacher_id", "task"
 
 # Prompts of one task that wait while a stream is searched for another task; older ones are dropped
 _MAX_WAITING = 10_000
@@ -28,36 +28,52 @@ def seed_of(*numbers: int) -> int:
 
 
 def routed_dataset(
-    dataset: Any, teacher_ids: Sequence[str], name: str, need_all: bool = True
+    dataset: Any,
+    task_ids: Sequence[str],
+    name: str,
+    need_all: bool = True,
+    column: str = TEACHER,
+    keep_columns: bool = False,
 ) -> Dataset | IterableDataset | dict[str, IterableDataset]:
-    """The user's dataset with the columns `prompt` and `teacher_id`.
+    """The user's dataset with the columns `prompt` and `column`, which names the task of a row.
 
     Args:
         dataset (`Dataset`, `IterableDataset` or `dict`):
-            With the columns `prompt` and, for more than one teacher, `teacher_id`; or `{teacher id: dataset}`.
-        teacher_ids (`Sequence[str]`): In the order of the cycle.
+            With the columns `prompt` and, for more than one task, `column`; or `{task: dataset}`.
+        task_ids (`Sequence[str]`): In the order of the cycle.
         name (`str`): What to call the dataset in a refusal.
-        need_all (`bool`, *optional*, defaults to `True`): Whether every teacher must have prompts, as training wants.
+        need_all (`bool`, *optional*, defaults to `True`): Whether every task must have prompts, as training wants.
+        column (`str`, *optional*, defaults to `"teacher_id"`): Where the task of a row stands.
+        keep_columns (`bool`, *optional*, defaults to `False`): Whether the other columns stay.
 
     Returns:
         A `Dataset`; for streams what [`TaskCycleStream`] takes, with `need_all=False` one stream with both columns.
 
     Raises:
         TypeError: if it is neither.
-        ValueError: if a column is missing, a prompt is no text, or the tasks are not the teachers' ids.
+        ValueError: if a column is missing, a prompt is no text, or the tasks are not `task_ids`.
     """
-    if isinstance(dataset, (DatasetDict, IterableDatasetDict)) and not set(dataset) & set(teacher_ids):
+
+    def with_task(part: Any, task: str) -> Any:
+        if not keep_columns:
+            part = part.select_columns([PROMPT])
+        if isinstance(part, IterableDataset):
+            return part.map(lambda example: {column: task})
+        part = part.remove_columns([column]) if column in part.column_names else part
+        return part.add_column(column, [task] * len(part))
+
+    if isinstance(dataset, (DatasetDict, IterableDatasetDict)) and not set(dataset) & set(task_ids):
         raise ValueError(
             f"{name} is a {type(dataset).__name__} of the splits {list(dataset)}; choose one, e.g. "
             f"`load_dataset(..., split={next(iter(dataset), 'train')!r})`."
         )
     if isinstance(dataset, Mapping):
-        _check_tasks(dataset.keys(), teacher_ids, f"the keys of {name}", need_all)
-        parts = {key: dataset[key] for key in teacher_ids if key in dataset}
+        _check_tasks(dataset.keys(), task_ids, f"the keys of {name}", need_all, column)
+        parts = {key: dataset[key] for key in task_ids if key in dataset}
         if all(isinstance(part, IterableDataset) for part in parts.values()):
             for key, part in parts.items():
-                _check_columns(_stream_columns(part), [PROMPT], f"{name}[{key!r}]")
-            return parts if need_all else concatenate_datasets([_add_task(part, key) for key, part in parts.items()])
+                _check_columns(stream_columns(part), [PROMPT], f"{name}[{key!r}]")
+            return parts if need_all else concatenate_datasets([with_task(part, key) for key, part in parts.items()])
         if not all(isinstance(part, Dataset) for part in parts.values()):
             kinds = {key: type(part).__name__ for key, part in parts.items()}
             raise TypeError(f"the parts of {name} must all be `Dataset`s or all be `IterableDataset`s, got {kinds}.")
@@ -65,39 +81,39 @@ def routed_dataset(
             _check_columns(part.column_names, [PROMPT], f"{name}[{key!r}]")
             _check_prompts(part, f"{name}[{key!r}]")
         # One type, or parts of other origins (pandas: large_string) cannot be put together
-        texts = {key: part.select_columns([PROMPT]).cast_column(PROMPT, Value("string")) for key, part in parts.items()}
-        return concatenate_datasets([part.add_column(TEACHER, [key] * len(part)) for key, part in texts.items()])
+        texts = {key: part.cast_column(PROMPT, Value("string")) for key, part in parts.items()}
+        return concatenate_datasets([with_task(part, key) for key, part in texts.items()])
 
-    required = [PROMPT] if len(teacher_ids) == 1 else [PROMPT, TEACHER]
+    required = [PROMPT] if len(task_ids) == 1 else [PROMPT, column]
     if isinstance(dataset, IterableDataset):
-        columns = _stream_columns(dataset)
+        columns = stream_columns(dataset)
         _check_columns(columns, required, name)
-        if TEACHER in columns:
+        if column in columns:
             return dataset
-        return {teacher_ids[0]: dataset} if need_all else _add_task(dataset, teacher_ids[0])
+        return {task_ids[0]: dataset} if need_all else with_task(dataset, task_ids[0])
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"{name} must be a `Dataset`, an `IterableDataset` or a dict of them, got {type(dataset).__name__}."
         )
     _check_columns(dataset.column_names, required, name)
     _check_prompts(dataset, name)
-    if TEACHER not in dataset.column_names:
-        dataset = dataset.add_column(TEACHER, [teacher_ids[0]] * len(dataset))
-    _check_tasks(dataset.unique(TEACHER), teacher_ids, f"the `{TEACHER}` column of {name}", need_all)
-    return dataset.select_columns([PROMPT, TEACHER])
+    if column not in dataset.column_names:
+        dataset = with_task(dataset, task_ids[0])
+    _check_tasks(dataset.unique(column), task_ids, f"the `{column}` column of {name}", need_all, column)
+    return dataset if keep_columns else dataset.select_columns([PROMPT, column])
 
 
-def _stream_columns(dataset: IterableDataset) -> list[str]:
+def stream_columns(dataset: IterableDataset) -> list[str]:
     return dataset.column_names or list(next(iter(dataset), {}))
-
-
-def _add_task(stream: IterableDataset, task: str) -> IterableDataset:
-    return stream.select_columns([PROMPT]).map(lambda example: {TEACHER: task})
 
 
 def _check_columns(given: Sequence[str], required: Sequence[str], name: str) -> None:
     if missing := [column for column in required if column not in given]:
-        hint = "; with several teachers it says which one judges a prompt" if missing == [TEACHER] else ""
+        hints = {
+            TEACHER: "; with several teachers it says which one judges a prompt",
+            TASK: "; with several tasks it says whose reward functions judge a prompt",
+        }
+        hint = hints.get(missing[0], "") if len(missing) == 1 else ""
         raise ValueError(f"{name} has no column {missing}, only {list(given)}{hint}.")
 
 
@@ -113,13 +129,14 @@ def is_prompt(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _check_tasks(tasks: Any, teacher_ids: Sequence[str], name: str, need_all: bool) -> None:
-    unknown = sorted(str(task) for task in set(tasks) - set(teacher_ids))
-    unused = [key for key in teacher_ids if key not in set(tasks)] if need_all else []
+def _check_tasks(tasks: Any, task_ids: Sequence[str], name: str, need_all: bool, column: str) -> None:
+    unknown = sorted(str(task) for task in set(tasks) - set(task_ids))
+    unused = [key for key in task_ids if key not in set(tasks)] if need_all else []
     if unknown or unused:
+        parties = "teachers" if column == TEACHER else "tasks of `reward_funcs`"
         raise ValueError(
-            f"{name} and the teachers must name the same tasks: the data has "
-            f"{sorted(str(task) for task in set(tasks))}, the teachers are {list(teacher_ids)}."
+            f"{name} and the {parties} must name the same tasks: the data has "
+            f"{sorted(str(task) for task in set(tasks))}, the {parties} are {list(task_ids)}."
         )
 
 
@@ -127,59 +144,76 @@ class TaskCycleSampler(Sampler[int]):
     """Rows of a dataset: `batch_size` of the first task, `batch_size` of the second, and so on in turn.
 
     An epoch is the smallest whole number of optimizer steps that shows every row; tasks with fewer rows than others
-    come round again, in a new order.
+    come round again, in a new order. With `repeats` every row comes so many times in succession among those of its
+    task (the group of a prompt), with `iterations` the rows of every optimizer step come so many times.
 
     Args:
         tasks (`Sequence[str]`): The task of each row.
-        teacher_ids (`Sequence[str]`): In the order of the cycle.
+        task_ids (`Sequence[str]`): In the order of the cycle.
         batch_size (`int`): Samples of one micro-batch, over all processes.
         cycles (`int`): Cycles of one optimizer step.
         seed (`int`): Of the order.
+        repeats, iterations (`int`, *optional*): See above; `batch_size * cycles` is a multiple of `repeats`.
     """
 
-    def __init__(self, tasks: Sequence[str], teacher_ids: Sequence[str], batch_size: int, cycles: int, seed: int):
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        task_ids: Sequence[str],
+        batch_size: int,
+        cycles: int,
+        seed: int,
+        repeats: int = 1,
+        iterations: int = 1,
+    ):
         tasks = np.asarray(tasks)
-        self.rows = [np.flatnonzero(tasks == key) for key in teacher_ids]
-        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
-        per_task = batch_size * cycles
-        self.num_cycles = cycles * -(-max(len(rows) for rows in self.rows) // per_task)
+        self.rows = [np.flatnonzero(tasks == key) for key in task_ids]
+        self.batch_size, self.cycles, self.seed, self.epoch = batch_size, cycles, seed, 0
+        self.repeats, self.iterations = repeats, iterations
+        self.num_steps = -(-max(len(rows) for rows in self.rows) * repeats // (batch_size * cycles))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.num_cycles * len(self.rows) * self.batch_size
+        return self.num_steps * self.iterations * self.cycles * len(self.rows) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
         streams = [self._shuffled_forever(task) for task in range(len(self.rows))]
-        for _ in range(self.num_cycles):
-            for stream in streams:
-                yield from islice(stream, self.batch_size)
+        for _ in range(self.num_steps):
+            step = [row for _ in range(self.cycles) for stream in streams for row in islice(stream, self.batch_size)]
+            for _ in range(self.iterations):
+                yield from step
 
     def _shuffled_forever(self, task: int) -> Iterator[int]:
         order = np.random.default_rng(seed_of(self.seed, self.epoch, task))
         while True:
-            yield from order.permutation(self.rows[task]).tolist()
+            yield from order.permutation(self.rows[task]).repeat(self.repeats).tolist()
 
 
 class TaskCycleStream(torch.utils.data.IterableDataset):
-    """The same cycle over streaming datasets, without end: `{teacher id: stream}`, or one stream with a `teacher_id`
-    column.
+    """The same cycle over streaming datasets, without end: `{task: stream}`, or one stream with a column that names the
+    task.
 
     A stream that ends starts again (with the next epoch's shuffle, if it shuffles).
 
     Raises:
-        ValueError: while iterating, if a prompt is no text or names no known teacher, if a stream holds no prompt of a
+        ValueError: while iterating, if a prompt is no text or names no known task, if a stream holds no prompt of a
             task, or in one of several loader workers, each of which would go through the cycle by itself.
     """
 
     def __init__(
         self,
         streams: Mapping[str, IterableDataset] | IterableDataset,
-        teacher_ids: Sequence[str],
+        task_ids: Sequence[str],
         batch_size: int,
+        cycles: int = 1,
+        repeats: int = 1,
+        iterations: int = 1,
+        column: str = TEACHER,
     ):
-        self.streams, self.teacher_ids, self.batch_size = streams, list(teacher_ids), batch_size
+        self.streams, self.task_ids, self.batch_size = streams, list(task_ids), batch_size
+        self.cycles, self.repeats, self.iterations, self.column = cycles, repeats, iterations, column
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = torch.utils.data.get_worker_info()
@@ -189,21 +223,32 @@ class TaskCycleStream(torch.utils.data.IterableDataset):
                 "in turn; set `dataloader_num_workers` to 0 or 1."
             )
         if isinstance(self.streams, Mapping):
-            examples = {key: _forever(self.streams[key]) for key in self.teacher_ids}
+            examples = {key: _forever(self.streams[key]) for key in self.task_ids}
         else:
             examples = self._split(self.streams)
+        groups = {key: self._repeated(key, stream) for key, stream in examples.items()}
         while True:
-            for key in self.teacher_ids:
-                for example in islice(examples[key], self.batch_size):
-                    if not is_prompt(example[PROMPT]):
-                        raise ValueError(
-                            f"a prompt of the stream, for teacher {key!r}, must be text that is not empty, got "
-                            f"{example[PROMPT]!r}."
-                        )
-                    yield {PROMPT: example[PROMPT], TEACHER: key}
+            step = [
+                example
+                for _ in range(self.cycles)
+                for key in self.task_ids
+                for example in islice(groups[key], self.batch_size)
+            ]
+            for _ in range(self.iterations):
+                yield from step
+
+    def _repeated(self, task: str, examples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for example in examples:
+            if not is_prompt(example[PROMPT]):
+                raise ValueError(
+                    f"a prompt of the stream, for task {task!r}, must be text that is not empty, got "
+                    f"{example[PROMPT]!r}."
+                )
+            for _ in range(self.repeats):
+                yield {**example, self.column: task}
 
     def _split(self, stream: IterableDataset) -> dict[str, Iterator[dict[str, Any]]]:
-        waiting: dict[str, deque] = {key: deque(maxlen=_MAX_WAITING) for key in self.teacher_ids}
+        waiting: dict[str, deque] = {key: deque(maxlen=_MAX_WAITING) for key in self.task_ids}
         source = _forever(stream, mark_ends=True)
 
         def of_task(key: str) -> Iterator[dict[str, Any]]:
@@ -214,17 +259,17 @@ class TaskCycleStream(torch.utils.data.IterableDataset):
                     if example is None:
                         ends += 1
                         if ends == 2:
-                            raise ValueError(f"the stream holds no prompt for teacher {key!r}.")
-                    elif example[TEACHER] not in waiting:
+                            raise ValueError(f"the stream holds no prompt for task {key!r}.")
+                    elif example[self.column] not in waiting:
                         raise ValueError(
-                            f"a prompt of the stream names teacher {example[TEACHER]!r}; the teachers are "
-                            f"{self.teacher_ids}."
+                            f"a prompt of the stream names task {example[self.column]!r}; the tasks are "
+                            f"{self.task_ids}."
                         )
                     else:
-                        waiting[example[TEACHER]].append(example)
+                        waiting[example[self.column]].append(example)
                 yield waiting[key].popleft()
 
-        return {key: of_task(key) for key in self.teacher_ids}
+        return {key: of_task(key) for key in self.task_ids}
 
 
 def _forever(stream: IterableDataset, mark_ends: bool = False) -> Iterator[dict[str, Any] | None]:

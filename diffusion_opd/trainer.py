@@ -6,18 +6,15 @@ state it visits, the task's teacher says what it would have done there; the clos
 backpropagated at once. Rollout and gradient are one pass, inside the pipeline's own `__call__` (see policy.py).
 """
 
-import contextlib
 import copy
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
@@ -27,20 +24,19 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 
 from . import objectives
-from .base_trainer import CHECK_PROMPTS, DiffusionTrainer, load_student, no_zero_init
+from .base_trainer import CHECK_PROMPTS, DiffusionTrainer, load_student, no_zero_init, whole_cycles
 from .config import DiffusionOPDConfig, check_call_kwargs
-from .policy import Policy, Step, is_flow
-from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, is_prompt, routed_dataset, seed_of
+from .policy import Policy, Step
+from .sampling import PROMPT, TEACHER, is_prompt, routed_dataset
 from .teachers import (
     MANIFEST_NAME,
-    STUDENT_ADAPTER,
     check_manifest,
     load_teachers,
     manifest,
     name_teachers,
     same_weights,
 )
-from .transitions import TRANSITIONS
+from .transitions import Transition
 
 logger = get_logger(__name__)
 
@@ -93,7 +89,6 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     """
 
     _name = "DiffusionOPD"
-    _columns = [PROMPT, TEACHER]
     _paper = {
         "title": "DiffusionOPD: A Unified Perspective of On-Policy Distillation in Diffusion Models",
         "id": "2605.15055",
@@ -129,7 +124,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         if eval_dataset is not None:
             eval_dataset = routed_dataset(eval_dataset, ids, "eval_dataset", need_all=False)
         args = copy.copy(args)  # what a run sets in them must not reach the next one
-        _set_accumulation(args, ids)
+        whole_cycles(args, ids)
 
         set_seed(args.seed)
         pipeline = load_student(model, args, peft_config)
@@ -138,6 +133,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         super().__init__(
             pipeline,
             args,
+            ids,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=callbacks,
@@ -163,33 +159,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     def _check_parties(self) -> None:
         """Asks everybody once: refuses what does not fit, warns about a teacher with nothing to teach."""
-        args, scheduler = self.args, self.pipeline.scheduler
-        name = args.transition
-        if not is_flow(scheduler):
-            if name not in ("ode", "ddim"):
-                raise ValueError(
-                    f"`transition={name!r}` is for flow matching, but {type(self.pipeline).__name__} is a VP model "
-                    f"({type(scheduler).__name__}); use 'ddim' (noise by `noise_level`)."
-                )
-            name = "ddim"
-        elif name == "ddim":
-            raise ValueError(
-                f"`transition='ddim'` is for VP models, but {type(self.pipeline).__name__} is a flow-matching model "
-                f"({type(scheduler).__name__}); use 'ode', 'flow_sde', 'dance_sde' or 'cps'."
-            )
-        self.kernel = partial(TRANSITIONS[name], noise_level=args.noise_level)
-
-        step = self._first_step
-        still = [
-            j
-            for j in range(args.num_learnt_steps)
-            if self.kernel(step.sample, step.prediction, step.schedule, j).std == 0
-        ]
-        if args.noise_level > 0 and args.objective != "velocity" and still:
-            raise ValueError(
-                f"step {still[0] + 1} of {args.num_inference_steps} has zero std under {name!r}, so its "
-                f"{args.objective!r} is not defined; lower `timestep_fraction` (now {args.timestep_fraction})."
-            )
+        args, step = self.args, self._first_step
+        needs_noise = args.noise_level > 0 and args.objective != "velocity"
+        self.kernel = self.choose_kernel(args.transition, args.noise_level, needs_noise)
         for key, teacher in self.teachers.items():
             with self.autocast(teacher.denoiser):
                 source = self.loaded_teachers[key].spec.source
@@ -233,7 +205,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         scale = 1 / (self.args.num_learnt_steps * self.current_gradient_accumulation_steps)
         losses = []
 
-        with self._held_gradient_sync(model) as release_sync:
+        with self._held_gradient_sync(model, self.args.num_learnt_steps) as release_sync:
 
             def learn(step: Step) -> Tensor:
                 loss, kl, next_state = self._compare(step, prompts, task, generators)
@@ -252,11 +224,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
             with self.stopwatch.section("student"):
                 self.student.rollout(prompts, generators, learn, self.args.num_learnt_steps, denoiser=model)
-        self.memo.clear()
+        self._end_micro_batch()
         self._micro_step += 1
-        every = self.args.torch_empty_cache_steps
-        if every is not None and self.state.global_step % every == 0:
-            clear_device_cache()
         return torch.stack(losses).mean() / self.current_gradient_accumulation_steps
 
     def _compare(
@@ -270,10 +239,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             target = field.predict(step.sample, step.timestep, prompts)
         student = self.kernel(step.sample, step.prediction, step.schedule, step.index)
         teacher = self.kernel(step.sample, target, step.schedule, step.index)
-        next_state = student.mean.detach()
-        if student.std > 0:
-            noise = randn_tensor(next_state.shape, generators, next_state.device, torch.float32)
-            next_state = student.sample(noise).detach()
+        next_state = self._next_state(student, teacher, generators).detach()
 
         kl = objectives.kl(student, teacher)
         if self.args.objective == "velocity":
@@ -284,39 +250,16 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             loss = kl
         return loss, kl, next_state
 
-    def _backward(self, loss: Tensor) -> None:
-        # DeepSpeed would divide by the accumulation steps again
-        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
-
-    @contextlib.contextmanager
-    def _held_gradient_sync(self, model: nn.Module) -> Iterator[Any]:
-        """Gradients are synchronised by the backward pass of the LAST learnt step of an optimizer step alone.
-
-        DDP decides at the forward pass, so the release must come before the forward passes of that step; accelerate's
-        DeepSpeed wrapper calls `engine.step()` in every backward pass while `sync_gradients` is set.
-        """
-        state = self.accelerator.gradient_state
-        stack = contextlib.ExitStack()
-        if state.sync_gradients and self.args.num_learnt_steps > 1:
-            state._set_sync_gradients(False)
-            stack.callback(state._set_sync_gradients, True)
-            stack.enter_context(self.accelerator.no_sync(model))
-        with stack:
-            yield stack.close
+    def _next_state(self, student: Transition, teacher: Transition, generators: list[torch.Generator]) -> Tensor:
+        """Where the rollout goes: the policy is the student's own."""
+        if student.std == 0:
+            return student.mean
+        return student.sample(randn_tensor(student.mean.shape, generators, student.mean.device, torch.float32))
 
     def _place_in_step(self, task: str) -> tuple[int, int]:
         """Which task, and which of its micro-batches of this optimizer step."""
         micro_step = self._micro_step % self.args.gradient_accumulation_steps
-        return list(self.teachers).index(task), micro_step // len(self.teachers)
-
-    def _generators(self, count: int, domain: int, step: int, task: int, cycle: int) -> list[torch.Generator]:
-        """One generator a sample, by its place among its task's samples of the step: the same however a step's samples
-        are split over processes and micro-batches, and after a resume."""
-        first = (cycle * self.accelerator.num_processes + self.accelerator.process_index) * count
-        return [
-            torch.Generator().manual_seed(seed_of(self.args.seed, domain, step, task, first + index))
-            for index in range(count)
-        ]
+        return self.tasks.index(task), micro_step // len(self.tasks)
 
     # Evaluation: the same rollouts and divergences, without learning
 
@@ -379,35 +322,6 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         self.memo.clear()
         return torch.stack(losses).mean(0), torch.stack(kls).mean(0)
 
-    # Data: one task a micro-batch, tasks in turn
-
-    def get_train_dataloader(self) -> Any:
-        if self.train_dataset is None or isinstance(self.train_dataset, Dataset):
-            return super().get_train_dataloader()
-        stream = TaskCycleStream(self.train_dataset, list(self.teachers), self._global_batch_size)
-        return self._get_dataloader(stream, "Training", self._train_batch_size, is_training=True)
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TaskCycleSampler:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        self._train_sampler = TaskCycleSampler(
-            dataset[TEACHER],
-            list(self.teachers),
-            self._global_batch_size,
-            cycles=self.args.gradient_accumulation_steps // len(self.teachers),
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-        )
-        return self._train_sampler
-
-    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
-        # In several processes accelerate does not reach the sampler of an epoch that is resumed in its middle
-        if isinstance(self.train_dataset, Dataset):
-            self._train_sampler.set_epoch(epoch)
-        super()._run_epoch(*args, epoch=epoch, **kwargs)
-
-    @property
-    def _global_batch_size(self) -> int:
-        return self._train_batch_size * self.accelerator.num_processes
-
     # What a checkpoint and a card say about the teachers
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -426,19 +340,6 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     def _published_names(self) -> set[str]:
         return super()._published_names | {MANIFEST_NAME}
 
-    @property
-    def image_prompts(self) -> list[str]:
-        if self.args.image_prompts is not None or not isinstance(self.train_dataset, Dataset):
-            return super().image_prompts
-        per_task = -(-4 // len(self.teachers))
-        rows = {key: [] for key in self.teachers}
-        for row, task in enumerate(self.train_dataset[TEACHER]):
-            if len(rows[task]) < per_task:
-                rows[task].append(row)
-            elif all(len(chosen) == per_task for chosen in rows.values()):
-                break
-        return self.train_dataset[[row for chosen in rows.values() for row in chosen]][PROMPT]
-
     def _card_fields(self) -> dict[str, Any]:
         teachers = [
             {
@@ -454,23 +355,4 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             "per_device_train_batch_size gradient_accumulation_steps max_grad_norm ema_decay seed"
         ).split()
         settings = {name: getattr(self.args, name) for name in names} | {"transition": self.kernel.func.__name__}
-        settings |= {"optimizer steps": self.state.global_step, "processes": self.accelerator.num_processes}
-        if self.trains_lora:
-            lora = self.model.peft_config[STUDENT_ADAPTER]
-            settings |= {"LoRA rank": lora.r, "LoRA alpha": lora.lora_alpha}
-        return {"teachers": teachers, "settings": settings}
-
-
-def _set_accumulation(args: DiffusionOPDConfig, ids: Sequence[str]) -> None:
-    """An optimizer step sees whole cycles: `gradient_accumulation_steps` becomes, or must be, a multiple of the
-    tasks."""
-    steps = args.gradient_accumulation_steps
-    if steps == 1 and len(ids) > 1:
-        args.gradient_accumulation_steps = len(ids)
-        logger.info(f"An optimizer step sees every task: `gradient_accumulation_steps` is set to {len(ids)}.")
-    elif steps % len(ids):
-        raise ValueError(
-            f"`gradient_accumulation_steps={steps}` is not a multiple of the {len(ids)} teachers {list(ids)}: an "
-            f"optimizer step must see every task equally often; leave it out, or use "
-            f"{len(ids) * max(1, round(steps / len(ids)))}."
-        )
+        return {"teachers": teachers, "settings": settings | self._run_settings()}

@@ -47,6 +47,23 @@ class Transition(NamedTuple):
         return self.mean + self.std * noise
 
 
+def denoised(x: Tensor, prediction: Tensor, schedule: Schedule, index: int) -> Tensor:
+    """The clean latent `x_0` that a prediction at `schedule.levels[index]` stands for, float32."""
+    level, x, prediction = schedule.levels[index], x.float(), prediction.float()
+    if schedule.is_flow:
+        return x - level * prediction
+    if schedule.prediction_type == "epsilon":
+        return (x - math.sqrt(1 - level) * prediction) / math.sqrt(level)
+    return math.sqrt(level) * x - math.sqrt(1 - level) * prediction
+
+
+def noised(x_0: Tensor, noise: Tensor, schedule: Schedule, index: int) -> Tensor:
+    """The forward process: the clean latent `x_0` with standard normal `noise` at `schedule.levels[index]`, float32."""
+    level = schedule.levels[index]
+    clean, dirty = (1 - level, level) if schedule.is_flow else (math.sqrt(level), math.sqrt(1 - level))
+    return clean * x_0.float() + dirty * noise
+
+
 def ode(x: Tensor, velocity: Tensor, schedule: Schedule, index: int, noise_level: float = 0.0) -> Transition:
     """Euler step of the probability-flow ODE (paper, Eq. 7 with zero noise): `x + dt v`. `noise_level` is not used."""
     sigma, sigma_next = schedule.levels[index], schedule.levels[index + 1]
@@ -81,8 +98,7 @@ def cps(x: Tensor, velocity: Tensor, schedule: Schedule, index: int, noise_level
     """Coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952): DDIM's form with `rho = s' sin(a pi / 2)`,
     `mean = (1 - s') x_0 + sqrt(s'^2 - rho^2) eps`, `a` in [0, 1]. The step to `s' = 0` is deterministic."""
     sigma, sigma_next = schedule.levels[index], schedule.levels[index + 1]
-    x, velocity = x.float(), velocity.float()
-    x_0, eps = x - sigma * velocity, x + (1 - sigma) * velocity
+    x_0, eps = denoised(x, velocity, schedule, index), x.float() + (1 - sigma) * velocity.float()
     rho = sigma_next * math.sin(noise_level * math.pi / 2)
     return Transition((1 - sigma_next) * x_0 + math.sqrt(sigma_next**2 - rho**2) * eps, rho)
 
@@ -90,13 +106,10 @@ def cps(x: Tensor, velocity: Tensor, schedule: Schedule, index: int, noise_level
 def ddim(x: Tensor, prediction: Tensor, schedule: Schedule, index: int, noise_level: float = 0.0) -> Transition:
     """DDIM for VP models (arXiv 2010.02502, Eq. 12 and 16); `noise_level` is its eta, in [0, 1]."""
     alpha, alpha_next = schedule.levels[index], schedule.levels[index + 1]
-    x, prediction = x.float(), prediction.float()
-    if schedule.prediction_type == "epsilon":
-        eps = prediction
-        x_0 = (x - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
-    else:
-        x_0 = math.sqrt(alpha) * x - math.sqrt(1 - alpha) * prediction
-        eps = math.sqrt(alpha) * prediction + math.sqrt(1 - alpha) * x
+    x_0 = denoised(x, prediction, schedule, index)
+    x, eps = x.float(), prediction.float()
+    if schedule.prediction_type == "v_prediction":
+        eps = math.sqrt(alpha) * eps + math.sqrt(1 - alpha) * x
     std = noise_level * math.sqrt((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next))
     rest = max(1 - alpha_next - std**2, 0.0)  # from alpha 0 with eta 1 it is 0, and may round below
     return Transition(math.sqrt(alpha_next) * x_0 + math.sqrt(rest) * eps, std)

@@ -116,6 +116,75 @@ def test_skipping_what_was_seen_goes_on_where_it_stopped(skipped: int):
     assert batches(skip_first_batches(loader(None, 2), skipped), 1) == whole[skipped:]
 
 
+# Groups: samples of one prompt
+
+
+def sampler(**kwargs) -> TaskCycleSampler:
+    return TaskCycleSampler(TASKS, IDS, **(dict(batch_size=4, cycles=3, seed=0) | kwargs))
+
+
+def by_step(rows: list[int], size: int) -> list[list[int]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+@pytest.mark.parametrize(("batch", "cycles", "repeats"), [(4, 3, 2), (4, 3, 6), (2, 3, 6), (1, 4, 4), (6, 1, 3)])
+def test_a_group_lies_in_one_task_and_one_step(batch: int, cycles: int, repeats: int):
+    rows = list(sampler(batch_size=batch, cycles=cycles, repeats=repeats))
+    for step in by_step(rows, len(IDS) * batch * cycles):
+        micro_batches = by_step(step, batch)
+        assert [{TASKS[row] for row in rows} for rows in micro_batches] == [{task} for task in IDS * cycles]
+        for task in range(len(IDS)):  # a group may lie in several micro-batches of its task
+            own = sum(micro_batches[task :: len(IDS)], [])
+            assert all(len(set(group)) == 1 for group in by_step(own, repeats))
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize(("batch", "cycles", "repeats"), [(4, 3, 6), (1, 2, 2), (8, 2, 4)])
+def test_an_epoch_of_groups_shows_every_row(batch: int, cycles: int, repeats: int, iterations: int):
+    data = sampler(batch_size=batch, cycles=cycles, repeats=repeats, iterations=iterations)
+    rows = list(data)
+    steps = by_step(rows, len(IDS) * batch * cycles)
+    assert len(rows) == len(data) == len(steps) * len(IDS) * batch * cycles
+    assert steps == [step for step in steps[::iterations] for _ in range(iterations)]
+    assert set(rows) == set(range(len(TASKS)))
+    rollouts = len(steps) // iterations
+    assert rollouts * cycles * batch >= 7 * repeats > (rollouts - 1) * cycles * batch  # the smallest such number
+
+
+def test_groups_come_in_a_new_order_each_epoch():
+    data = sampler(repeats=3, iterations=2)
+    orders = []
+    for epoch in (0, 1, 0):
+        data.set_epoch(epoch)
+        orders.append(list(data))
+    assert orders[0] == orders[2] != orders[1]
+    assert list(sampler(repeats=3, iterations=2, seed=1)) not in orders
+
+
+@pytest.mark.parametrize(("repeats", "iterations"), [(1, 1), (3, 1), (1, 2), (6, 2)])
+def test_a_stream_of_groups_is_as_its_dataset(repeats: int, iterations: int):
+    """Each prompt so many times in succession within its task, each optimizer step so many times."""
+    counts = {"aes": 4, "ocr": 3}
+    streams = {task: stream(task, count) for task, count in counts.items()}
+    cycle = TaskCycleStream(streams, list(counts), 2, cycles=3, repeats=repeats, iterations=iterations, column="task")
+    steps = by_step(list(itertools.islice(cycle, 12 * 4 * iterations)), 12)
+    assert steps == [step for step in steps[::iterations] for _ in range(iterations)]
+    for task, count in counts.items():
+        own = [e["prompt"] for step in steps[::iterations] for e in step if e["task"] == task]
+        assert own == [f"{task} {i // repeats % count}" for i in range(len(own))]
+    micro_batches = by_step(sum(steps, []), 2)
+    assert [{e["task"] for e in batch} for batch in micro_batches] == [{t} for t in counts] * (len(micro_batches) // 2)
+
+
+def test_a_stream_keeps_its_columns_under_another_name_of_the_task():
+    rows = IterableDataset.from_generator(
+        lambda: iter([{"prompt": "a", "task": "aes", "n": 1}, {"prompt": "b", "task": "ocr", "n": 2}])
+    )
+    cycle = TaskCycleStream(rows, ["aes", "ocr"], 1, repeats=2, cycles=2, column="task")
+    first = [{"prompt": "a", "task": "aes", "n": 1}, {"prompt": "b", "task": "ocr", "n": 2}]
+    assert list(itertools.islice(cycle, 4)) == first * 2
+
+
 RESUMED_RUN = """
 import json, sys
 from pathlib import Path
@@ -233,7 +302,7 @@ def test_a_stream_is_refused_where_it_goes_wrong(order: list[str], words: list[s
 @pytest.mark.parametrize("prompt", [None, "", "  ", ["a", "b"]])
 def test_a_prompt_of_a_stream_is_text(prompt):
     rows = IterableDataset.from_generator(lambda: iter([{"prompt": prompt}]))
-    with pytest.raises(ValueError, match="for teacher 'aes', must be text that is not empty") as refusal:
+    with pytest.raises(ValueError, match="for task 'aes', must be text that is not empty") as refusal:
         next(iter(TaskCycleStream({"aes": rows}, ["aes"], 1)))
     assert repr(prompt) in str(refusal.value)
 
@@ -280,6 +349,46 @@ def test_evaluation_needs_no_prompt_of_every_teacher():
     assert len(routed_dataset({"ocr": data}, ["aes", "ocr"], "eval_dataset", need_all=False)) == 1
     with pytest.raises(ValueError, match="the data has"):
         routed_dataset(data, ["aes"], "eval_dataset", need_all=False)
+
+
+def test_columns_are_kept_for_those_who_ask():
+    data = Dataset.from_dict({"prompt": ["a", "b"], "task": ["ocr", "aes"], "target": ["A", "B"]})
+    keep = dict(column="task", keep_columns=True)
+    assert routed_dataset(data, ["aes", "ocr"], "train_dataset", **keep)[:] == data[:]
+    one = routed_dataset(data.remove_columns("task"), ["aes"], "train_dataset", **keep)
+    assert one[:] == data[:] | {"task": ["aes", "aes"]}
+    both = routed_dataset(
+        {"ocr": Dataset.from_dict({"prompt": ["a"], "target": ["A"]}), "aes": Dataset.from_dict({"prompt": ["b"]})},
+        ["aes", "ocr"],
+        "train_dataset",
+        **keep,
+    )
+    assert both[:] == {"prompt": ["b", "a"], "task": ["aes", "ocr"], "target": [None, "A"]}
+
+
+def test_streams_for_evaluation_keep_their_columns():
+    streams = {task: IterableDataset.from_generator(lambda: iter([{"prompt": "a", "n": 1}])) for task in ("aes", "ocr")}
+    keep = dict(column="task", keep_columns=True, need_all=False)
+    both = routed_dataset(streams, ["aes", "ocr"], "eval_dataset", **keep)
+    assert list(both) == [{"prompt": "a", "n": 1, "task": task} for task in ("aes", "ocr")]
+    single = routed_dataset(streams["aes"], ["aes"], "eval_dataset", **keep)
+    assert list(single) == [{"prompt": "a", "n": 1, "task": "aes"}]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (Dataset.from_dict({"prompt": ["a"]}), ["no column ['task']", "['prompt']."]),
+        (
+            Dataset.from_dict({"prompt": ["a"], "task": ["x"]}),
+            ["the `task` column", "and the tasks of `reward_funcs` must name", "has ['x']", "are ['aes', 'ocr']"],
+        ),
+    ],
+)
+def test_data_without_its_tasks_is_refused(data, words: list[str]):
+    with pytest.raises(ValueError) as refusal:
+        routed_dataset(data, ["aes", "ocr"], "train_dataset", column="task", keep_columns=True)
+    assert all(word in str(refusal.value) for word in words), refusal.value
 
 
 def test_streams_for_evaluation_come_as_one_with_their_tasks():

@@ -366,7 +366,7 @@ def test_prompts_are_forgotten_after_their_batch(tmp_path):
 
 
 def test_accumulation_that_splits_a_cycle_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="gradient_accumulation_steps=3.*2 teachers.*use 4"):
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=3.*2 tasks.*use 4"):
         trainer_of(tmp_path, gradient_accumulation_steps=3)
 
 
@@ -435,7 +435,9 @@ def test_checkpointing_changes_nothing(tmp_path, name):
 def test_cache_is_emptied_as_transformers_does(tmp_path, monkeypatch):
     """In every micro-batch of every other optimizer step."""
     steps = []
-    monkeypatch.setattr("diffusion_opd.trainer.clear_device_cache", lambda: steps.append(trainer.state.global_step))
+    monkeypatch.setattr(
+        "diffusion_opd.base_trainer.clear_device_cache", lambda: steps.append(trainer.state.global_step)
+    )
     trainer = trainer_of(tmp_path, torch_empty_cache_steps=2, max_steps=4, num_inference_steps=1)
     trainer.train()
     assert steps == [0, 0, 2, 2]
