@@ -1,8 +1,18 @@
-"""One diffusion student learns from many specialists by on-policy distillation, as a TRL trainer."""
+"""One diffusion student learns from many specialists by on-policy distillation, as a TRL trainer; and the specialists
+from rewards."""
 
 from .config import DiffusionOPDConfig
+from .rl import DiffusionGRPOConfig, DiffusionGRPOTrainer, DiffusionNFTConfig, DiffusionNFTTrainer
 from .teachers import Teacher
 from .trainer import DiffusionOPDTrainer
 
-__all__ = ["DiffusionOPDConfig", "DiffusionOPDTrainer", "Teacher"]
+__all__ = [
+    "DiffusionGRPOConfig",
+    "DiffusionGRPOTrainer",
+    "DiffusionNFTConfig",
+    "DiffusionNFTTrainer",
+    "DiffusionOPDConfig",
+    "DiffusionOPDTrainer",
+    "Teacher",
+]
 __version__ = "0.1.0.dev0"

@@ -1,4 +1,4 @@
-"""Which module may know which: kernels and objectives are pure, and the trainer is known to nobody."""
+"""Which module may know which: kernels and objectives are pure, and the trainers are known to nobody."""
 
 import ast
 from pathlib import Path
@@ -13,34 +13,69 @@ MAY_IMPORT = {
     "config": {"transitions"},
     "policy": {"transitions"},
     "teachers": {"policy"},
-    "base_trainer": {"config", "policy", "sampling", "teachers"},
+    "base_trainer": {"config", "policy", "sampling", "teachers", "transitions"},
     "trainer": {"base_trainer", "config", "objectives", "policy", "sampling", "teachers", "transitions"},
-    "__init__": {"config", "teachers", "trainer"},
+    "rl.objectives": {"objectives"},
+    "rl.rewards": {"sampling"},
+    "rl.config": {"config"},
+    "rl.trainer": {
+        *("base_trainer", "policy", "sampling", "teachers", "transitions"),
+        *("rl.config", "rl.objectives", "rl.rewards"),
+    },
+    "rl.grpo_trainer": {
+        *("objectives", "policy", "sampling", "transitions"),
+        *("rl.config", "rl.objectives", "rl.trainer"),
+    },
+    "rl.nft_trainer": {
+        *("objectives", "policy", "teachers", "transitions"),
+        *("rl.config", "rl.objectives", "rl.trainer"),
+    },
+    "rl.__init__": {"rl.config", "rl.grpo_trainer", "rl.nft_trainer"},
+    "__init__": {"config", "rl.__init__", "teachers", "trainer"},
 }
 
 
-def imported(source: str) -> set[str]:
-    """The modules of the package that a module of it imports, in whatever way and wherever."""
+def imported(source: str, module: str = "a") -> set[str]:
+    """The modules of the package that `module` of it imports, in whatever way and wherever."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            module = f"{FOLDER.name}.{node.module or ''}".rstrip(".") if node.level else node.module
-            names = [f"{module}.{alias.name}" for alias in node.names]
+            parents = [FOLDER.name, *module.split(".")][: -node.level] if node.level else []
+            start = ".".join([*parents, *([node.module] if node.module else [])])
+            names = [f"{start}.{alias.name}" for alias in node.names]
         else:
             continue
-        found |= {name.split(".")[1] for name in names if name.startswith(f"{FOLDER.name}.")}
+        found |= {module_of(name) for name in names if name.startswith(f"{FOLDER.name}.")}
     return found
 
 
+def module_of(name: str) -> str:
+    """Of `diffusion_opd.a.b` or of `b` in it, the module that it is or stands in."""
+    for dotted in (name, name.rpartition(".")[0]):
+        path = FOLDER.parent.joinpath(*dotted.split("."))
+        if path.with_suffix(".py").is_file():
+            return dotted.partition(".")[2]
+        if (path / "__init__.py").is_file():
+            return f"{dotted}.__init__".partition(".")[2]
+    raise AssertionError(f"{name} is nowhere in the package")
+
+
 def test_imports_point_one_way():
-    modules = {path.stem: imported(path.read_text()) for path in FOLDER.glob("*.py")}
+    paths = {".".join(path.relative_to(FOLDER).with_suffix("").parts): path for path in FOLDER.rglob("*.py")}
+    modules = {name: imported(path.read_text(), name) for name, path in paths.items()}
     assert modules.keys() == MAY_IMPORT.keys()
     for name, found in modules.items():
         assert found <= MAY_IMPORT[name], name
 
 
 def test_every_way_to_import_is_seen():
-    for line in ("import {0}.a", "from {0} import a", "from {0}.a import b", "from . import a", "from .a import b"):
-        assert imported(f"def f():\n    {line.format(FOLDER.name)}") == {"a"}, line
+    lines = ["import {0}.config", "from {0} import config", "from {0}.config import check_noise"]
+    for line in [*lines, "from . import config", "from .config import check_noise"]:
+        assert imported(f"def f():\n    {line.format(FOLDER.name)}") == {"config"}, line
+    for line in (*lines, "from .. import config", "from ..config import check_noise"):
+        assert imported(line.format(FOLDER.name), "rl.trainer") == {"config"}, line
+    for line in ("from . import config", "from .config import SCALES", "from {0}.rl import config"):
+        assert imported(line.format(FOLDER.name), "rl.trainer") == {"rl.config"}, line
+    assert imported("from .rl import DiffusionNFTConfig") == {"rl.__init__"}

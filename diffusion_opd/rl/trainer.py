@@ -1,0 +1,425 @@
+"""What learning from rewards shares: groups of samples, their rewards and advantages, and the policies to compare with.
+
+One optimizer step: every micro-batch of its window is rolled out and judged (a group may lie in several micro-batches
+and processes), then learnt from. `get_batch_samples` of transformers' Trainer hands out a whole window, so that is
+where rollouts happen.
+"""
+
+import copy
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.trainer_utils import EvalLoopOutput, set_seed
+
+from ..base_trainer import DiffusionTrainer, is_checkpoint, load_student, whole_cycles
+from ..policy import BACKBONE, Policy, Step
+from ..sampling import PROMPT, TASK, is_prompt, routed_dataset, stream_columns
+from ..teachers import STUDENT_ADAPTER, add_adapter
+from ..transitions import Kernel, Schedule
+from .config import DiffusionRLConfig
+from .objectives import combine, group_advantages, nanstd
+from .rewards import Rewards
+
+_TRAIN, _EVAL, _NOISE = 0, 1, 2  # seed domains
+
+
+@dataclass
+class Rollout:
+    """One micro-batch of samples.
+
+    Attributes:
+        task (`str`): Of all samples.
+        prompts (`list[str]`): One a sample.
+        place (`int`): Which of its task's micro-batches of the optimizer step.
+        schedule (`Schedule`): The noise levels.
+        tensors (`dict[str, Tensor]`): `timesteps`, `[N]`, and what the trainer keeps of the samples.
+        advantages (`Tensor`): `[batch]`, once all samples of the step are judged.
+    """
+
+    task: str
+    prompts: list[str]
+    place: int
+    schedule: Schedule
+    tensors: dict[str, Tensor]
+    advantages: Tensor | None = None
+
+
+class DiffusionRLTrainer(DiffusionTrainer):
+    """
+    Base of the trainers that learn from rewards.
+
+    Everything that its user sees is described at [`DiffusionNFTTrainer`] and [`DiffusionGRPOTrainer`].
+    """
+
+    _task_column = TASK
+    _config_class = DiffusionRLConfig
+
+    def __init__(
+        self,
+        model: str | os.PathLike | DiffusionPipeline,
+        reward_funcs: Any,
+        args: DiffusionRLConfig | None = None,
+        train_dataset: Dataset | IterableDataset | Mapping[str, Any] | None = None,
+        eval_dataset: Dataset | IterableDataset | Mapping[str, Any] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        peft_config: LoraConfig | None = None,
+    ):
+        if args is None:
+            name = model.config.get("_name_or_path") if isinstance(model, DiffusionPipeline) else str(model)
+            args = self._config_class(f"{Path(name or type(model).__name__).name}-{self._name}")
+        args = copy.copy(args)  # what a run sets in them must not reach the next one
+        self.rewards = Rewards(reward_funcs, args.reward_weights)
+        tasks = self.rewards.tasks or _tasks_of(train_dataset if train_dataset is not None else eval_dataset)
+        if train_dataset is not None:
+            train_dataset = routed_dataset(train_dataset, tasks, "train_dataset", column=TASK, keep_columns=True)
+        if eval_dataset is not None:
+            eval_dataset = self._routed_eval(eval_dataset, tasks)
+        whole_cycles(args, tasks)
+        self._repetition = {"repeats": args.num_generations, "iterations": args.num_iterations}
+
+        set_seed(args.seed)
+        pipeline = load_student(model, args, peft_config)
+        super().__init__(
+            pipeline,
+            args,
+            tasks,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._check_groups()
+        self._rollouts: list[Rollout] = []
+        self._state_dtype = self._first_step.sample.dtype
+        self._ode = self.choose_kernel("ode", 0.0, needs_noise=False)
+        self.base = self._frozen_policy(BACKBONE, args.mixed_dtype) if args.beta > 0 else None
+        self._prepare()
+        del self._first_step
+
+    def _prepare(self) -> None:
+        """What a trainer adds at the end of `__init__`."""
+
+    def _check_groups(self) -> None:
+        samples, group = self._global_batch_size * self._cycles, self.args.num_generations
+        if samples % group:
+            raise ValueError(
+                f"a rollout has {samples} samples of each task (per_device_train_batch_size "
+                f"{self._train_batch_size} * {self.accelerator.num_processes} processes * "
+                f"gradient_accumulation_steps {self.args.gradient_accumulation_steps} / {len(self.tasks)} tasks), "
+                f"which is no multiple of `num_generations={group}`; a group must be whole."
+            )
+
+    def _frozen_policy(self, adapter: str, dtype: torch.dtype) -> Policy:
+        """The policy as it is now, which does not change with the trained one: another adapter of a LoRA's denoiser
+        ([`BACKBONE`]: none), a copy of a fully trained one."""
+        args, pipeline = self.args, self.pipeline
+        if self.trains_lora:
+            if adapter != BACKBONE:
+                add_adapter(self.model, self.model.peft_config[STUDENT_ADAPTER], adapter)
+                for parameter, twin in zip(self._adapter(STUDENT_ADAPTER), self._adapter(adapter), strict=True):
+                    twin.data = parameter.detach().clone()
+                    twin.requires_grad_(False)
+            return Policy(pipeline, args.num_inference_steps, args.pipeline_kwargs, self.memo, adapter)
+        if hf_deepspeed.is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
+            raise ValueError(
+                "a fully trained denoiser is copied as the policy to compare with, which does not work with sharded "
+                "parameters (ZeRO-3, FSDP); train a LoRA, or use ZeRO-2 or DDP."
+            )
+        pipeline = copy.copy(pipeline)
+        denoiser = copy.deepcopy(self.model).requires_grad_(False).to(dtype)
+        vars(pipeline)[self.denoiser_name] = denoiser
+        return Policy(pipeline, args.num_inference_steps, args.pipeline_kwargs, self.memo)
+
+    def _adapter(self, name: str) -> list[nn.Parameter]:
+        return [parameter for key, parameter in self.model.named_parameters() if f".{name}." in f"{key}."]
+
+    # Rollouts
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterable[list[dict[str, Any]]], num_batches: int, device: torch.device
+    ) -> tuple[list[Rollout], None]:
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and self.state.global_step % self.args.num_iterations == 0:
+            self._rollouts = self._generate(batches)
+        return self._rollouts if batches else [], None
+
+    @torch.no_grad()
+    def _generate(self, batches: Sequence[list[dict[str, Any]]]) -> list[Rollout]:
+        """Samples for the batches of one optimizer step, with their advantages."""
+        self.model.eval()
+        rollouts, rewards = [], {task: [] for task in self.tasks}
+        for index, batch in enumerate(batches):
+            task, place = batch[0][TASK], index // len(self.tasks)
+            for example in batch:  # of a stream, which nobody has looked at yet
+                if not is_prompt(example[PROMPT]):
+                    raise ValueError(f"train_dataset: {example} has no prompt.")
+            generators = self._generators(len(batch), _TRAIN, self.state.global_step, self.tasks.index(task), place)
+            prompts = [example[PROMPT] for example in batch]
+            with self.stopwatch.section("rollout"):
+                schedule, tensors, images = self._roll_out(prompts, generators)
+            self.memo.clear()
+            with self.stopwatch.section("reward"):
+                rewards[task].append(self.rewards(task, batch, images, self.state))
+            rollouts.append(Rollout(task, prompts, place, schedule, tensors))
+        for task in self.tasks:
+            own = [rollout for rollout in rollouts if rollout.task == task]
+            for rollout, advantages in zip(own, self._advantages(task, torch.stack(rewards[task])), strict=True):
+                rollout.advantages = advantages
+        return rollouts
+
+    def _roll_out(
+        self, prompts: list[str], generators: list[torch.Generator]
+    ) -> tuple[Schedule, dict[str, Tensor], Any]:
+        """Samples of the policy that a trainer rolls out: the schedule, what it keeps, and the images."""
+        raise NotImplementedError
+
+    def _run(self, policy: Policy, prompts: Sequence[str], generators: list[torch.Generator], visit: Any) -> list[Any]:
+        """Images of a rollout under mixed precision; `visit(step) -> next state`."""
+
+        def denoise(*args: Any, **kwargs: Any) -> Any:
+            with self.autocast(policy.denoiser):  # not around the whole call: a VAE may ask for float32
+                return policy.denoiser(*args, **kwargs)
+
+        output = policy.rollout(prompts, generators, visit, denoiser=denoise, output_type="pil")
+        return list(output)
+
+    def _advantages(self, task: str, rewards: Tensor) -> Tensor:
+        """Advantages of this process's samples from `rewards`, `[micro-batches, batch, functions]`."""
+        count, batch, _ = rewards.shape
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        # In the order of the sampler, in which a group's samples come in succession
+        rewards = self.accelerator.gather(rewards.to(self.accelerator.device).contiguous())
+        rewards = rewards.view(world, count, batch, -1).transpose(0, 1).flatten(0, 2)
+        weights = torch.tensor(self.rewards.weights(task), device=rewards.device)
+        total = combine(rewards, weights)
+        advantages, group_std = group_advantages(total, self.args.num_generations, self.args.scale_rewards)
+        if not total.isnan().all():
+            self.record("reward", total.nanmean())
+            self.record("reward_std", nanstd(total))
+            self.record("group_reward_std", group_std.nanmean())
+            self.record("frac_reward_zero_std", (group_std.nan_to_num(0.0) < 1e-8).float().mean())
+            if len(self.tasks) > 1:
+                self.record(f"reward/{task}", total.nanmean())
+        for name, column in zip(self.rewards.names(task), rewards.T, strict=True):
+            if not column.isnan().all():
+                self.record(f"rewards/{name}/mean", column.nanmean())
+                self.record(f"rewards/{name}/std", nanstd(column))
+        clip = self.args.advantage_clip
+        return advantages.clamp(-clip, clip).view(count, world, batch)[:, rank]
+
+    # Learning
+
+    def training_step(self, model: nn.Module, inputs: Rollout, num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch of samples: a backward pass for each learnt step."""
+        model.eval()  # what rolled out is what is trained: no dropout
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        steps = self._learnt_steps(inputs)
+        scale = 1 / (len(steps) * self.current_gradient_accumulation_steps)
+        losses = []
+        with self._held_gradient_sync(model, len(steps)) as release_sync:
+            for index in steps:
+                if index == steps[-1]:
+                    release_sync()
+                loss = self._loss(model, inputs, index)
+                with self.stopwatch.section("policy"):
+                    self._backward(loss * scale)
+                losses.append(loss.detach())
+        self._end_micro_batch()
+        return torch.stack(losses).mean() / self.current_gradient_accumulation_steps
+
+    # Trainer's estimate looks for token ids
+    def floating_point_ops(self, inputs: Rollout) -> int:
+        return 0
+
+    def _learnt_steps(self, rollout: Rollout) -> range:
+        return range(self.args.num_learnt_steps)
+
+    def _loss(self, model: nn.Module, rollout: Rollout, index: int) -> Tensor:
+        """Mean loss of the samples at one learnt step, with its graph."""
+        raise NotImplementedError
+
+    def _predict(
+        self, policy: Policy, x: Tensor, rollout: Rollout, index: int, model: nn.Module | None = None
+    ) -> Tensor:
+        """What a policy predicts at states of a step; with gradient through `model`, the engine's wrapper."""
+        timestep = rollout.tensors["timesteps"][index]
+        if model is not None:
+            with self.stopwatch.section("policy"):
+                return policy.predict(x, timestep, rollout.prompts, denoiser=model)
+        with torch.no_grad(), self.stopwatch.section("reference"), self.autocast(policy.denoiser):
+            return policy.predict(x, timestep, rollout.prompts)
+
+    # Evaluation by rewards, with the sampler that users have
+
+    def _routed_eval(self, dataset: Any, tasks: Sequence[str]) -> Any:
+        return routed_dataset(dataset, tasks, "eval_dataset", need_all=False, column=TASK, keep_columns=True)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if eval_dataset is not None:
+            eval_dataset = self._routed_eval(eval_dataset, self.tasks)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        self.model.eval()
+        names, rows = self.rewards.all_names, []
+        self.callback_handler.eval_dataloader = dataloader
+        if callable(getattr(self.optimizer, "eval", None)):  # schedule-free optimizers
+            self.optimizer.eval()
+        for number, batch in enumerate(dataloader):
+            for example in batch:
+                if example.get(TASK) not in self.tasks or not is_prompt(example.get(PROMPT)):
+                    raise ValueError(f"eval_dataset: {example} is no prompt for one of the tasks {self.tasks}.")
+            generators = self._generators(len(batch), _EVAL, number, 0, 0)
+            images = self._run(
+                self.student, [example[PROMPT] for example in batch], generators, lambda step: _move(self._ode, step)
+            )
+            self.memo.clear()
+            # task, reward, and each function's own
+            results = torch.full((len(batch), 2 + len(names)), torch.nan, device=self.accelerator.device)
+            for task, chosen, scores in self._score(batch, images):
+                results[chosen, 0] = float(self.tasks.index(task))
+                weights = torch.tensor(self.rewards.weights(task))
+                results[chosen, 1] = combine(scores, weights).to(results.device)
+                columns = [2 + names.index(name) for name in self.rewards.names(task)]
+                results[torch.tensor(chosen)[:, None], columns] = scores.to(results.device)
+            rows.append(self.accelerator.gather_for_metrics(results))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        table = torch.cat(rows)
+        metrics = {"reward": table[:, 1].nanmean(), "reward_std": nanstd(table[:, 1])}
+        for index, task in enumerate(self.tasks if len(self.tasks) > 1 else []):
+            if (mask := table[:, 0] == index).any():
+                metrics[f"reward/{task}"] = table[mask, 1].nanmean()
+        for name, column in zip(names, table[:, 2:].T, strict=True):
+            if not column.isnan().all():
+                metrics[f"rewards/{name}/mean"] = column.nanmean()
+                metrics[f"rewards/{name}/std"] = nanstd(column)
+        metrics = {f"{metric_key_prefix}_{key}": value.item() for key, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(table))
+
+    def _score(self, examples: Sequence[dict[str, Any]], images: Sequence[Any]) -> list[tuple[str, list[int], Tensor]]:
+        """Rewards of images of several tasks: task, which of the images, `[images, functions]`."""
+        scored = []
+        for task in sorted({example[TASK] for example in examples}):
+            chosen = [index for index, example in enumerate(examples) if example[TASK] == task]
+            rewards = self.rewards(task, [examples[i] for i in chosen], [images[i] for i in chosen], self.state)
+            scored.append((task, chosen, rewards))
+        return scored
+
+    @torch.no_grad()
+    def image_captions(self, drawn: list[Any]) -> list[str]:
+        """Prompt and rewards; of `args.image_prompts` the prompt alone, since other columns are missing."""
+        examples = self.image_examples
+        if self.args.image_prompts is not None:
+            return super().image_captions(drawn)
+        captions = [example[PROMPT] for example in examples]
+        for task, chosen, rewards in self._score(examples, drawn):
+            for index, row in zip(chosen, rewards.tolist(), strict=True):
+                scores = zip(self.rewards.names(task), row, strict=True)
+                captions[index] += "".join(f", {name} {value:.3f}" for name, value in scores if value == value)
+        return captions
+
+    # What a checkpoint must hold besides: samples that are learnt from again
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        folder = output_dir or self.args.output_dir
+        if is_checkpoint(folder):
+            self._save_state(Path(folder))
+
+    def _save_state(self, folder: Path) -> None:
+        if self.state.global_step % self.args.num_iterations == 0:
+            return
+        tensors, meta = {}, []
+        for index, rollout in enumerate(self._rollouts):
+            kept = {**rollout.tensors, "advantages": rollout.advantages}
+            tensors.update({f"{index}.{name}": tensor.contiguous() for name, tensor in kept.items()})
+            meta.append([rollout.task, rollout.prompts, rollout.place, list(rollout.schedule)])
+        folder.mkdir(parents=True, exist_ok=True)  # another process than the one that saves the weights
+        save_file(tensors, folder / self._rollouts_name, metadata={"rollouts": json.dumps(meta)})
+
+    def _load_state(self, folder: Path) -> None:
+        if self.state.global_step % self.args.num_iterations == 0:
+            return
+        path = folder / self._rollouts_name
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} lies between two optimizer steps on one rollout and has no {path.name}; resume with the "
+                "`num_iterations` and the number of processes that it was saved with."
+            )
+        with safe_open(path, "pt", device=str(self.accelerator.device)) as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            meta = json.loads(file.metadata()["rollouts"])
+        self._rollouts = []
+        for index, (task, prompts, place, (levels, prediction_type)) in enumerate(meta):
+            own = {k.removeprefix(f"{index}."): v for k, v in tensors.items() if k.startswith(f"{index}.")}
+            advantages = own.pop("advantages")
+            self._rollouts.append(
+                Rollout(task, prompts, place, Schedule(tuple(levels), prediction_type), own, advantages)
+            )
+
+    @property
+    def _rollouts_name(self) -> str:
+        return f"rollouts_{self.accelerator.process_index}.safetensors"
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            self._load_state(Path(resume_from_checkpoint))
+        return prepared
+
+    def _card_fields(self) -> dict[str, Any]:
+        rewards = [
+            {"task": task, "name": name, "weight": weight}
+            for task in (self.tasks if self.rewards.tasks else self.tasks[:1])
+            for name, weight in zip(self.rewards.names(task), self.rewards.weights(task), strict=True)
+        ]
+        names = (
+            f"{self._card_settings} num_generations num_iterations scale_rewards advantage_clip beta "
+            "num_inference_steps timestep_fraction guidance_scale learning_rate per_device_train_batch_size "
+            "gradient_accumulation_steps max_grad_norm ema_decay seed"
+        ).split()
+        settings = {name: getattr(self.args, name) for name in names} | self._run_settings()
+        return {"rewards": rewards, "settings": settings}
+
+    _card_settings = ""
+
+
+def _move(kernel: Kernel, step: Step) -> Tensor:
+    return kernel(step.sample, step.prediction, step.schedule, step.index).mean
+
+
+def _tasks_of(dataset: Any) -> list[str]:
+    """The tasks of a dataset whose reward functions are for all of them."""
+    if isinstance(dataset, Mapping):
+        return list(dataset)
+    if isinstance(dataset, Dataset) and TASK in dataset.column_names:
+        return sorted(dataset.unique(TASK))
+    if isinstance(dataset, IterableDataset) and TASK in stream_columns(dataset):
+        raise ValueError(
+            f"the dataset is a stream with a column {TASK!r}, whose tasks are not known before it is read; give "
+            "`reward_funcs` (or the dataset) as a dict by task."
+        )
+    return ["all"]

@@ -1,0 +1,283 @@
+"""Reward functions as users write them: any form, sync or async, and a clear word where one goes wrong."""
+
+import asyncio
+import functools
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import TrainerState
+
+from diffusion_opd.rl.rewards import Rewards
+
+IMAGES = [Image.new("RGB", (4, 4), (shade, shade, shade)) for shade in (0, 51, 255)]
+EXAMPLES = [{"prompt": f"prompt {i}", "task": "a", "target": f"target {i}"} for i in range(3)]
+
+
+def brightness(prompts, images, **kwargs):
+    return [image.getpixel((0, 0))[0] / 255 for image in images]
+
+
+def length(prompts, **kwargs):
+    return [len(prompt) for prompt in prompts]
+
+
+def constant(value):
+    def reward(images):
+        return [value] * len(images)
+
+    return reward
+
+
+def scores(reward_funcs, task: str = "a", **kwargs) -> list[list[float]]:
+    return Rewards(reward_funcs)(task, EXAMPLES, IMAGES, **kwargs).tolist()
+
+
+# Forms
+
+
+def test_a_function_a_list_and_a_dict_by_task():
+    assert scores(brightness) == [[0.0], [pytest.approx(0.2)], [1.0]]
+    assert scores([brightness, length]) == [[0.0, 8.0], [pytest.approx(0.2), 8.0], [1.0, 8.0]]
+    by_task = {"a": length, "b": [constant(1.0), constant(2.0)]}
+    assert scores(by_task, "a") == [[8.0]] * 3
+    assert scores(by_task, "b") == [[1.0, 2.0]] * 3
+    assert Rewards(by_task).tasks == ["a", "b"] and Rewards(length).tasks is None
+    assert Rewards(by_task)("a", EXAMPLES, IMAGES).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("funcs", "weights", "expected"),
+    [
+        (length, None, {"a": [1.0], "b": [1.0]}),
+        (length, 0.5, {"a": [0.5]}),
+        (length, [0.5], {"a": [0.5], "b": [0.5]}),
+        ([brightness, length], [0.5, 2], {"a": [0.5, 2]}),
+        ({"a": brightness, "b": [brightness, length]}, None, {"a": [1.0], "b": [1.0, 1.0]}),
+        ({"a": brightness, "b": [brightness, length]}, {"a": 0.5, "b": [1, 2]}, {"a": [0.5], "b": [1, 2]}),
+        ({"a": brightness, "b": [brightness, length]}, {"b": [1, 2]}, {"a": [1.0], "b": [1, 2]}),
+    ],
+)
+def test_weights_have_the_form_of_the_functions(funcs, weights, expected):
+    rewards = Rewards(funcs, weights)
+    assert {task: rewards.weights(task) for task in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("funcs", "weights", "sentence"),
+    [
+        ([brightness, length], [1.0], r"^`reward_weights` holds 1 numbers for 2 reward functions; give one each\.$"),
+        ({"a": [brightness, length]}, {"a": 2}, r"^`reward_weights` of task 'a' holds 1 numbers for 2 reward"),
+        ({"a": brightness}, [1.0], r"^`reward_weights` must have the form of `reward_funcs`, a dict by task; got \[1"),
+        (brightness, {"a": 1.0}, r"^`reward_weights` must have the form of `reward_funcs`, a list; got \{'a': 1\.0\}"),
+        ({"a": brightness}, {"b": 1.0}, r"^`reward_weights` names \['b'\], but the tasks .* are \['a'\]\.$"),
+        ([brightness], ["much"], r"^`reward_weights` must hold finite numbers, got \['much'\]\.$"),
+        ([brightness], [math.nan], r"^`reward_weights` must hold finite numbers, got \[nan\]\.$"),
+        ([brightness], "much", r"^`reward_weights` must hold finite numbers, got 'much'\.$"),
+        ([], None, "^`reward_funcs` is empty"),
+        ({}, None, "^`reward_funcs` is empty"),
+        ({"a": []}, None, r"^`reward_funcs\['a'\]` is empty"),
+    ],
+)
+def test_weights_and_functions_that_do_not_fit_are_refused(funcs, weights, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Rewards(funcs, weights)
+
+
+@pytest.mark.parametrize(
+    ("funcs", "sentence"),
+    [
+        ("pickscore", r"^`reward_funcs`: a reward function is called with .* got str: 'pickscore'\.$"),
+        ([brightness, None], r"^`reward_funcs`: .* got NoneType: None\.$"),
+        ({"a": {"b": brightness}}, r"^`reward_funcs\['a'\]`: .* got dict: "),
+    ],
+)
+def test_what_cannot_be_called_is_refused(funcs, sentence):
+    with pytest.raises(TypeError, match=sentence):
+        Rewards(funcs)
+
+
+# Sync and async
+
+
+def meeting(count: int):
+    """Async functions each of which waits for all of them to have begun, and so finish only at the same time."""
+    arrived = []
+
+    async def wait(images):
+        arrived.append(None)
+        async with asyncio.timeout(10):
+            while len(arrived) < count:
+                await asyncio.sleep(0)
+        return [float(count)] * len(images)
+
+    return [functools.partial(wait) for _ in range(count)]
+
+
+def test_async_functions_run_at_the_same_time():
+    assert scores(meeting(3)) == [[3.0] * 3] * 3
+
+
+def test_sync_and_async_functions_mix_and_keep_their_order():
+    async def later(images):
+        await asyncio.sleep(0)
+        return [5.0] * len(images)
+
+    class Judge:
+        async def __call__(self, images):
+            return [6.0] * len(images)
+
+    assert scores([constant(1.0), later, constant(2.0), Judge()]) == [[1.0, 5.0, 2.0, 6.0]] * 3
+
+
+def test_a_running_loop_does_not_matter():
+    """As in a notebook."""
+
+    async def cell():
+        return scores([*meeting(2), length])
+
+    assert asyncio.run(cell()) == [[2.0, 2.0, 8.0]] * 3
+
+
+# What comes back
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        [1, None, 0.5],
+        (1.0, math.nan, 0.5),
+        np.array([1.0, np.nan, 0.5], dtype=np.float16),
+        torch.tensor([1.0, math.nan, 0.5], dtype=torch.bfloat16),
+        [np.float32(1), None, np.float64(0.5)],
+        [True, None, torch.tensor(0.5)],
+        np.array([1, None, 0.5], dtype=object),
+    ],
+    ids=lambda result: type(result).__name__,
+)
+def test_lists_arrays_and_tensors_come_back(result):
+    (first, second, third) = (row[0] for row in scores(lambda images: result))
+    assert (first, third) == (1.0, 0.5) and math.isnan(second)
+
+
+@pytest.mark.parametrize(
+    ("result", "sentence"),
+    [
+        ([1.0, 2.0], r"'judge' must return a list of 3 rewards, got 2 values\.$"),
+        (np.ones((2, 3)), r"'judge' must return a list of 3 rewards, got 2 values\.$"),
+        (1.0, r"'judge' must return a list of 3 rewards, got float: 1\.0\.$"),
+        (torch.tensor(1.0), r"'judge' must return a list of 3 rewards, got Tensor: "),
+        (None, r"'judge' must return a list of 3 rewards, got NoneType: None\.$"),
+        ("abc", r"'judge' must return a list of 3 rewards, got str: 'abc'\.$"),
+        ({"score": [1, 2, 3]}, r"'judge' must return a list of 3 rewards, got dict"),
+        ([1.0, math.inf, 2.0], r"'judge' must return finite numbers, or `None` .* got inf\.$"),
+        ([1.0, "good", 2.0], r"'judge' must return finite numbers, or `None` .* got 'good'\.$"),
+        (np.ones((3, 1)), r"'judge' must return finite numbers, or `None` .* got \[1\.0\]\.$"),
+    ],
+)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_another_result_is_refused_with_the_functions_name(result, sentence, is_async):
+    def judge(images):
+        return result
+
+    async def later(images):
+        return result
+
+    later.__name__ = "judge"
+    with pytest.raises(ValueError, match=f"^the reward function {sentence}"):
+        scores([constant(0.0), later if is_async else judge])
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_error_of_the_function_is_the_users_to_see(is_async):
+    def broken(images):
+        raise ZeroDivisionError("of the user's")
+
+    async def broken_later(images):
+        broken(images)
+
+    with pytest.raises(ZeroDivisionError, match="of the user's"):
+        scores([broken_later if is_async else broken, *([constant(1.0)])])
+
+
+# What goes in
+
+
+def test_a_function_is_given_what_it_takes():
+    given = {}
+
+    def everything(prompts, images, **columns):
+        given.update(columns, prompts=prompts, images=images)
+        return [0.0] * len(images)
+
+    def target_alone(target, *, missing="default"):
+        assert missing == "default"
+        return [float(text[-1]) for text in target]
+
+    state = TrainerState(global_step=7)
+
+    def schedule(images, trainer_state):
+        return [trainer_state.global_step] * len(images)
+
+    table = scores([everything, target_alone, schedule], trainer_state=state)
+    assert table == [[0.0, float(i), 7.0] for i in range(3)]
+    assert given == {
+        "prompts": [f"prompt {i}" for i in range(3)],
+        "images": IMAGES,
+        "task": ["a"] * 3,
+        "target": [f"target {i}" for i in range(3)],
+        "trainer_state": state,
+    }
+
+
+def test_a_column_that_is_missing_is_named():
+    def judge(images, answer, score, target):
+        return [0.0] * len(images)
+
+    sentence = r"^the reward function 'judge' needs \['answer', 'score'\], but .* here \['target', 'task'\]\.$"
+    with pytest.raises(ValueError, match=sentence):
+        scores(judge)
+
+
+def test_a_builtin_without_a_signature_is_given_everything():
+    class Judge:
+        """As some extension modules' callables."""
+
+        @property
+        def __signature__(self):
+            raise ValueError("no signature found")
+
+        def __call__(self, **kwargs):
+            assert {"prompts", "images", "task", "target", "trainer_state"} == kwargs.keys()
+            return [1.0] * len(kwargs["images"])
+
+    with pytest.raises(ValueError):
+        inspect.signature(Judge())
+    assert scores(Judge()) == [[1.0]] * 3
+
+
+# Names
+
+
+def test_names():
+    class Judge:
+        def __call__(self, images):
+            return [1.0] * len(images)
+
+        def method(self, images):
+            return [1.0] * len(images)
+
+    first, second = constant(1.0), constant(2.0)  # both named "reward"
+    funcs = [brightness, functools.partial(length), Judge(), Judge().method, first, second, lambda images: [0.0] * 3]
+    names = ["brightness", "length", "Judge", "method", "reward", "reward_2", "lambda"]
+    assert Rewards(funcs).names("any") == Rewards(funcs).all_names == names
+
+
+def test_a_function_of_two_tasks_has_one_name_and_a_lambda_that_of_its_task():
+    rewards = Rewards({"a": [length, constant(1.0)], "b": [constant(1.0), length], "ocr": lambda images: [0.0] * 3})
+    assert (rewards.names("a"), rewards.names("b")) == (["length", "reward"], ["reward_2", "length"])
+    assert rewards.names("ocr") == ["ocr"]
+    assert rewards.all_names == ["length", "reward", "reward_2", "ocr"]
