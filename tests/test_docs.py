@@ -19,8 +19,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
-from diffusion_opd import DiffusionOPDConfig
-from diffusion_opd.transitions import cps, dance_sde, flow_sde, ode
+from diffusion_opd.config import DiffusionConfig
+from diffusion_opd.rl.config import DiffusionRLConfig
+from diffusion_opd.transitions import Schedule, cps, dance_sde, flow_sde, ode
 from examples import opd_sd35
 from tests.test_transitions import SHIFT_3, kl_weights, sigmas
 from tests.tiny_pipelines import LORA_TARGETS, sd3
@@ -41,9 +42,9 @@ SMALLER = {
 @pytest.fixture
 def small_runs(monkeypatch):
     """Configs as the snippets write them, but of a size for a CPU."""
-    post_init = DiffusionOPDConfig.__post_init__
+    post_init = DiffusionConfig.__post_init__
 
-    def shrink(config: DiffusionOPDConfig) -> None:
+    def shrink(config: DiffusionConfig) -> None:
         config.use_cpu = config.disable_tqdm = True
         config.num_train_epochs, config.per_device_train_batch_size = 1, 2
         config.num_inference_steps = min(config.num_inference_steps, 3)
@@ -51,9 +52,11 @@ def small_runs(monkeypatch):
         config.call_kwargs = {**(config.call_kwargs or {}), "max_sequence_length": 32}
         if config.max_steps > 0:
             config.max_steps, config.save_steps = 2, 1
+        if isinstance(config, DiffusionRLConfig):
+            config.num_generations, config.gradient_accumulation_steps = 2, 1
         post_init(config)
 
-    monkeypatch.setattr(DiffusionOPDConfig, "__post_init__", shrink)
+    monkeypatch.setattr(DiffusionConfig, "__post_init__", shrink)
 
 
 def name(page: Path) -> str:
@@ -104,7 +107,7 @@ def test_snippets_run(page: Path, named_in_the_docs: Path, small_runs, tmp_path,
 
 def test_every_page_with_the_trainer_is_run():
     for page in PAGES:
-        if "DiffusionOPDTrainer(" in page.read_text():
+        if re.search(r"Diffusion(OPD|NFT|GRPO)Trainer\(", page.read_text()):
             assert snippets(page), page
 
 
@@ -159,7 +162,7 @@ def quoted(page: Path) -> list[str]:
 
 def test_quoted_sentences_are_the_codes():
     sentences = set()
-    for file in (ROOT / "diffusion_opd").glob("*.py"):
+    for file in (ROOT / "diffusion_opd").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 sentences |= {" ".join(template(argument).split()) for argument in node.exc.args}
@@ -182,6 +185,22 @@ def test_table_of_shares():
         for row, weight, level in zip(rows, weights, levels, strict=False):
             assert float(row[1]) == pytest.approx(level, abs=5e-4)
             assert float(row[column]) == pytest.approx(100 * weight / sum(weights), abs=0.06)
+
+
+def test_table_of_policy_gradient_weights():
+    text = (ROOT / "docs/concepts.md").read_text().split("<!-- policy-gradient weights -->")[1]
+    rows = [[float(cell) for cell in row.split("|")[1:-1]] for row in re.findall(r"^\| \d.*$", text, re.MULTILINE)]
+    assert len(rows) == 5
+    schedule = Schedule(sigmas(SHIFT_3))
+    x, v = torch.zeros(1, 1), torch.ones(1, 1)
+    for step, level, *weights in rows:
+        index = int(step) - 1
+        assert level == pytest.approx(schedule.levels[index], abs=5e-4)
+        dt = schedule.levels[index] - schedule.levels[index + 1]
+        slopes = {k: abs(k(x, v, schedule, index, 0.7).mean.item()) for k in (flow_sde, dance_sde, cps)}
+        std = flow_sde(x, v, schedule, index, 0.7).std
+        expected = [slopes[flow_sde] / std, *(slope / dt for slope in slopes.values())]
+        assert weights == pytest.approx(expected, abs=6e-3)
 
 
 def test_links_of_the_readme_lead_somewhere():
