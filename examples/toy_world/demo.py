@@ -11,14 +11,13 @@ of the library would write it.
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
-from datasets import Dataset
 from diffusers import StableDiffusion3Pipeline
-from peft import LoraConfig
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
@@ -26,15 +25,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
 from examples.toy_world.evaluate import evaluate, generate
-from examples.toy_world.pipeline import BASE, SAMPLING, TEACHERS, load_base
-from examples.toy_world.specialists import LORA_TARGETS
-from examples.toy_world.world import TASKS, sample_prompts
+from examples.toy_world.pipeline import BASE, TEACHERS, load_base
+from examples.toy_world.rewards import lora_config, sampling_kwargs, training_prompts
+from examples.toy_world.world import TASKS, Task, sample_prompts
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 MAX_STEPS, BATCH_SIZE, LEARNING_RATE = 160, 8, 4e-3
-PROMPTS = 2000  # of each task, for training
 
 
 class Scores(TrainerCallback):
@@ -64,40 +62,44 @@ def specialist(task: str) -> StableDiffusion3Pipeline:
     return pipeline
 
 
-def distil(output_dir: Path, seed: int, max_steps: int) -> tuple[DiffusionOPDTrainer, Scores, float]:
-    """One student from three specialists: the trainer, the scores on the way, and the seconds of training alone."""
-    sampling = dict(SAMPLING)
+def distil(
+    output_dir: Path,
+    seed: int,
+    max_steps: int,
+    tasks: Sequence[Task] = TASKS,
+    trainer_class: type[DiffusionOPDTrainer] = DiffusionOPDTrainer,
+    num_scored: int = 20,
+    **settings: Any,
+) -> tuple[DiffusionOPDTrainer, Scores, float]:
+    """One student from the specialists of `tasks`: the trainer, the scores on the way, and the seconds of training
+    alone."""
     args = DiffusionOPDConfig(
         str(output_dir),
-        num_inference_steps=sampling.pop("num_inference_steps"),
-        guidance_scale=sampling.pop("guidance_scale"),
-        height=sampling.pop("height"),
-        width=sampling.pop("width"),
-        call_kwargs=sampling,
-        max_steps=max_steps,
-        per_device_train_batch_size=BATCH_SIZE,
-        # The KL of the ODE puts half of its weight on one late step; what a picture shows is decided early
-        objective="velocity",
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="cosine",
-        warmup_steps=5,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        seed=seed,
+        **sampling_kwargs()
+        | dict(
+            max_steps=max_steps,
+            per_device_train_batch_size=BATCH_SIZE,
+            # The KL of the ODE puts half of its weight on one late step; what a picture shows is decided early
+            objective="velocity",
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="cosine",
+            warmup_steps=5,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            seed=seed,
+        )
+        | settings,
     )
-    trainer = DiffusionOPDTrainer(
+    trainer = trainer_class(
         model=str(BASE),
-        teachers={task: str(TEACHERS / task) for task in TASKS},
+        teachers={task: str(TEACHERS / task) for task in tasks},
         args=args,
-        train_dataset={
-            task: Dataset.from_dict({"prompt": [prompt.text for prompt in sample_prompts(task, PROMPTS, seed)]})
-            for task in TASKS
-        },
-        peft_config=LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules=LORA_TARGETS),
+        train_dataset={task: training_prompts(task, seed) for task in tasks},
+        peft_config=lora_config(rank=32),
     )
     trainer.pipeline.set_progress_bar_config(disable=True)
-    scores = Scores(trainer.pipeline, every=max(1, max_steps // 4), n=20)
+    scores = Scores(trainer.pipeline, every=max(1, max_steps // 4), n=num_scored)
     trainer.add_callback(scores)
     started = time.perf_counter()
     trainer.train()

@@ -1,0 +1,44 @@
+"""What a run costs, in denoiser evaluations of one sample: a forward pass 1, its backward pass 1.1.
+
+1.1 and not 2, because a frozen backbone under a LoRA needs no gradient of its own weights. Guidance is 1.0 in the whole
+study, so that one prediction is one evaluation. The formulas are checked against a count of the calls in
+tests/toy_world/test_study.py.
+"""
+
+from dataclasses import dataclass
+
+FORWARD, BACKWARD = 1.0, 1.1
+LEARN = FORWARD + BACKWARD
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one optimizer step: samples over all tasks, denoising steps, and how many of them are learnt."""
+
+    samples: int
+    steps: int
+    learnt: int
+
+
+def distillation(sizes: Sizes) -> float:
+    """Rollout and gradient are one pass over the learnt states, and the teacher is asked at each."""
+    return sizes.samples * sizes.learnt * (LEARN + FORWARD)
+
+
+def nft(sizes: Sizes, asks_base: bool) -> float:
+    """A rollout of the old policy; then old, base and trained policy at each noise level."""
+    return sizes.samples * (sizes.steps + sizes.learnt * (LEARN + FORWARD + asks_base * FORWARD))
+
+
+def grpo(sizes: Sizes, asks_base: bool, iterations: int) -> float:
+    """A rollout for `iterations` optimizer steps; the policy, and the base, at each learnt state."""
+    return sizes.samples * (sizes.steps / iterations + sizes.learnt * (LEARN + asks_base * FORWARD))
+
+
+def finetuning(samples: int) -> float:
+    """One noise level of each picture."""
+    return samples * LEARN
+
+
+def sampling(samples: int, steps: int) -> float:
+    return samples * steps * FORWARD

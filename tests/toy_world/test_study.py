@@ -1,0 +1,195 @@
+"""The study's own machinery: what is counted as cost, what is compared, and that nothing runs twice."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from PIL import Image
+
+from diffusion_opd import objectives
+from diffusion_opd.policy import Policy, Step
+from diffusion_opd.transitions import flow_sde, ode
+from examples.toy_world.demo import distil, specialist
+from examples.toy_world.evaluate import generate
+from examples.toy_world.pipeline import SAMPLING, load_base
+from examples.toy_world.rewards import lora_config, reinforce, reward_of
+from examples.toy_world.study import __main__ as study
+from examples.toy_world.study import cost, ocr, report
+from examples.toy_world.study.baselines import OffPolicyTrainer, finetune_on_samples, fused
+from examples.toy_world.study.states import fixed_states, gaps
+from examples.toy_world.study.variance import estimators
+from examples.toy_world.world import TASKS, draw, sample_prompts
+
+STEPS, LEARNT = SAMPLING["num_inference_steps"], SAMPLING["num_inference_steps"] - 1
+
+
+class Counter:
+    """Counts what passes through every SD3 transformer: 1 a sample, and 1.1 more if it will be differentiated."""
+
+    def __init__(self, monkeypatch):
+        self.evaluations, forward, counter = 0.0, SD3Transformer2DModel.forward, self
+
+        def counted(self, hidden_states, *args, **kwargs):
+            counter.evaluations += len(hidden_states) * (2.1 if torch.is_grad_enabled() else 1.0)
+            return forward(self, hidden_states, *args, **kwargs)
+
+        monkeypatch.setattr(SD3Transformer2DModel, "forward", counted)
+
+
+def counted_a_step(train, monkeypatch) -> float:
+    """Evaluations of two more optimizer steps, over two: what happens once, at the start or the end, drops out."""
+    totals = []
+    for max_steps in (2, 4):
+        with monkeypatch.context() as patch:
+            counter = Counter(patch)
+            train(max_steps=max_steps)
+            totals.append(counter.evaluations)
+    return (totals[1] - totals[0]) / 2
+
+
+@pytest.mark.slow
+def test_the_cost_of_distillation_is_what_is_computed(tmp_path, monkeypatch):
+    train = partial(distil, tmp_path, 0, tasks=("text",), num_scored=0, per_device_train_batch_size=3)
+    counted = counted_a_step(train, monkeypatch)
+    assert counted == pytest.approx(cost.distillation(cost.Sizes(3, STEPS, LEARNT)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("algorithm", ["nft", "grpo"])
+def test_the_cost_of_reinforcement_is_what_is_computed(algorithm, beta, tmp_path, monkeypatch):
+    own = {"num_iterations": 2} if algorithm == "grpo" else {}
+
+    def train(max_steps):
+        folder = tmp_path / str(max_steps)
+        settings = dict(per_device_train_batch_size=4, num_generations=2, save_strategy="no", beta=beta)
+        reinforce(algorithm, ["style"], folder, max_steps=max_steps, **settings, **own)
+
+    sizes = cost.Sizes(4, STEPS, LEARNT)
+    expected = cost.nft(sizes, beta > 0) if algorithm == "nft" else cost.grpo(sizes, beta > 0, 2)
+    assert counted_a_step(train, monkeypatch) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_reward_is_the_judge_of_what_the_prompt_asks_for(task):
+    prompts = sample_prompts(task, 6, seed=3)
+    pictures = [draw(prompt, np.random.default_rng(0)) for prompt in prompts]
+    wrong = pictures[1:] + pictures[:1]
+    reward = reward_of(task)
+    good, bad = (reward(prompts=[p.text for p in prompts], images=images) for images in (pictures, wrong))
+    assert reward.__name__ == task
+    assert np.mean(good) > 0.8
+    assert task == "style" or np.mean(bad) < np.mean(good)
+
+
+def test_the_two_estimators_differ_by_the_likelihood_ratio_term():
+    """Their sum is the gradient of the library's own PPO-style objective over the same rollout."""
+    torch.manual_seed(0)
+    pipeline, arguments = load_base(), dict(SAMPLING)
+    pipeline.transformer.requires_grad_(False)
+    pipeline.transformer.add_adapter(lora_config(rank=2))
+    steps = arguments.pop("num_inference_steps")
+    student, teacher = Policy(pipeline, steps, arguments), Policy(specialist("style"), steps, arguments)
+    prompts = [prompt.text for prompt in sample_prompts("style", 2, seed=0)]
+    closed, score = estimators(student, teacher, prompts, seed=5, noise_level=0.7)
+
+    noise, losses = torch.Generator().manual_seed(5), []
+
+    def visit(step: Step) -> torch.Tensor:
+        with torch.no_grad():
+            target = teacher.predict(step.sample, step.timestep, prompts)
+        own, theirs = (flow_sde(step.sample, v, step.schedule, step.index, 0.7) for v in (step.prediction, target))
+        state = own.sample(torch.randn(own.mean.shape, generator=noise)).detach()
+        losses.append(objectives.policy_gradient(objectives.kl(own, theirs), own, state).mean())
+        return state
+
+    student.rollout(prompts, [torch.Generator().manual_seed(10 + i) for i in range(2)], visit, steps - 1)
+    parameters = [p for p in pipeline.transformer.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(torch.stack(losses).mean(), parameters)
+    expected = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.testing.assert_close(closed + score, expected, rtol=1e-3, atol=2e-8)
+    assert score.norm() > 0
+
+
+@pytest.mark.slow
+def test_off_policy_states_are_those_of_the_teacher(tmp_path, monkeypatch):
+    visited = []
+    compare = OffPolicyTrainer._compare
+
+    def spy(self, step, prompts, task, generators):
+        visited.append((step.sample.clone(), list(prompts), generators))
+        return compare(self, step, prompts, task, generators)
+
+    monkeypatch.setattr(OffPolicyTrainer, "_compare", spy)
+    distil(
+        tmp_path, 0, 1, ("style",), OffPolicyTrainer, num_scored=0, per_device_train_batch_size=2, objective="velocity"
+    )
+    states = []
+    arguments = dict(SAMPLING)
+    teacher = Policy(specialist("style"), arguments.pop("num_inference_steps"), arguments)
+
+    def visit(step: Step) -> torch.Tensor:
+        states.append(step.sample)
+        return ode(step.sample, step.prediction, step.schedule, step.index).mean
+
+    generators = [torch.Generator().manual_seed(g.initial_seed()) for g in visited[0][2]]
+    with torch.no_grad():
+        teacher.rollout(visited[0][1], generators, visit, LEARNT)
+    for (ours, _, _), theirs in zip(visited, states, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_teacher_has_no_gap_to_itself_and_fixed_states_are_the_same_for_all():
+    own = gaps(specialist("style"), ("style",))
+    base = gaps(load_base(), ("style",))
+    for origin in ("teacher", "real", "own"):
+        assert own[origin]["style"] < 1e-6 < base[origin]["style"]
+    assert fixed_states("style") is fixed_states("style")
+
+
+@pytest.mark.slow
+def test_fused_student_draws_what_its_lora_draws(tmp_path):
+    finetune_on_samples(tmp_path, seed=0, samples=2, max_steps=3, batch_size=2, peak_lr=1e-2)
+    prompts = sample_prompts("style", 2, seed=0)
+    student = load_base()
+    student.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    base, own, again = (generate(p, prompts) for p in (load_base(), student, fused(tmp_path, load_base())))
+    assert [a.tobytes() for a in base] != [b.tobytes() for b in own]
+    for one, other in zip(own, again, strict=True):
+        gap = torch.frombuffer(bytearray(one.tobytes()), dtype=torch.uint8).int()
+        gap = gap - torch.frombuffer(bytearray(other.tobytes()), dtype=torch.uint8).int()
+        assert gap.abs().max() <= 2
+
+
+@pytest.mark.slow
+def test_a_row_runs_once_and_is_reported(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def train(folder, seed):
+        calls.append(seed)
+        return distil(folder, seed, 1, ("style",), num_scored=0, per_device_train_batch_size=2)[0].pipeline
+
+    monkeypatch.setitem(study.ROWS, "opd", study.ROWS["opd"].__class__(train, 123_000))
+    for module in (study, report):
+        monkeypatch.setattr(module, "PROMPTS", 2)
+    study.run("opd", 3, tmp_path)
+    study.run("opd", 3, tmp_path)
+    assert calls == [3]
+    assert json.loads((tmp_path / "opd" / "seed-3" / "result.json").read_text())["evaluations"] == 123_000
+    report.report(tmp_path)
+    out = capsys.readouterr().out
+    assert "| opd | 3 |" in out and "123 k" in out and "| base |" in out
+    assert (tmp_path / "study.png").stat().st_size > 5_000
+
+
+@pytest.mark.slow
+def test_an_ocr_package_reads_what_the_world_draws():
+    prompts, read, rng = sample_prompts("text", 6, seed=5, heldout=True), ocr.reader(), np.random.default_rng(0)
+    pictures = [draw(prompt, rng) for prompt in prompts]
+    assert np.mean([ocr.score(read, *pair) for pair in zip(pictures, prompts, strict=True)]) > 0.9
+    blank = Image.new("RGB", pictures[0].size, "white")
+    assert ocr.score(read, blank, prompts[0]) == 0
