@@ -1,4 +1,4 @@
-"""One small OPD run in however many processes it is started with; rank 0 writes what it saw as JSON.
+"""One small run in however many processes it is started with; rank 0 writes what it saw as JSON.
 
 Started by test_distributed.py: `torchrun ... distributed_run.py OUT --engine ddp --batch 2 --mode lora`.
 """
@@ -12,6 +12,7 @@ from tests import conftest  # noqa: F401  (no network, one thread)
 
 parser = argparse.ArgumentParser()
 parser.add_argument("out", type=Path)
+parser.add_argument("--method", choices=["opd", "nft", "grpo"], default="opd")
 parser.add_argument("--engine", choices=["none", "ddp", "zero2"], default="none")
 parser.add_argument("--batch", type=int, required=True)
 parser.add_argument("--mode", choices=["lora", "full"], default="lora")
@@ -23,13 +24,14 @@ options = parser.parse_args()
 if options.engine == "zero2":
     os.environ["DS_ACCELERATOR"] = "cpu"
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer  # noqa: E402
+import diffusion_opd  # noqa: E402
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS  # noqa: E402
 
 counts = {"all_reduces": 0, "engine_steps": 0}
@@ -62,29 +64,44 @@ if options.bf16:  # loaded from a folder, its frozen parts are in half precision
     folder = options.out / f"student-{os.environ.get('RANK', 0)}"
     student.save_pretrained(folder)
     student = str(folder)
-args = DiffusionOPDConfig(
-    str(options.out / "run"),
+settings = dict(
     per_device_train_batch_size=options.batch,
     max_steps=3,
     logging_steps=1,
-    save_steps=2,
+    save_steps=1,
     report_to="none",
     learning_rate=1e-3,
     max_grad_norm=1.0,
     num_inference_steps=4,
-    transition=options.transition,
-    call_kwargs=CALL[options.family],
     disable_tqdm=True,
     image_steps=0,
     use_cpu=options.engine != "zero2",
     ddp_backend="gloo" if options.engine == "zero2" else None,
 )
+if options.method == "opd":
+    settings |= dict(transition=options.transition, call_kwargs=CALL[options.family])
+    config_class, trainer_class = diffusion_opd.DiffusionOPDConfig, diffusion_opd.DiffusionOPDTrainer
+    judges = {"a": BUILDERS[options.family](1), "b": BUILDERS[options.family](2)}
+else:
+    # Groups of eight over two micro-batches of four; two optimizer steps on each rollout
+    settings |= dict(num_generations=8, gradient_accumulation_steps=4, num_iterations=2, beta=0.1)
+    call = {key: value for key, value in CALL[options.family].items() if key != "guidance_scale"}
+    settings |= dict(guidance_scale=1.0, call_kwargs=call)
+    name = {"nft": "DiffusionNFT", "grpo": "DiffusionGRPO"}[options.method]
+    config_class, trainer_class = (getattr(diffusion_opd, f"{name}{part}") for part in ("Config", "Trainer"))
+
+    def redness(images, prompts, **kwargs):
+        pictures = np.stack([np.asarray(image, dtype=float) for image in images])
+        return (pictures[..., 0] - pictures[..., 2]).mean((1, 2)) / 255
+
+    judges = {"a": redness, "b": redness}
+args = config_class(str(options.out / "run"), **settings)
 if options.bf16:  # transformers refuses it on a CPU unless told `use_cpu`, which DeepSpeed does not take
     args.bf16, args.mixed_precision = True, "bf16"
 prompts = {task: Dataset.from_dict({"prompt": [f"{task} {i}" for i in range(12)]}) for task in ("a", "b")}
-trainer = DiffusionOPDTrainer(
+trainer = trainer_class(
     student,
-    {"a": BUILDERS[options.family](1), "b": BUILDERS[options.family](2)},
+    judges,
     args,
     train_dataset=prompts,
     callbacks=[Count()],
@@ -97,13 +114,14 @@ trainer.train(resume_from_checkpoint=options.resume)
 weights = torch.cat([p.detach().float().flatten() for p in trainer.trainable_parameters])
 everyone = trainer.accelerator.gather(weights[None])
 history = [entry for entry in trainer.state.log_history if "loss" in entry]
+judged = "kl/a" if options.method == "opd" else "reward/a"
 if trainer.is_world_process_zero():
     result = {
         "distributed_type": str(trainer.accelerator.distributed_type),
         "num_processes": trainer.accelerator.num_processes,
         "wrapper": type(trainer.model_wrapped).__name__,
         "losses": [entry["loss"] for entry in history],
-        "kl_a": [entry["kl/a"] for entry in history],
+        "judged": [entry[judged] for entry in history if judged in entry],
         "grad_norms": [entry["grad_norm"] for entry in history],
         "weights": weights.tolist(),
         "names": [name for name, p in trainer.model.named_parameters() if p.requires_grad],

@@ -1,10 +1,11 @@
 """What a user may set, from Python, flags and YAML; what has no meaning is refused before anything is loaded."""
 
+import numpy as np
 import pytest
 import torch
 from trl import TrlParser
 
-from diffusion_opd import DiffusionOPDConfig
+from diffusion_opd import DiffusionGRPOConfig, DiffusionNFTConfig, DiffusionOPDConfig
 
 
 def config(**kwargs) -> DiffusionOPDConfig:
@@ -221,3 +222,141 @@ def test_help_names_our_fields(capsys):
 def test_the_best_model_is_the_closest_one(tmp_path, metric):
     """transformers takes the greatest of any metric whose name does not end in "loss"."""
     assert DiffusionOPDConfig(str(tmp_path), metric_for_best_model=metric).greater_is_better is False
+
+
+# Learning from rewards
+
+
+def nft(**kwargs) -> DiffusionNFTConfig:
+    return DiffusionNFTConfig("out", **kwargs)
+
+
+def grpo(**kwargs) -> DiffusionGRPOConfig:
+    return DiffusionGRPOConfig("out", **kwargs)
+
+
+def test_defaults_of_learning_from_rewards():
+    for make in (nft, grpo):
+        bare = make()
+        assert (bare.num_generations, bare.num_iterations, bare.scale_rewards) == (8, 1, "group")
+        assert bare.per_device_train_batch_size % bare.num_generations == 0  # bare defaults fit together
+        assert (bare.advantage_clip, bare.learning_rate, bare.remove_unused_columns) == (5.0, 3e-4, False)
+        assert (bare.num_inference_steps, bare.num_learnt_steps) == (10, 9)
+        best = make(load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps", eval_steps=500)
+        assert (best.metric_for_best_model, best.greater_is_better) == ("reward", True)
+    assert (nft().nft_beta, nft().beta, nft().pipeline_kwargs) == (1.0, 1e-4, {"guidance_scale": 1.0})
+    assert (nft().old_decay_start, nft().old_decay_rate, nft().old_decay_max) == (0, 0.001, 0.5)
+    assert (grpo().loss_type, grpo().noise_level, grpo().beta) == ("grpo", 0.7, 0.0)
+    assert grpo().pipeline_kwargs == {} and grpo().transition is None
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "bounds"),
+    [
+        ({}, (1e-4, 1e-4)),
+        ({"loss_type": "grpo_guard"}, (2e-6, 2e-6)),
+        ({"loss_type": "grpo_guard", "epsilon": 0.1}, (0.1, 0.1)),
+        ({"epsilon": 0.1, "epsilon_high": 0.3}, (0.1, 0.3)),
+        ({"epsilon_high": 0.3}, (1e-4, 0.3)),
+    ],
+)
+def test_clip_range_follows_the_loss(kwargs: dict, bounds: tuple):
+    assert grpo(**kwargs).clip_range == bounds
+
+
+@pytest.mark.parametrize(("given", "scale"), [(True, "group"), (False, "none"), ("batch", "batch"), ("none", "none")])
+def test_scale_of_rewards_is_trls(given, scale):
+    assert nft(scale_rewards=given).scale_rewards == grpo(scale_rewards=given).scale_rewards == scale
+
+
+SHARED = [
+    ({"num_generations": 1}, ["`num_generations`", "at least 2", "1", "the others of its prompt"]),
+    ({"num_iterations": 0}, ["`num_iterations`", "at least 1", "0"]),
+    ({"scale_rewards": "task"}, ["`scale_rewards`", "'task'", "'group'", "'batch'", "'none'"]),
+    ({"advantage_clip": 0.0}, ["`advantage_clip`", "above 0"]),
+    ({"advantage_clip": float("nan")}, ["`advantage_clip`", "nan"]),
+    ({"beta": -0.1}, ["`beta`", "at least 0", "-0.1"]),
+    ({"beta": float("nan")}, ["`beta`", "nan"]),
+    ({"timestep_fraction": 0.0}, ["`timestep_fraction`"]),  # what every config refuses
+    ({"call_kwargs": {"generator": None}}, ["['generator']", "the trainer sets them"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "kwargs", "words"),
+    [
+        *((make, *case) for case in SHARED for make in (nft, grpo)),
+        (nft, {"nft_beta": 0.0}, ["`nft_beta`", "above 0", "0.0"]),
+        (nft, {"old_decay_max": 1.0}, ["`old_decay_max`", "[0, 1)", "1.0"]),
+        (nft, {"old_decay_rate": -0.1}, ["`old_decay_rate`", "at least 0", "-0.1"]),
+        (nft, {"old_decay_start": -1}, ["`old_decay_start`", "-1"]),
+        (nft, {"guidance_scale": 2.0, "call_kwargs": {"guidance_scale": 1.0}}, ["['guidance_scale']", "give it once"]),
+        (grpo, {"transition": "euler"}, ["`transition`", "'euler'", "'flow_sde'"]),
+        (grpo, {"transition": "ode"}, ["'ode'", "stochastic"]),
+        (grpo, {"transition": "ode", "noise_level": 0.0}, ["'ode'", "stochastic", "`DiffusionNFTTrainer`"]),
+        (grpo, {"noise_level": 0.0}, ["stochastic", "`noise_level=0.0`"]),
+        (grpo, {"noise_level": -0.1}, ["`noise_level`", "-0.1"]),
+        (grpo, {"transition": "cps", "noise_level": 1.5}, ["`noise_level`", "at most 1", "1.5", "'cps'"]),
+        (grpo, {"loss_type": "dapo"}, ["`loss_type`", "'grpo'", "'grpo_guard'", "'dapo'"]),
+        (grpo, {"epsilon": 0.0}, ["`epsilon`", "above 0"]),
+        (grpo, {"epsilon_high": -1.0}, ["`epsilon_high`", "above 0", "-1.0"]),
+        (grpo, {"sde_window_range": [0, 4]}, ["`sde_window_range`", "needs `sde_window_size`"]),
+        (grpo, {"sde_window_size": 10}, ["window of 10 steps", "0 and 9", "9 of 10", "`timestep_fraction`"]),
+        (grpo, {"sde_window_size": 0}, ["window of 0 steps"]),
+        (grpo, {"sde_window_size": -2}, ["window of -2 steps"]),
+        (grpo, {"sde_window_size": 3, "sde_window_range": [4, 6]}, ["window of 3 steps", "4 and 6"]),
+        (grpo, {"sde_window_size": 1, "sde_window_range": [4, 4]}, ["4 and 4"]),
+        (grpo, {"sde_window_size": 1, "sde_window_range": [-1, 4]}, ["-1 and 4"]),
+        (grpo, {"sde_window_size": 1, "sde_window_range": [4, 10]}, ["4 and 10", "9 of 10"]),
+        (grpo, {"sde_window_size": 1, "sde_window_range": [4]}, ["`sde_window_range`", "two numbers", "[4]"]),
+    ],
+)
+def test_what_has_no_meaning_for_rewards_is_refused(make, kwargs: dict, words: list[str]):
+    with pytest.raises(ValueError) as refusal:
+        make(**kwargs)
+    assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "windows"),
+    [
+        ({}, {(0, 9)}),
+        ({"timestep_fraction": 0.5}, {(0, 5)}),
+        ({"sde_window_size": 7}, {(0, 7), (1, 8), (2, 9)}),
+        ({"sde_window_size": 2, "sde_window_range": [3, 6]}, {(3, 5), (4, 6)}),
+        ({"sde_window_size": 3, "sde_window_range": [3, 6]}, {(3, 6)}),
+        ({"sde_window_size": 9, "timestep_fraction": 1.0}, {(0, 9), (1, 10)}),
+    ],
+)
+def test_every_place_of_a_window_is_drawn(kwargs: dict, windows: set):
+    draw = np.random.default_rng(0).integers
+    drawn = [grpo(**kwargs).sde_window(draw) for _ in range(40)]
+    assert {(window.start, window.stop) for window in drawn} == windows
+
+
+@pytest.mark.parametrize(
+    ("flag", "weights"),
+    [("[1, 0.5]", [1, 0.5]), ('{"a": 1, "b": [1, 2]}', {"a": 1, "b": [1, 2]}), (None, None)],
+)
+def test_reward_weights_from_a_flag_and_from_yaml(tmp_path, flag, weights):
+    flags = ["--output_dir", "out", *(["--reward_weights", flag] if flag else [])]
+    path = tmp_path / "run.yaml"
+    path.write_text(f"output_dir: out\nreward_weights: {flag or 'null'}\n")
+    for arguments in (flags, ["--config", str(path)]):
+        (parsed,) = TrlParser(DiffusionGRPOConfig).parse_args_and_config(arguments)
+        assert parsed.reward_weights == weights
+
+
+def test_flags_of_learning_from_rewards():
+    flags = ["--num_generations", "4", "--scale_rewards", "batch", "--sde_window_size", "2"]
+    flags += ["--sde_window_range", "1", "4", "--loss_type", "grpo_guard", "--epsilon_high", "2e-4"]
+    (parsed,) = TrlParser(DiffusionGRPOConfig).parse_args_and_config(["--output_dir", "out", *flags])
+    written = grpo(
+        num_generations=4,
+        scale_rewards="batch",
+        sde_window_size=2,
+        sde_window_range=[1, 4],
+        loss_type="grpo_guard",
+        epsilon_high=2e-4,
+    )
+    assert parsed.to_dict() == written.to_dict()

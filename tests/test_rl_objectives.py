@@ -165,11 +165,9 @@ def test_on_policy_the_gradient_is_reinforces():
     reinforce = gradient(lambda mean: -(advantages * Normal(mean, std).log_prob(sample).mean(1)).mean())
     for epsilon in (1e-4, 0.2):
         ours = gradient(
-            lambda mean, epsilon=epsilon: (
-                clipped_surrogate(
-                    log_ratio(mean.expand(64, 2), theta.expand(64, 2), noise, std), advantages, epsilon, epsilon
-                ).loss.mean()
-            )
+            lambda mean, epsilon=epsilon: clipped_surrogate(
+                log_ratio(mean.expand(64, 2), theta.expand(64, 2), noise, std), advantages, epsilon, epsilon
+            ).loss.mean()
         )
         assert torch.allclose(ours, reinforce, atol=1e-6) and reinforce.norm() > 0.1
     guards = gradient(

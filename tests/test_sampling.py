@@ -378,7 +378,7 @@ def test_streams_for_evaluation_keep_their_columns():
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (Dataset.from_dict({"prompt": ["a"]}), ["no column ['task']", "['prompt']."]),
+        (Dataset.from_dict({"prompt": ["a"]}), ["no column ['task']", "only ['prompt']; with several tasks"]),
         (
             Dataset.from_dict({"prompt": ["a"], "task": ["x"]}),
             ["the `task` column", "and the tasks of `reward_funcs` must name", "has ['x']", "are ['aes', 'ocr']"],

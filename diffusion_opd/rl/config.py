@@ -1,6 +1,7 @@
 """What a user can set about reinforcement learning; every meaningless combination is refused here, before any model is
 loaded."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +44,7 @@ class DiffusionRLConfig(DiffusionConfig):
 
     num_generations: int = field(default=8, metadata={"help": "Samples of one prompt."})
     num_iterations: int = field(default=1, metadata={"help": "Optimizer steps on one rollout."})
-    reward_weights: list | dict | str | None = field(
+    reward_weights: list | str | dict | None = field(  # a flag is read as the second of these: JSON
         default=None, metadata={"help": "Weights of the reward functions, in their form. None: 1 each."}
     )
     scale_rewards: str = field(
@@ -60,6 +61,8 @@ class DiffusionRLConfig(DiffusionConfig):
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "reward"  # transformers: "loss", which an evaluation by rewards has not
         super().__post_init__()
+        if isinstance(self.reward_weights, str) and self.reward_weights.startswith("["):
+            self.reward_weights = json.loads(self.reward_weights)  # transformers reads JSON objects alone
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         if self.scale_rewards not in SCALES:
             raise ValueError(f"`scale_rewards` must be one of {list(SCALES)}, got {self.scale_rewards!r}.")
@@ -164,23 +167,24 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_noise(self.transition or "flow_sde", self.noise_level)
         if self.transition == "ode" or self.noise_level == 0:
             raise ValueError(
                 "the likelihood of a sample needs a stochastic transition; got "
                 f"`transition={self.transition!r}` with `noise_level={self.noise_level}`. `DiffusionNFTTrainer` does "
                 "without."
             )
+        check_noise(self.transition or "flow_sde", self.noise_level)
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"`loss_type` must be one of {list(LOSS_TYPES)}, got {self.loss_type!r}.")
         for name in ("epsilon", "epsilon_high"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` must be above 0, got {value}.")
-        low, high = self.sde_window_range or (0, self.num_learnt_steps)
-        size = self.sde_window_size or high - low
         if self.sde_window_range is not None and self.sde_window_size is None:
             raise ValueError("`sde_window_range` needs `sde_window_size`.")
+        if self.sde_window_range is not None and len(self.sde_window_range) != 2:
+            raise ValueError(f"`sde_window_range` must hold two numbers, got {self.sde_window_range}.")
+        low, high, size = self._window
         if not 0 <= low < high <= self.num_learnt_steps or not 1 <= size <= high - low:
             raise ValueError(
                 f"a window of {self.sde_window_size} steps does not fit between the steps {low} and {high}; "
@@ -193,9 +197,14 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
         low = self.epsilon or (2e-6 if self.loss_type == "grpo_guard" else 1e-4)
         return low, self.epsilon_high or low
 
+    @property
+    def _window(self) -> tuple[int, int, int]:
+        """First step that it may begin with, step that it ends before, steps."""
+        low, high = self.sde_window_range or (0, self.num_learnt_steps)
+        return low, high, high - low if self.sde_window_size is None else self.sde_window_size
+
     def sde_window(self, draw: Any) -> range:
         """The steps of a rollout that are stochastic and learnt; `draw(n)` gives a number in [0, n)."""
-        low, high = self.sde_window_range or (0, self.num_learnt_steps)
-        size = self.sde_window_size or high - low
+        low, high, size = self._window
         start = low + draw(high - low - size + 1)
         return range(start, start + size)

@@ -89,6 +89,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         if eval_dataset is not None:
             eval_dataset = self._routed_eval(eval_dataset, tasks)
         whole_cycles(args, tasks)
+        _check_groups(args, len(tasks))
         self._repetition = {"repeats": args.num_generations, "iterations": args.num_iterations}
 
         set_seed(args.seed)
@@ -102,7 +103,6 @@ class DiffusionRLTrainer(DiffusionTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._check_groups()
         self._rollouts: list[Rollout] = []
         self._state_dtype = self._first_step.sample.dtype
         self._ode = self.choose_kernel("ode", 0.0, needs_noise=False)
@@ -112,16 +112,6 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     def _prepare(self) -> None:
         """What a trainer adds at the end of `__init__`."""
-
-    def _check_groups(self) -> None:
-        samples, group = self._global_batch_size * self._cycles, self.args.num_generations
-        if samples % group:
-            raise ValueError(
-                f"a rollout has {samples} samples of each task (per_device_train_batch_size "
-                f"{self._train_batch_size} * {self.accelerator.num_processes} processes * "
-                f"gradient_accumulation_steps {self.args.gradient_accumulation_steps} / {len(self.tasks)} tasks), "
-                f"which is no multiple of `num_generations={group}`; a group must be whole."
-            )
 
     def _frozen_policy(self, adapter: str, dtype: torch.dtype) -> Policy:
         """The policy as it is now, which does not change with the trained one: another adapter of a LoRA's denoiser
@@ -164,9 +154,6 @@ class DiffusionRLTrainer(DiffusionTrainer):
         rollouts, rewards = [], {task: [] for task in self.tasks}
         for index, batch in enumerate(batches):
             task, place = batch[0][TASK], index // len(self.tasks)
-            for example in batch:  # of a stream, which nobody has looked at yet
-                if not is_prompt(example[PROMPT]):
-                    raise ValueError(f"train_dataset: {example} has no prompt.")
             generators = self._generators(len(batch), _TRAIN, self.state.global_step, self.tasks.index(task), place)
             prompts = [example[PROMPT] for example in batch]
             with self.stopwatch.section("rollout"):
@@ -352,6 +339,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
     def _save_state(self, folder: Path) -> None:
         if self.state.global_step % self.args.num_iterations == 0:
             return
+        folder.mkdir(parents=True, exist_ok=True)  # the first process may not have come that far
         tensors, meta = {}, []
         for index, rollout in enumerate(self._rollouts):
             kept = {**rollout.tensors, "advantages": rollout.advantages}
@@ -369,8 +357,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
                 f"{folder} lies between two optimizer steps on one rollout and has no {path.name}; resume with the "
                 "`num_iterations` and the number of processes that it was saved with."
             )
-        with safe_open(path, "pt", device=str(self.accelerator.device)) as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key).to(self.accelerator.device) for key in file.keys()}
             meta = json.loads(file.metadata()["rollouts"])
         self._rollouts = []
         for index, (task, prompts, place, (levels, prediction_type)) in enumerate(meta):
@@ -405,6 +393,17 @@ class DiffusionRLTrainer(DiffusionTrainer):
         return {"rewards": rewards, "settings": settings}
 
     _card_settings = ""
+
+
+def _check_groups(args: DiffusionRLConfig, num_tasks: int) -> None:
+    samples = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps // num_tasks
+    if samples % args.num_generations:
+        raise ValueError(
+            f"a rollout has {samples} samples of each task (per_device_train_batch_size {args.per_device_train_batch_size} * "
+            f"{args.world_size} processes * gradient_accumulation_steps {args.gradient_accumulation_steps} / "
+            f"{num_tasks} tasks), which is no multiple of `num_generations={args.num_generations}`; a group must be "
+            "whole."
+        )
 
 
 def _move(kernel: Kernel, step: Step) -> Tensor:

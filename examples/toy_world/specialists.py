@@ -25,7 +25,7 @@ RUNS = Path("runs/toy_world/specialists")
 SHARED: dict[str, Any] = {"per_device_train_batch_size": 48, "num_generations": 8}
 NFT = SHARED | {"learning_rate": 1e-3, "beta": 1e-4}
 GRPO = SHARED | {"learning_rate": 1e-3, "loss_type": "grpo_guard", "epsilon": 1e-3, "num_iterations": 2}
-MAX_STEPS: dict[Task, int] = {"compose": 150, "text": 300, "style": 80}
+MAX_STEPS: dict[Task, int] = {"compose": 150, "text": 300, "style": 30}
 LORA_NAME = "pytorch_lora_weights.safetensors"
 
 
