@@ -396,13 +396,13 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
 
 def _check_groups(args: DiffusionRLConfig, num_tasks: int) -> None:
-    samples = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps // num_tasks
+    batch, world, accumulated = args.per_device_train_batch_size, args.world_size, args.gradient_accumulation_steps
+    samples = batch * world * accumulated // num_tasks
     if samples % args.num_generations:
         raise ValueError(
-            f"a rollout has {samples} samples of each task (per_device_train_batch_size {args.per_device_train_batch_size} * "
-            f"{args.world_size} processes * gradient_accumulation_steps {args.gradient_accumulation_steps} / "
-            f"{num_tasks} tasks), which is no multiple of `num_generations={args.num_generations}`; a group must be "
-            "whole."
+            f"a rollout has {samples} samples of each task (per_device_train_batch_size {batch} * {world} processes * "
+            f"gradient_accumulation_steps {accumulated} / {num_tasks} tasks), which is no multiple of "
+            f"`num_generations={args.num_generations}`; a group must be whole."
         )
 
 
