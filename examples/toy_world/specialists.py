@@ -23,9 +23,12 @@ RUNS = Path("runs/toy_world/specialists")
 
 # 6 groups of 8 samples an optimizer step
 SHARED: dict[str, Any] = {"per_device_train_batch_size": 48, "num_generations": 8}
-NFT = SHARED | {"learning_rate": 1e-3, "beta": 1e-4}
+# Freer (beta 1e-4, old_decay_rate 0.001) compose scores 0.71 instead of 0.58 and draws nearly everything in blue: a
+# clean shape in the wrong colour is most of the reward
+NFT = SHARED | {"learning_rate": 1e-3, "beta": 0.5, "old_decay_rate": 0.02}
 GRPO = SHARED | {"learning_rate": 1e-3, "loss_type": "grpo_guard", "epsilon": 1e-3, "num_iterations": 2}
-MAX_STEPS: dict[Task, int] = {"compose": 150, "text": 300, "style": 30}
+# After 80 steps style scores 0.998 instead of 0.895, and its things have melted into the sky
+MAX_STEPS: dict[Task, int] = {"compose": 150, "text": 150, "style": 30}
 LORA_NAME = "pytorch_lora_weights.safetensors"
 
 
