@@ -100,7 +100,8 @@ def distil(
     )
     trainer.pipeline.set_progress_bar_config(disable=True)
     scores = Scores(trainer.pipeline, every=max(1, max_steps // 4), n=num_scored)
-    trainer.add_callback(scores)
+    if num_scored:
+        trainer.add_callback(scores)
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started - scores.seconds
