@@ -17,7 +17,7 @@ from examples.toy_world.evaluate import generate
 from examples.toy_world.pipeline import SAMPLING, load_base
 from examples.toy_world.rewards import lora_config, reinforce, reward_of
 from examples.toy_world.study import __main__ as study
-from examples.toy_world.study import cost, ocr, report
+from examples.toy_world.study import cost, ocr, report, rows
 from examples.toy_world.study.baselines import OffPolicyTrainer, finetune_on_samples, fused
 from examples.toy_world.study.states import fixed_states, gaps
 from examples.toy_world.study.variance import estimators
@@ -193,3 +193,15 @@ def test_an_ocr_package_reads_what_the_world_draws():
     assert np.mean([ocr.score(read, *pair) for pair in zip(pictures, prompts, strict=True)]) > 0.9
     blank = Image.new("RGB", pictures[0].size, "white")
     assert ocr.score(read, blank, prompts[0]) == 0
+
+
+@pytest.mark.slow
+def test_distillation_comes_nearer_to_the_teachers_than_finetuning_on_their_pictures_at_equal_cost(tmp_path):
+    """The study in short. At 40 steps the gaps are 0.02 and 0.11; the margin here is a factor of 1.5."""
+    distilled = rows.opd(15).train(tmp_path / "opd", 0)
+    finetuned = rows.sft(15 * rows.OPD_COST, samples=60, batch_size=24, peak_lr=2e-3).train(tmp_path / "sft", 0)
+    found = {name: gaps(p) for name, p in (("opd", distilled), ("sft", finetuned), ("base", load_base()))}
+    for origin in ("teacher", "real"):
+        mean = {name: np.mean(list(gap[origin].values())) for name, gap in found.items()}
+        assert mean["opd"] < mean["sft"] / 1.5, origin
+        assert mean["opd"] < mean["base"] / 1.5, origin

@@ -22,7 +22,7 @@ from examples.toy_world.world import TASKS, Task
 
 STEPS = SAMPLING["num_inference_steps"]
 LEARNT = STEPS - 1
-SHORT = MAX_STEPS // 2  # optimizer steps of the ablations
+SHORT = MAX_STEPS // 4  # optimizer steps of the ablations: at MAX_STEPS they would all have arrived
 
 RL_BATCH = NFT["per_device_train_batch_size"]
 NFT_COST = cost.nft(cost.Sizes(RL_BATCH, STEPS, LEARNT), asks_base=NFT["beta"] > 0)
@@ -108,7 +108,7 @@ ROWS: dict[str, Row] = {
     # The same teachers without the student's own states
     "opd_short": opd(SHORT),
     "off_policy_short": opd(SHORT, trainer_class=OffPolicyTrainer),
-    "sft_short": sft(SHORT * OPD_COST, samples=400, batch_size=24, peak_lr=2e-3),
+    "sft_short": sft(SHORT * OPD_COST, samples=200, batch_size=24, peak_lr=2e-3),
     # One teacher alone, with all prompts of a step for it
     **{f"only_{task}": opd(SHORT, (task,), per_device_train_batch_size=len(TASKS) * BATCH_SIZE) for task in TASKS},
 }
