@@ -813,3 +813,8 @@ def test_bf16(tmp_path, cls, full):
     assert all(math.isfinite(loss) for loss in history(trainer, "loss"))
     if cls is GRPO:
         assert history(trainer, "log_ratio/std") == [0.0, 0.0]
+
+
+def test_config_of_another_trainer_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="`args` must be a DiffusionGRPOConfig, got DiffusionNFTConfig"):
+        GRPO(BUILDERS["sd3"](0), redness, config(NFT, tmp_path), train_dataset=DATA)

@@ -81,6 +81,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
         if args is None:
             name = model.config.get("_name_or_path") if isinstance(model, DiffusionPipeline) else str(model)
             args = self._config_class(f"{Path(name or type(model).__name__).name}-{self._name}")
+        if not isinstance(args, self._config_class):
+            raise TypeError(f"`args` must be a {self._config_class.__name__}, got {type(args).__name__}.")
         args = copy.copy(args)  # what a run sets in them must not reach the next one
         self.rewards = Rewards(reward_funcs, args.reward_weights)
         tasks = self.rewards.tasks or _tasks_of(train_dataset if train_dataset is not None else eval_dataset)
