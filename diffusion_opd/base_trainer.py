@@ -589,6 +589,7 @@ class DiffusionTrainer(_BaseTrainer):
         captions = self.image_captions(drawn)
         for index, image in enumerate(images):
             image.save(folder / f"{index:02d}.png")
+        (folder / "captions.json").write_text(json.dumps(captions, indent=2) + "\n")
         grid = make_image_grid(images, rows=1, cols=len(images))
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:

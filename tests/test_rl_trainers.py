@@ -714,6 +714,9 @@ def test_captions_say_what_the_rewards_are(tmp_path):
         f"{prompts[2]}, only_b 0.000",
         f"{prompts[3]}, only_b 1.000",
     ]
+    trainer.log_images()
+    written = json.loads((tmp_path / "images" / "step_000000" / "captions.json").read_text())
+    assert written == trainer.image_captions(images)
     chosen = trainer_of(NFT, tmp_path, image_prompts=["a fox"])
     assert chosen.image_captions(chosen.sample_images(["a fox"])) == ["a fox"]
 

@@ -88,9 +88,9 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
     def _prepare(self) -> None:
         self.old = self._frozen_policy(OLD_ADAPTER, torch.float32)
         if self.trains_lora:
-            names = {id(p) for p in self.trainable_parameters}
+            trained = {id(parameter) for parameter in self.trainable_parameters}
             pairs = zip(self._adapter(STUDENT_ADAPTER), self._adapter(OLD_ADAPTER), strict=True)
-            self._old_pairs = [(new, old) for new, old in pairs if id(new) in names]
+            self._old_pairs = [(new, old) for new, old in pairs if id(new) in trained]
         else:
             twins = dict(self.old.denoiser.named_parameters())
             self._old_pairs = [(p, twins[key]) for key, p in self.model.named_parameters() if p.requires_grad]
