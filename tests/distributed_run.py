@@ -129,3 +129,4 @@ if trainer.is_world_process_zero():
         **counts,
     }
     (options.out / "result.json").write_text(json.dumps(result))
+trainer.end()

@@ -219,6 +219,7 @@ assert trainer.accelerator.num_processes == 2
 everyone = trainer.accelerator.gather_for_metrics([seen], use_gather_object=True)
 if trainer.is_world_process_zero():
     Path(out, "seen.json").write_text(json.dumps(everyone))
+trainer.end()
 """
 
 
