@@ -8,6 +8,7 @@ underscored names are imported here and in config.py only.
 
 import contextlib
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
+from accelerate.utils import DynamoBackend, disable_fsdp_ram_efficient_loading, gather_object
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from diffusers import DiffusionPipeline
@@ -34,6 +35,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations import deepspeed as hf_deepspeed
@@ -54,13 +56,16 @@ logger = get_logger(__name__)
 HUB_KWARGS = {"revision", "token", "cache_dir", "local_files_only", "proxies", "force_download"}
 EMA_NAME = "ema_and_raw_weights.safetensors"
 IMAGES_DIR = "images"
+GRAPHS_PER_PARTY = 8  # with and without gradient, and for a few shapes
 CHECK_PROMPTS = ["a cat", "a dog"]  # a batch, and short enough for any tokenizer
 
 
 @contextlib.contextmanager
-def no_zero_init() -> Iterator[None]:
+def whole_modules() -> Iterator[None]:
     """Load pipelines inside this: while a ZeRO-3 config lives, transformers builds every model partitioned, and a text
-    encoder without an engine of its own cannot run."""
+    encoder without an engine of its own cannot run; with FSDP's RAM-efficient loading it is empty on every process but
+    the first."""
+    disable_fsdp_ram_efficient_loading()
     config = hf_deepspeed._hf_deepspeed_config_weak_ref
     hf_deepspeed.unset_hf_deepspeed_config()
     try:
@@ -98,7 +103,7 @@ def load_student(
             name = next((name for name in ("transformer", "unet") if name in index), "transformer")
             denoiser_dtype = torch.float32 if peft_config is None else args.mixed_dtype
             init_kwargs["dtype"] = {name: denoiser_dtype, "default": args.mixed_dtype}
-        with no_zero_init():
+        with whole_modules():
             pipeline = DiffusionPipeline.from_pretrained(model, **init_kwargs)
     name = denoiser_name(pipeline)
     denoiser = getattr(pipeline, name)
@@ -282,6 +287,31 @@ class DiffusionTrainer(_BaseTrainer):
             )
             args._n_gpu = 1
         super().__init__(model=model, args=args, data_collator=identity, **kwargs)
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            if plugin.fsdp_version == 1:
+                raise ValueError(
+                    "FSDP version 1 flattens frozen and trained parameters into one; set `fsdp_version: 2` (as "
+                    "`diffusion_opd/accelerate_configs/fsdp2.yaml` does)."
+                )
+            plugin.cpu_ram_efficient_loading = False  # every process has loaded, and asked, the whole model
+            if plugin.mixed_precision_policy is not None:
+                # accelerate's own would round the timesteps, and add up the gradients of all learnt steps in bfloat16;
+                # its autocast casts what is to be cast
+                plugin.mixed_precision_policy = dataclasses.replace(
+                    plugin.mixed_precision_policy,
+                    reduce_dtype=torch.float32,
+                    output_dtype=None,
+                    cast_forward_inputs=False,
+                )
+        # Taken out of accelerate's hands: a compiled wrapper would leave those eager who ask the denoiser itself
+        dynamo = self.accelerator.state.dynamo_plugin
+        self._compile_kwargs = None
+        if args.torch_compile:
+            self._compile_kwargs = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+        elif dynamo.backend != DynamoBackend.NO:
+            self._compile_kwargs = dynamo.to_kwargs()
+        dynamo.backend = DynamoBackend.NO
         device = self.accelerator.device
         for part in pipeline.components.values():  # under DeepSpeed the denoiser too: Trainer leaves it where it is
             if isinstance(part, nn.Module):
@@ -292,7 +322,7 @@ class DiffusionTrainer(_BaseTrainer):
         with self.autocast(model):
             self._freeze_unused()
             self._first_step = self.student.self_check(CHECK_PROMPTS, args.num_learnt_steps)[0]
-        self.trainable_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._compile(model)
         self.ema = None
         if args.ema_decay is not None:
             if hf_deepspeed.is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
@@ -304,6 +334,11 @@ class DiffusionTrainer(_BaseTrainer):
         self._last_log = (time.perf_counter(), 0)
         self.callback_handler.callbacks.insert(0, _EveryStep(self))
 
+    @property
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """As they are now: FSDP puts others in their place."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
     def autocast(self, module: nn.Module) -> contextlib.AbstractContextManager:
         """Mixed precision for a `module` that is called past the trained wrapper. accelerate's own context does nothing
         under DeepSpeed, whose engine casts what it trains and nothing else."""
@@ -311,6 +346,26 @@ class DiffusionTrainer(_BaseTrainer):
         if self.is_deepspeed_enabled and dtype not in (torch.float32, next(module.parameters()).dtype):
             return torch.autocast(self.accelerator.device.type, dtype)
         return self.accelerator.autocast()
+
+    def _compile(self, denoiser: nn.Module) -> None:
+        """Compiles the blocks of a denoiser, in place, if the run is a compiled one: a graph for the student, and one
+        for each adapter under which the blocks are asked."""
+        if self._compile_kwargs is None:
+            return
+        # At its limit of graphs torch would go on without compiling, and say so once
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, GRAPHS_PER_PARTY * (len(self.tasks) + 1))
+        # As `ModelMixin.compile_repeated_blocks`, for the denoisers too (SD3's) that name no blocks for it
+        names = denoiser._repeated_blocks or denoiser._no_split_modules or []
+        blocks = [module for module in denoiser.modules() if type(module).__name__ in names]
+        if not blocks:
+            raise ValueError(
+                f"`torch_compile` compiles the repeated blocks of a denoiser, and {type(denoiser).__name__} names "
+                "none; leave it out."
+            )
+        for block in blocks:
+            block.compile(**self._compile_kwargs)
 
     def _freeze_unused(self) -> None:
         """Freezes parameters that no gradient reaches (Qwen-Image's last block has six): DDP would wait for them."""
@@ -373,11 +428,13 @@ class DiffusionTrainer(_BaseTrainer):
         gradients: call what this yields when only that one is left.
 
         DDP decides at the forward pass, so the release must come before the forward passes of that step; accelerate's
-        DeepSpeed wrapper calls `engine.step()` in every backward pass while `sync_gradients` is set.
+        DeepSpeed wrapper calls `engine.step()` in every backward pass while `sync_gradients` is set. Until then FSDP
+        holds whole gradients; accelerate's `sync_each_batch` is the way to ask for a reduction in each backward pass.
         """
         state = self.accelerator.gradient_state
         stack = contextlib.ExitStack()
-        if state.sync_gradients and num_backwards > 1:
+        holds = self.is_deepspeed_enabled or not state.plugin_kwargs.get("sync_each_batch", False)
+        if holds and state.sync_gradients and num_backwards > 1:
             state._set_sync_gradients(False)
             stack.callback(state._set_sync_gradients, True)
             stack.enter_context(self.accelerator.no_sync(model))
@@ -615,18 +672,30 @@ class DiffusionTrainer(_BaseTrainer):
         weights."""
         output_dir = output_dir or self.args.output_dir
         with self.ema_weights():
-            super().save_model(output_dir, _internal_call)
+            self._save(output_dir, self._gathered_state())
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         if self.ema is not None and is_checkpoint(output_dir) and self.args.should_save:
             raw = {f"raw.{i}": p.detach() for i, p in enumerate(self.trainable_parameters)}
             averaged = {f"ema.{i}": p for i, p in enumerate(self.ema.shadow_params)}
             save_file({key: value.contiguous() for key, value in (raw | averaged).items()}, Path(output_dir, EMA_NAME))
+
+    def _gathered_state(self) -> dict[str, Tensor] | None:
+        """The weights of a sharded student (of a LoRA the trained ones alone; Trainer would gather the frozen backbone
+        too), whole on the first process, called on all; `None` if they are not sharded."""
+        if self.is_fsdp_enabled:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=self.trains_lora)
+            return get_model_state_dict(self.model, options=options)
+        if hf_deepspeed.is_deepspeed_zero3_enabled() and self.deepspeed is not None:
+            return self.deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=self.trains_lora)
+        return None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
         output_dir = output_dir or self.args.output_dir
         os.makedirs(output_dir, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self.accelerator.unwrap_model(self.model)
         if self.trains_lora:
             layers = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=STUDENT_ADAPTER)
             # Without the metadata a reload would take lora_alpha = r
@@ -635,7 +704,7 @@ class DiffusionTrainer(_BaseTrainer):
                 output_dir, **{f"{self.denoiser_name}_lora_layers": layers}, **metadata
             )
         else:
-            # `ModelMixin.save_pretrained` takes no state dict, but a sharded engine hands over the gathered one
+            # `ModelMixin.save_pretrained` takes no state dict
             if state_dict is not None:
                 model.state_dict = lambda *args, **kwargs: state_dict
             try:
@@ -725,7 +794,12 @@ class DiffusionTrainer(_BaseTrainer):
         if self.is_world_process_zero() and self.args.hub_strategy != "end" and not busy:
             output_dir = Path(self.args.output_dir)
             if not self.trains_lora and not (output_dir / "model_index.json").is_file():
-                self.pipeline.save_pretrained(output_dir)
+                # Its denoiser, which may be sharded, is copied from the checkpoint
+                self.model.save_pretrained = lambda *args, **kwargs: None
+                try:
+                    self.pipeline.save_pretrained(output_dir)
+                finally:
+                    del self.model.save_pretrained
             for source in Path(checkpoint_folder).iterdir():
                 if source.name in self._published_names:
                     copy_entry = shutil.copytree if source.is_dir() else shutil.copy

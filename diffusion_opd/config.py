@@ -10,6 +10,7 @@ from trl.trainer.base_config import _BaseConfig
 from .transitions import TRANSITIONS
 
 OBJECTIVES = ("kl", "velocity", "policy_gradient")
+TEACHER_PLACEMENTS = ("device", "cpu", "sharded")
 
 # What the trainer itself hands to the pipeline's `__call__`
 RESERVED_CALL_KWARGS = frozenset(
@@ -206,6 +207,11 @@ class DiffusionOPDConfig(DiffusionConfig):
             `"kl"`: `|mu_S - mu_T|^2 / (2 std^2)` with the true std of the step, `|mu_S - mu_T|^2 / 2` for a
             deterministic step. `"velocity"`: `(v_S - v_T)^2`. `"policy_gradient"`: the PPO-style surrogate, for
             comparison only.
+        teacher_placement (`str`, *optional*, defaults to `"device"`):
+            Where denoisers wait that are the teachers' own (a LoRA teacher is an adapter of the student's denoiser; of
+            a student that is trained in full, of one frozen copy). `"device"`: whole on every device. `"cpu"`: in CPU
+            memory, each brought to the device for the micro-batches of its task. `"sharded"`: over the processes, by
+            the engine that shards the student (FSDP2 or ZeRO-3).
     """
 
     transition: str = field(default="ode", metadata={"help": "How the student moves.", "choices": list(TRANSITIONS)})
@@ -213,11 +219,19 @@ class DiffusionOPDConfig(DiffusionConfig):
         default=None, metadata={"help": "Noise of the transition. None: 0.7 for the SDEs and CPS, 0 else."}
     )
     objective: str = field(default="kl", metadata={"help": "What is asked of it.", "choices": list(OBJECTIVES)})
+    teacher_placement: str = field(
+        default="device",
+        metadata={"help": "Where denoisers wait that are the teachers' own.", "choices": list(TEACHER_PLACEMENTS)},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.objective not in OBJECTIVES:
             raise ValueError(f"`objective` must be one of {list(OBJECTIVES)}, got {self.objective!r}.")
+        if self.teacher_placement not in TEACHER_PLACEMENTS:
+            raise ValueError(
+                f"`teacher_placement` must be one of {list(TEACHER_PLACEMENTS)}, got {self.teacher_placement!r}."
+            )
         if self.noise_level is None:
             self.noise_level = 0.0 if self.transition in ("ode", "ddim") else 0.7
         check_noise(self.transition, self.noise_level)

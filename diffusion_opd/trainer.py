@@ -6,10 +6,11 @@ state it visits, the task's teacher says what it would have done there; the clos
 backpropagated at once. Rollout and gradient are one pass, inside the pipeline's own `__call__` (see policy.py).
 """
 
+import contextlib
 import copy
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput, set_seed
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
 from . import objectives
-from .base_trainer import CHECK_PROMPTS, DiffusionTrainer, load_student, no_zero_init, whole_cycles
+from .base_trainer import CHECK_PROMPTS, DiffusionTrainer, load_student, whole_cycles, whole_modules
 from .config import DiffusionOPDConfig, check_call_kwargs
-from .policy import Policy, Step
+from .policy import Policy, Step, denoiser_name
 from .sampling import PROMPT, TEACHER, is_prompt, routed_dataset
 from .teachers import (
     MANIFEST_NAME,
@@ -128,7 +131,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
         set_seed(args.seed)
         pipeline = load_student(model, args, peft_config)
-        with no_zero_init():
+        with whole_modules():
             loaded = load_teachers(specs, pipeline, peft_config is not None, args.mixed_dtype)
         super().__init__(
             pipeline,
@@ -139,10 +142,14 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        # In another dtype the same weights predict other numbers; and where they are placed they may be shards
+        copies = {
+            teacher.id
+            for teacher in loaded
+            if teacher.adapter is None and same_weights(getattr(teacher.pipeline, self.denoiser_name), self.model)
+        }
         for teacher in loaded:
-            for part in teacher.pipeline.components.values():
-                if isinstance(part, nn.Module):
-                    part.to(self.accelerator.device)
+            self._place(teacher.pipeline)
         self.loaded_teachers = {teacher.id: teacher for teacher in loaded}
         self.teachers = {
             teacher.id: Policy(
@@ -155,15 +162,54 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             for teacher in loaded
         }
         self._micro_step = 0
-        self._check_parties()
+        self._check_parties(copies)
+        for denoiser in {id(teacher.denoiser): teacher.denoiser for teacher in self.teachers.values()}.values():
+            if denoiser is not self.model:
+                self._compile(denoiser)
 
-    def _check_parties(self) -> None:
-        """Asks everybody once: refuses what does not fit, warns about a teacher with nothing to teach."""
+    # Where teachers wait
+
+    def _place(self, pipeline: DiffusionPipeline) -> None:
+        denoiser, placement = getattr(pipeline, denoiser_name(pipeline)), self.args.teacher_placement
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module) and not (part is denoiser is not self.model and placement == "cpu"):
+                part.to(self.accelerator.device)
+        if denoiser is self.model or placement != "sharded":
+            return
+        if self.is_fsdp_enabled:
+            prepare_fsdp(denoiser, self.accelerator)
+        elif is_deepspeed_zero3_enabled():
+            if not hasattr(next(denoiser.parameters()), "ds_id"):  # one copy hosts all LoRA teachers
+                prepare_deepspeed(denoiser, self.accelerator)
+        else:
+            raise ValueError(
+                "`teacher_placement='sharded'` needs an engine that shards parameters (FSDP2 or ZeRO-3), and this run "
+                f"is {self.accelerator.distributed_type.value}; use 'cpu', or start it with such a config."
+            )
+
+    @contextlib.contextmanager
+    def _present(self, task: str) -> Iterator[None]:
+        """The task's teacher is on the device."""
+        denoiser = self.teachers[task].denoiser
+        if self.args.teacher_placement != "cpu" or denoiser is self.model:
+            yield
+            return
+        with self.stopwatch.section("placement"):
+            denoiser.to(self.accelerator.device)
+        try:
+            yield
+        finally:
+            with self.stopwatch.section("placement"):
+                denoiser.to("cpu")
+
+    def _check_parties(self, copies: set[str]) -> None:
+        """Asks everybody once: refuses what does not fit, warns about a teacher with nothing to teach: the `copies` of
+        the student, and what predicts as it does."""
         args, step = self.args, self._first_step
         needs_noise = args.noise_level > 0 and args.objective != "velocity"
         self.kernel = self.choose_kernel(args.transition, args.noise_level, needs_noise)
         for key, teacher in self.teachers.items():
-            with self.autocast(teacher.denoiser):
+            with self._present(key), self.autocast(teacher.denoiser):
                 source = self.loaded_teachers[key].spec.source
                 try:
                     teacher.self_check(CHECK_PROMPTS, args.num_learnt_steps)
@@ -179,12 +225,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                         f"teacher {key!r} ({source}) predicts {tuple(prediction.shape)} at the student's states, the "
                         f"student predicts {tuple(step.prediction.shape)}."
                     )
-                unchanged = torch.equal(prediction, step.prediction)
-                if self.loaded_teachers[key].adapter is None:  # in another dtype it predicts other numbers
-                    unchanged |= same_weights(
-                        getattr(self.loaded_teachers[key].pipeline, self.denoiser_name), self.model
-                    )
-                if unchanged:
+                if key in copies or torch.equal(prediction, step.prediction):
                     logger.warning(
                         f"Teacher {key!r} ({source}) predicts exactly what the untrained student predicts: there is "
                         "nothing to learn from it."
@@ -205,7 +246,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         scale = 1 / (self.args.num_learnt_steps * self.current_gradient_accumulation_steps)
         losses = []
 
-        with self._held_gradient_sync(model, self.args.num_learnt_steps) as release_sync:
+        held_sync = self._held_gradient_sync(model, self.args.num_learnt_steps)
+        with self._present(task), held_sync as release_sync:
 
             def learn(step: Step) -> Tensor:
                 loss, kl, next_state = self._compare(step, prompts, task, generators)
@@ -317,7 +359,10 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             kls.append(kl)
             return next_state
 
-        with self.autocast(self.model):  # before the first `train()` the denoiser is not wrapped in it
+        with (
+            self._present(task),
+            self.autocast(self.model),
+        ):  # before the first `train()` the denoiser is not wrapped in it
             self.student.rollout(prompts, generators, watch, self.args.num_learnt_steps)
         self.memo.clear()
         return torch.stack(losses).mean(0), torch.stack(kls).mean(0)

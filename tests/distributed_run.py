@@ -1,6 +1,6 @@
 """One small run in however many processes it is started with; rank 0 writes what it saw as JSON.
 
-Started by test_distributed.py: `torchrun ... distributed_run.py OUT --engine ddp --batch 2 --mode lora`.
+Started by test_distributed.py: `accelerate launch ... distributed_run.py OUT --engine ddp --batch 2 --mode lora`.
 """
 
 import argparse
@@ -13,50 +13,63 @@ from tests import conftest  # noqa: F401  (no network, one thread)
 parser = argparse.ArgumentParser()
 parser.add_argument("out", type=Path)
 parser.add_argument("--method", choices=["opd", "nft", "grpo"], default="opd")
-parser.add_argument("--engine", choices=["none", "ddp", "zero2"], default="none")
+parser.add_argument("--engine", choices=["none", "ddp", "zero1", "zero2", "zero3", "fsdp2"], default="none")
 parser.add_argument("--batch", type=int, required=True)
 parser.add_argument("--mode", choices=["lora", "full"], default="lora")
 parser.add_argument("--family", default="sd3")
 parser.add_argument("--transition", default="ode")
+parser.add_argument("--teacher_placement", default="device")
 parser.add_argument("--resume", help="a checkpoint")
 parser.add_argument("--bf16", action="store_true")
+parser.add_argument("--sync_each_batch", action="store_true")
+parser.add_argument("--activation_checkpointing", action="store_true")
+parser.add_argument("--images", action="store_true", help="draw, and evaluate, at the end")
 options = parser.parse_args()
-if options.engine == "zero2":
+uses_deepspeed = options.engine.startswith("zero")
+if uses_deepspeed:
     os.environ["DS_ACCELERATOR"] = "cpu"
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 import diffusion_opd  # noqa: E402
+from tests.cpu_engines import Wire, fsdp_on_cpu  # noqa: E402
+from tests.test_teachers import save_peft  # noqa: E402
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS  # noqa: E402
 
-counts = {"all_reduces": 0, "engine_steps": 0}
+if options.engine == "fsdp2":
+    fsdp_on_cpu()
 
 
 class Count(TrainerCallback):
-    """Counts what goes over the wire, at the engine itself."""
+    """What crosses the wire from the first gradient of a step to its update."""
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        wrapped = trainer.model_wrapped
-        if options.engine == "ddp":
+    def __init__(self):
+        self.steps = []
 
-            def hook(group, bucket):
-                counts["all_reduces"] += 1
-                return allreduce_hook(group, bucket)
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.wire = Wire()
+        self.wire.__enter__()
 
-            wrapped.register_comm_hook(None, hook)
-        if options.engine == "zero2":
-            step = wrapped.step
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.wire.__exit__(None, None, None)
+        self.steps.append(self.wire.counts)
 
-            def counted(*args, **kwargs):
-                counts["engine_steps"] += 1
-                return step(*args, **kwargs)
 
-            wrapped.step = counted
+def whole(parameter: nn.Parameter) -> torch.Tensor:
+    if isinstance(parameter, DTensor):
+        return parameter.detach().full_tensor()
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.detach()
 
 
 student = BUILDERS[options.family](0)
@@ -66,6 +79,7 @@ if options.bf16:  # loaded from a folder, its frozen parts are in half precision
     student = str(folder)
 settings = dict(
     per_device_train_batch_size=options.batch,
+    per_device_eval_batch_size=options.batch,
     max_steps=3,
     logging_steps=1,
     save_steps=1,
@@ -74,14 +88,21 @@ settings = dict(
     max_grad_norm=1.0,
     num_inference_steps=4,
     disable_tqdm=True,
-    image_steps=0,
-    use_cpu=options.engine != "zero2",
-    ddp_backend="gloo" if options.engine == "zero2" else None,
+    activation_checkpointing=options.activation_checkpointing,
+    accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": options.sync_each_batch}},
+    image_steps=3 if options.images else 0,
+    use_cpu=options.engine in ("none", "ddp"),
+    ddp_backend="gloo" if uses_deepspeed else None,
 )
 if options.method == "opd":
-    settings |= dict(transition=options.transition, call_kwargs=CALL[options.family])
+    settings |= dict(transition=options.transition, teacher_placement=options.teacher_placement)
+    settings |= dict(call_kwargs=CALL[options.family])
     config_class, trainer_class = diffusion_opd.DiffusionOPDConfig, diffusion_opd.DiffusionOPDTrainer
-    judges = {"a": BUILDERS[options.family](1), "b": BUILDERS[options.family](2)}
+    # One of each kind: an adapter of the student's denoiser (or of a copy of it), and a denoiser of its own
+    lora = save_peft(options.out / f"teacher-{os.environ.get('RANK', 0)}", options.family)
+    judges = {"a": str(lora), "b": BUILDERS[options.family](2)}
+    if options.images:
+        settings |= dict(eval_strategy="steps", eval_steps=3)
 else:
     # Groups of eight over two micro-batches of four; two optimizer steps on each rollout
     settings |= dict(num_generations=8, gradient_accumulation_steps=4, num_iterations=2, beta=0.1)
@@ -104,16 +125,24 @@ trainer = trainer_class(
     judges,
     args,
     train_dataset=prompts,
-    callbacks=[Count()],
+    eval_dataset=prompts if options.images else None,
+    callbacks=[counted := Count()],
     peft_config=LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
     if options.mode == "lora"
     else None,
 )
 trainer.train(resume_from_checkpoint=options.resume)
 
-weights = torch.cat([p.detach().float().flatten() for p in trainer.trainable_parameters])
+weights = torch.cat([whole(p).float().flatten() for p in trainer.trainable_parameters])
 everyone = trainer.accelerator.gather(weights[None])
+
+
+def num_sharded(denoiser: nn.Module) -> int:
+    return sum(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in denoiser.parameters())
+
+
 history = [entry for entry in trainer.state.log_history if "loss" in entry]
+teachers = trainer.teachers.values() if options.method == "opd" else []
 judged = "kl/a" if options.method == "opd" else "reward/a"
 if trainer.is_world_process_zero():
     result = {
@@ -122,11 +151,14 @@ if trainer.is_world_process_zero():
         "wrapper": type(trainer.model_wrapped).__name__,
         "losses": [entry["loss"] for entry in history],
         "judged": [entry[judged] for entry in history if judged in entry],
+        "evaluated": [entry["eval_kl"] for entry in trainer.state.log_history if "eval_kl" in entry],
         "grad_norms": [entry["grad_norm"] for entry in history],
         "weights": weights.tolist(),
         "names": [name for name, p in trainer.model.named_parameters() if p.requires_grad],
         "ranks_agree": bool((everyone == everyone[0]).all()),
-        **counts,
+        "num_sharded": num_sharded(trainer.model),
+        "num_sharded_of_teachers": [num_sharded(teacher.denoiser) for teacher in teachers],
+        "wire": counted.steps,
     }
     (options.out / "result.json").write_text(json.dumps(result))
 trainer.end()

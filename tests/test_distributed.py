@@ -1,39 +1,76 @@
 """Two processes give what one gives: same losses, gradients and weights, and gradients cross the wire once a step."""
 
+import functools
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.tiny_pipelines import BUILDERS, denoiser
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
+CONFIGS = SCRIPT.parents[1] / "diffusion_opd" / "accelerate_configs"
+CONFIG = {"ddp": "multi_gpu", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
+# Under accelerate's names on a CPU; FSDP's is the one that distributed_run.py hands it
+TYPES = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
+WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPSD3Transformer2DModel"}
 
 
-def run(out: Path, *options: str, processes: int = 1, launcher: list[str] | None = None) -> dict:
-    out.mkdir()
+def run(out: Path, *options: str, engine: str | None = None, launcher: tuple[str, ...] = ()) -> dict:
+    """In one process, or in two under an engine, launched with the config that the package ships for it."""
+    out.mkdir(exist_ok=True)
     command = [sys.executable, str(SCRIPT)]
-    if processes > 1:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [*(launcher or torchrun), str(SCRIPT)]
+    if engine is not None:
+        config = CONFIGS / f"{CONFIG[engine]}.yaml"
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+        command += ["--num_processes", "2", "--main_process_port", "0", *launcher, str(SCRIPT)]
+        options = (*options, "--engine", engine)
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
     done = subprocess.run([*command, str(out), *options], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return json.loads((out / "result.json").read_text())
 
 
-def assert_same_run(one: dict, two: dict, tolerance: float = 2e-5) -> None:
-    for key in ("losses", "judged", "grad_norms"):
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> Callable[..., tuple[Path, dict]]:
+    """The same run in one process with a batch of the same size, once for all engines."""
+
+    @functools.cache
+    def reference(*options: str) -> tuple[Path, dict]:
+        out = tmp_path_factory.mktemp("one") / "run"
+        return out, run(out, "--batch", "4", *options)
+
+    return reference
+
+
+def assert_same_run(one: dict, two: dict, engine: str, tolerance: float = 2e-5) -> None:
+    assert TYPES[engine] in two["distributed_type"] and two["num_processes"] == 2
+    assert two["wrapper"] == WRAPPERS.get(engine, "DeepSpeedEngine")
+    assert (two["num_sharded"] > 0) == (engine in SHARDING)
+    for key in ("losses", "judged", "grad_norms", "evaluated"):
         assert two[key] == pytest.approx(one[key], rel=max(1e-4, 10 * tolerance), abs=1e-6), key
     # Adam divides by the gradient's own size, so float32 noise of a tiny gradient is not tiny in the weights
     a, b = torch.tensor(one["weights"]), torch.tensor(two["weights"])
     assert (a - b).norm() / a.norm() < tolerance
     assert two["ranks_agree"]
+
+
+def assert_same_pictures(one: Path, two: Path) -> None:
+    paths = sorted((one / "run" / "images" / "step_000003").glob("*.png"))
+    assert len(paths) == 4
+    for path in paths:
+        a, b = (np.asarray(Image.open(out / path.relative_to(one)), dtype=int) for out in (one, two))
+        assert np.abs(a - b).max() <= 1
 
 
 def assert_saved(out: Path, result: dict, family: str) -> None:
@@ -49,68 +86,122 @@ def assert_saved(out: Path, result: dict, family: str) -> None:
     assert torch.equal(saved, torch.tensor(result["weights"]))
 
 
-def assert_resumes(out: Path, result: dict, step: int = 2, **start: Any) -> None:
+def assert_resumes(out: Path, result: dict, *options: str, step: int = 2, **start: Any) -> None:
     """From its checkpoint at `step` a run ends as the undisturbed one."""
-    resume = ["--resume", str(out / "run" / f"checkpoint-{step}")]
-    options = [*start.pop("options"), *resume]
-    resumed = run(out.with_name("resumed"), *options, processes=2, **start)
+    checkpoint = str(out / "run" / f"checkpoint-{step}")
+    resumed = run(out.with_name("resumed"), *options, "--resume", checkpoint, **start)
     assert resumed["weights"] == result["weights"]
     for key in ("losses", "judged", "grad_norms"):
         assert resumed[key] == result[key]
     assert resumed["ranks_agree"]
 
 
+SHARDING = ("zero3", "fsdp2")  # the parameters too
+# What has trained parameters: two blocks; or these, what precedes and what follows them
+FSDP_GROUPS = {"lora": 2, "full": 4}
+# What reduces gradients, by engine
+REDUCE = {"ddp": "allreduce_", "zero1": "allreduce_", "zero2": "allreduce_"}
+REDUCE |= {"zero3": "_reduce_scatter_base_", "fsdp2": "_reduce_scatter_base_"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("engine", list(CONFIG))
+def test_two_processes_equal_one(tmp_path, one_process, engine, mode):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    out, one = one_process("--mode", mode, "--images")
+    options = ["--batch", "2", "--mode", mode, "--images"]
+    if shards := engine in SHARDING and mode == "full":
+        options += ["--teacher_placement", "sharded"]
+    two = run(tmp_path / "two", *options, engine=engine)
+    assert_same_run(one, two, engine)
+    assert_same_pictures(out, tmp_path / "two")
+    assert_saved(tmp_path / "two", two, "sd3")
+    assert_resumes(tmp_path / "two", two, *options, engine=engine)
+
+    assert [number > 0 for number in two["num_sharded_of_teachers"]] == [engine in SHARDING, shards]
+    # 2 tasks x 3 learnt steps = 6 backward passes an optimizer step. ZeRO-2 and 3 reduce in each of them by design
+    for wire in two["wire"]:
+        times, size = wire[REDUCE[engine]]
+        whole = 4 * len(two["weights"])
+        if engine == "fsdp2":
+            assert times == FSDP_GROUPS[mode] and size == pytest.approx(1.5 * whole, rel=0.01)
+        elif engine == "zero2":
+            assert times == 6 and size == 6 * whole
+        elif engine == "zero3":
+            assert times == 6 and size == pytest.approx(6 * 1.5 * whole, rel=0.01)
+        else:
+            assert times == 1 and size == whole
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "family", "transition"),
-    [("lora", "sd3", "flow_sde"), ("full", "sd3", "ode"), ("lora", "wan", "ode"), ("full", "qwenimage", "ode")],
+    [("lora", "sd3", "flow_sde"), ("lora", "wan", "ode"), ("full", "qwenimage", "ode")],
 )
-def test_ddp_equals_one_process(tmp_path, mode, family, transition):
+def test_ddp_on_other_families_and_transitions(tmp_path, one_process, mode, family, transition):
     options = ["--mode", mode, "--family", family, "--transition", transition]
-    one = run(tmp_path / "one", "--batch", "4", *options)
-    options += ["--batch", "2", "--engine", "ddp"]
-    two = run(tmp_path / "two", *options, processes=2)
-    assert (two["wrapper"], two["num_processes"]) == ("DistributedDataParallel", 2)
-    assert "MULTI_CPU" in two["distributed_type"]
-    assert_same_run(one, two)
-    # 2 tasks x 3 learnt steps = 6 backward passes an optimizer step, one synchronisation (a tiny model is one bucket)
-    assert two["all_reduces"] == 3
+    _, one = one_process(*options)
+    two = run(tmp_path / "two", "--batch", "2", *options, engine="ddp")
+    assert_same_run(one, two, "ddp")
     assert_saved(tmp_path / "two", two, family)
-    assert_resumes(tmp_path / "two", two, options=options)
-
-
-def zero2_launcher(precision: str) -> list[str]:
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--zero_stage", "2"]
-    launcher += ["--num_processes", "2", "--num_machines", "1", "--dynamo_backend", "no"]
-    return [*launcher, "--mixed_precision", precision]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["lora", "full"])
-def test_zero2_equals_one_process(tmp_path, mode):
-    pytest.importorskip("deepspeed")
-    launcher = zero2_launcher("no")
-    one = run(tmp_path / "one", "--batch", "4", "--mode", mode)
-    options = ["--batch", "2", "--engine", "zero2", "--mode", mode]
-    two = run(tmp_path / "two", *options, processes=2, launcher=launcher)
-    assert (two["wrapper"], two["num_processes"]) == ("DeepSpeedEngine", 2)
-    assert "DEEPSPEED" in two["distributed_type"]
-    assert_same_run(one, two)
-    assert two["engine_steps"] == 3
+def test_two_nodes(tmp_path, one_process):
+    """Two launchers that find each other by address, each with one process: as on two machines."""
+    _, one = one_process("--mode", "lora", "--images")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    node = ("--config_file", str(CONFIGS / "multi_node.yaml"), "--main_process_port", port)
+    with ThreadPoolExecutor() as pool:
+        options = ["--batch", "2", "--mode", "lora", "--images"]
+        nodes = [
+            pool.submit(run, tmp_path / "two", *options, engine="ddp", launcher=(*node, "--machine_rank", str(rank)))
+            for rank in range(2)
+        ]
+    two = nodes[0].result()
+    assert_same_run(one, two, "ddp")
     assert_saved(tmp_path / "two", two, "sd3")
-    assert_resumes(tmp_path / "two", two, options=options, launcher=launcher)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["lora", "full"])
-def test_zero2_in_mixed_precision(tmp_path, mode):
-    """The engine casts the student and nothing else: encoders, teachers and start-up checks must meet its dtype."""
+def test_an_optimizer_offloaded_to_the_cpu(tmp_path, one_process):
     pytest.importorskip("deepspeed")
-    one = run(tmp_path / "one", "--batch", "4", "--mode", mode)
-    options = ["--batch", "2", "--engine", "zero2", "--mode", mode, "--bf16"]
-    two = run(tmp_path / "two", *options, processes=2, launcher=zero2_launcher("bf16"))
-    assert two["wrapper"] == "DeepSpeedEngine" and two["ranks_agree"]
-    assert two["losses"] == pytest.approx(one["losses"], rel=0.05)
+    _, one = one_process("--mode", "full", "--images")
+    options = ["--batch", "2", "--mode", "full", "--images"]
+    two = run(tmp_path / "two", *options, engine="zero2", launcher=("--offload_optimizer_device", "cpu"))
+    assert_same_run(one, two, "zero2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "tolerance"), [("ddp", 1e-3), ("fsdp2", 5e-3), ("zero2", 0.05), ("zero3", 0.05)])
+def test_mixed_precision(tmp_path, one_process, engine, tolerance):
+    """DeepSpeed casts the student, its inputs, and nothing else: encoders, teachers and start-up checks must meet its
+    dtype."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    for mode in ("lora", "full"):
+        options = ["--mode", mode, "--bf16"]
+        _, one = one_process(*options)
+        launcher = ("--mixed_precision", "bf16")
+        two = run(tmp_path / mode, "--batch", "2", *options, engine=engine, launcher=launcher)
+        assert two["wrapper"] == WRAPPERS.get(engine, "DeepSpeedEngine") and two["ranks_agree"]
+        assert two["losses"] == pytest.approx(one["losses"], rel=tolerance)
+        assert two["grad_norms"] == pytest.approx(one["grad_norms"], rel=max(tolerance, 0.01))
+
+
+@pytest.mark.slow
+def test_fsdp_reduces_in_each_backward_pass_if_asked_and_recomputes_activations(tmp_path, one_process):
+    """So that it never holds whole gradients; and the recomputation gathers the blocks anew, after a LoRA teacher used
+    them under its own adapter."""
+    _, one = one_process("--mode", "lora", "--images")
+    options = ["--batch", "2", "--mode", "lora", "--images", "--sync_each_batch", "--activation_checkpointing"]
+    two = run(tmp_path / "two", *options, engine="fsdp2")
+    assert_same_run(one, two, "fsdp2")
+    assert [wire[REDUCE["fsdp2"]][0] for wire in two["wire"]] == [6 * FSDP_GROUPS["lora"]] * 3
 
 
 # Groups of samples that span micro-batches and processes; a float's last digit may move a pixel by one of 255 shades
@@ -118,31 +209,73 @@ REWARDS = 1e-4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "mode"), [("nft", "lora"), ("grpo", "lora"), ("nft", "full")])
-def test_learning_from_rewards_in_ddp_equals_one_process(tmp_path, method, mode):
+@pytest.mark.parametrize(
+    ("method", "mode", "engine"),
+    [
+        ("nft", "lora", "ddp"),
+        ("grpo", "lora", "ddp"),
+        ("nft", "full", "ddp"),
+        ("nft", "lora", "zero2"),
+        ("grpo", "full", "zero2"),
+        ("grpo", "lora", "zero3"),
+        ("grpo", "lora", "fsdp2"),
+    ],
+)
+def test_learning_from_rewards_in_two_processes_equals_one(tmp_path, one_process, method, mode, engine):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
     options = ["--method", method, "--mode", mode]
-    one = run(tmp_path / "one", "--batch", "4", *options)
-    options += ["--batch", "2", "--engine", "ddp"]
-    two = run(tmp_path / "two", *options, processes=2)
-    assert (two["wrapper"], two["num_processes"]) == ("DistributedDataParallel", 2)
-    assert_same_run(one, two, REWARDS)
-    # 2 tasks x 2 micro-batches x 3 learnt steps = 12 backward passes an optimizer step
-    assert two["all_reduces"] == 3
+    _, one = one_process(*options)
+    options += ["--batch", "2"]
+    two = run(tmp_path / "two", *options, engine=engine)
+    assert_same_run(one, two, engine, REWARDS)
     assert_saved(tmp_path / "two", two, "sd3")
     # Between two optimizer steps on one rollout: each process has its own samples
-    assert_resumes(tmp_path / "two", two, step=1, options=options)
+    assert_resumes(tmp_path / "two", two, *options, step=1, engine=engine)
+
+
+REFUSED = """
+import sys, torch
+import tests.conftest
+from datasets import Dataset
+from accelerate.utils import FullyShardedDataParallelPlugin
+from tests.cpu_engines import fsdp_on_cpu
+from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS
+from peft import LoraConfig
+from diffusion_opd import DiffusionNFTConfig, DiffusionNFTTrainer, DiffusionOPDConfig, DiffusionOPDTrainer
+
+fsdp_on_cpu()
+rows = Dataset.from_dict({"prompt": ["a", "b"]})
+common = dict(num_inference_steps=2, call_kwargs=CALL["sd3"], report_to="none", num_generations=2)
+
+
+def attempt(trainer_class, config_class, judge, peft_config=LoraConfig(target_modules=LORA_TARGETS), **settings):
+    settings = {key: value for key, value in (common | settings).items() if key in config_class.__dataclass_fields__}
+    try:
+        trainer_class(BUILDERS["sd3"](0), judge, config_class(sys.argv[1], **settings), rows, peft_config=peft_config)
+    except ValueError as error:
+        print("REFUSED", error)
+
+
+attempt(DiffusionOPDTrainer, DiffusionOPDConfig, BUILDERS["sd3"](1), ema_decay=0.9)
+attempt(DiffusionNFTTrainer, DiffusionNFTConfig, lambda images, **kwargs: [0.0] * len(images))
+from accelerate.state import AcceleratorState
+AcceleratorState().fsdp_plugin.fsdp_version = 1
+attempt(DiffusionOPDTrainer, DiffusionOPDConfig, BUILDERS["sd3"](1))
+"""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "mode"), [("nft", "lora"), ("grpo", "full")])
-def test_learning_from_rewards_in_zero2_equals_one_process(tmp_path, method, mode):
-    pytest.importorskip("deepspeed")
-    options = ["--method", method, "--mode", mode]
-    one = run(tmp_path / "one", "--batch", "4", *options)
-    options += ["--batch", "2", "--engine", "zero2"]
-    two = run(tmp_path / "two", *options, processes=2, launcher=zero2_launcher("no"))
-    assert (two["wrapper"], two["num_processes"]) == ("DeepSpeedEngine", 2)
-    assert_same_run(one, two, REWARDS)
-    assert two["engine_steps"] == 3
-    assert_saved(tmp_path / "two", two, "sd3")
-    assert_resumes(tmp_path / "two", two, step=1, options=options, launcher=zero2_launcher("no"))
+def test_what_does_not_work_with_sharded_parameters_is_refused(tmp_path):
+    script = tmp_path / "refused.py"
+    script.write_text(REFUSED)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "fsdp2.yaml")]
+    command += ["--num_processes", "1", "--main_process_port", "0", str(script), str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
+    refused = [line for line in done.stdout.splitlines() if line.startswith("REFUSED")]
+    assert len(refused) == 3, done.stdout
+    assert "`ema_decay` does not work with sharded parameters (ZeRO-3, FSDP)" in refused[0]
+    assert "old policy follows the trained parameters one by one" in refused[1]
+    assert "set `fsdp_version: 2`" in refused[2]

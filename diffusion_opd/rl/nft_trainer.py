@@ -11,6 +11,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..objectives import velocity
 from ..policy import Step
@@ -86,6 +87,11 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
     }
 
     def _prepare(self) -> None:
+        if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
+            raise ValueError(
+                "DiffusionNFT's old policy follows the trained parameters one by one, which does not work where they "
+                "are sharded (ZeRO-3, FSDP); use ZeRO-2 or DDP."
+            )
         self.old = self._frozen_policy(OLD_ADAPTER, torch.float32)
         if self.trains_lora:
             trained = {id(parameter) for parameter in self.trainable_parameters}
