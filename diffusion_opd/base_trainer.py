@@ -294,6 +294,11 @@ class DiffusionTrainer(_BaseTrainer):
                     "FSDP version 1 flattens frozen and trained parameters into one; set `fsdp_version: 2` (as "
                     "`diffusion_opd/accelerate_configs/fsdp2.yaml` does)."
                 )
+            if plugin.activation_checkpointing:
+                raise ValueError(
+                    "`fsdp_activation_checkpointing` renames the modules that are saved; leave it out, and set "
+                    "`activation_checkpointing` of the training arguments."
+                )
             plugin.cpu_ram_efficient_loading = False  # every process has loaded, and asked, the whole model
             if plugin.mixed_precision_policy is not None:
                 # accelerate's own would round the timesteps, and add up the gradients of all learnt steps in bfloat16;

@@ -235,10 +235,10 @@ def test_learning_from_rewards_in_two_processes_equals_one(tmp_path, one_process
 
 
 REFUSED = """
-import sys, torch
+import os, sys
 import tests.conftest
-from datasets import Dataset
 from accelerate.utils import FullyShardedDataParallelPlugin
+from datasets import Dataset
 from tests.cpu_engines import fsdp_on_cpu
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS
 from peft import LoraConfig
@@ -259,8 +259,10 @@ def attempt(trainer_class, config_class, judge, peft_config=LoraConfig(target_mo
 
 attempt(DiffusionOPDTrainer, DiffusionOPDConfig, BUILDERS["sd3"](1), ema_decay=0.9)
 attempt(DiffusionNFTTrainer, DiffusionNFTConfig, lambda images, **kwargs: [0.0] * len(images))
-from accelerate.state import AcceleratorState
-AcceleratorState().fsdp_plugin.fsdp_version = 1
+os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = "true"
+attempt(DiffusionOPDTrainer, DiffusionOPDConfig, BUILDERS["sd3"](1))
+made = FullyShardedDataParallelPlugin.__post_init__  # which wants a GPU for version 1
+FullyShardedDataParallelPlugin.__post_init__ = lambda self: (made(self), setattr(self, "fsdp_version", 1))
 attempt(DiffusionOPDTrainer, DiffusionOPDConfig, BUILDERS["sd3"](1))
 """
 
@@ -275,7 +277,8 @@ def test_what_does_not_work_with_sharded_parameters_is_refused(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
     refused = [line for line in done.stdout.splitlines() if line.startswith("REFUSED")]
-    assert len(refused) == 3, done.stdout
+    assert len(refused) == 4, done.stdout
     assert "`ema_decay` does not work with sharded parameters (ZeRO-3, FSDP)" in refused[0]
     assert "old policy follows the trained parameters one by one" in refused[1]
-    assert "set `fsdp_version: 2`" in refused[2]
+    assert "`fsdp_activation_checkpointing` renames the modules" in refused[2]
+    assert "set `fsdp_version: 2`" in refused[3]
