@@ -246,7 +246,8 @@ from diffusion_opd import DiffusionNFTConfig, DiffusionNFTTrainer, DiffusionOPDC
 
 fsdp_on_cpu()
 rows = Dataset.from_dict({"prompt": ["a", "b"]})
-common = dict(num_inference_steps=2, call_kwargs=CALL["sd3"], report_to="none", num_generations=2)
+call_kwargs = {key: value for key, value in CALL["sd3"].items() if key != "guidance_scale"}
+common = dict(num_inference_steps=2, call_kwargs=call_kwargs, guidance_scale=1.0, report_to="none", num_generations=2)
 
 
 def attempt(trainer_class, config_class, judge, peft_config=LoraConfig(target_modules=LORA_TARGETS), **settings):

@@ -11,7 +11,7 @@ of the library would write it.
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,12 @@ def distil(
     tasks: Sequence[Task] = TASKS,
     trainer_class: type[DiffusionOPDTrainer] = DiffusionOPDTrainer,
     num_scored: int = 20,
+    specialists: Mapping[Task, Path] | None = None,
     **settings: Any,
 ) -> tuple[DiffusionOPDTrainer, Scores, float]:
-    """One student from the specialists of `tasks`: the trainer, the scores on the way, and the seconds of training
-    alone."""
+    """One student from the specialists of `tasks` (folders of LoRAs; the shipped ones where `specialists` names none):
+    the trainer, the scores on the way, and the seconds of training alone."""
+    folders = {task: TEACHERS / task for task in tasks} | dict(specialists or {})
     args = DiffusionOPDConfig(
         str(output_dir),
         **sampling_kwargs()
@@ -93,7 +95,7 @@ def distil(
     )
     trainer = trainer_class(
         model=str(BASE),
-        teachers={task: str(TEACHERS / task) for task in tasks},
+        teachers={task: str(folder) for task, folder in folders.items()},
         args=args,
         train_dataset={task: training_prompts(task, seed) for task in tasks},
         peft_config=lora_config(rank=32),

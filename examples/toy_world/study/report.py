@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 TABLES = {
-    "One model for all tasks": ["opd", "grpo_guard_all", "nft_all", "nft_cascade"],
+    "One model for all tasks": ["opd", "opd_nft_text", "grpo_guard_all", "nft_all", "nft_cascade"],
     "Closed form and PPO-style": ["kl_noise_0.7", "ppo_noise_0.7"],
     "Noise level": ["kl_noise_0", "kl_noise_0.3", "kl_noise_0.7", "kl_noise_1.0"],
     "On-policy, off-policy, samples": ["opd_short", "off_policy_short", "sft_short"],

@@ -62,6 +62,20 @@ def rl(algorithm: str, budget: float, **settings: Any) -> Row:
     return Row(train, budget, own | {"max_steps": max_steps})
 
 
+def opd_nft_text() -> Row:
+    """DiffusionOPD whose text specialist is trained by DiffusionNFT, as long as `nft_all` trains text."""
+    steps = int(TOTAL / (len(TASKS) * NFT_COST))
+
+    def train(folder: Path, seed: int) -> StableDiffusion3Pipeline:
+        specialist = folder / "text"
+        if not (specialist / "pytorch_lora_weights.safetensors").is_file():
+            reinforce("nft", ["text"], specialist, seed, max_steps=steps, **NFT)
+        return distil(folder, seed, MAX_STEPS, num_scored=0, specialists={"text": specialist})[0].pipeline
+
+    evaluations = TOTAL + steps * NFT_COST - SPECIALIST_STEPS["text"] * GRPO_COST
+    return Row(train, evaluations, {"max_steps": MAX_STEPS, "steps of the specialist": steps})
+
+
 def cascade(budget: float, order: tuple[Task, ...]) -> Row:
     """NFT on one reward after another, each from the student of the one before, a share of the budget each."""
     max_steps = int(budget / len(order) / NFT_COST)
@@ -98,6 +112,7 @@ ROWS: dict[str, Row] = {
     "opd": opd(MAX_STEPS),
     "grpo_guard_all": rl("grpo", TOTAL),
     "nft_all": rl("nft", TOTAL),
+    "opd_nft_text": opd_nft_text(),
     "nft_cascade": cascade(TOTAL, ("text", "compose", "style")),
     # Closed form against PPO-style, and noise levels
     "kl_noise_0": sde(0.0),
