@@ -61,6 +61,7 @@ CHECK_PROMPTS = ["a cat", "a dog"]  # a batch, and short enough for any tokenize
 
 # Where NaN and Inf are looked for, causes before what follows from them
 NONFINITE = {
+    "rollout": "the rollout of task {!r}",
     "student": "the student's prediction for task {!r}",
     "teacher": "the prediction of teacher {!r}",
     "reference": "the frozen policy's prediction for task {!r}",
@@ -314,11 +315,6 @@ class DiffusionTrainer(_BaseTrainer):
             )
             args._n_gpu = 1
         super().__init__(model=model, args=args, data_collator=identity, **kwargs)
-        if args.nan_policy == "skip" and self.is_deepspeed_enabled:
-            raise ValueError(
-                "`nan_policy='skip'` does not work with DeepSpeed, which updates the weights within the backward pass; "
-                "use 'raise', or DDP."
-            )
         device = self.accelerator.device
         for part in pipeline.components.values():  # under DeepSpeed the denoiser too: Trainer leaves it where it is
             if isinstance(part, nn.Module):

@@ -158,6 +158,11 @@ class DiffusionConfig(_BaseConfig):
             raise ValueError(f"`ema_decay` must be in [0, 1) or None (off), got {self.ema_decay}.")
         if self.nan_policy not in NAN_POLICIES:
             raise ValueError(f"`nan_policy` must be one of {list(NAN_POLICIES)}, got {self.nan_policy!r}.")
+        if self.nan_policy == "skip" and self.deepspeed_plugin is not None:
+            raise ValueError(
+                "`nan_policy='skip'` does not work with DeepSpeed, which updates the weights within the backward pass; "
+                "use 'raise', or DDP."
+            )
         if self.accelerator_config.split_batches:
             raise ValueError(
                 "`accelerator_config={'split_batches': True}` would split a task's batch over the processes; leave it "

@@ -5,9 +5,13 @@ test_durable.py calls `run` in processes of its own, or starts this file with to
 """
 
 import argparse
+import math
 import os
+import resource
 import shutil
 import signal
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,12 +42,12 @@ class Die(TrainerCallback):
 
     "rollout:<n>": after the n-th forward pass of the student. "optimizer": when the weights are updated. "save:<n>":
     the n-th file that torch saves is half written. "list", "state": the same of checkpoint_files.json and
-    trainer_state.json. "rotate": an old checkpoint has lost its first file.
+    trainer_state.json. "rotate": an old checkpoint has lost its first file. With `of_all` the signal goes to torchrun.
     """
 
-    def __init__(self, place: str, end_with: int):
+    def __init__(self, place: str, end_with: int, of_all: bool):
         self.place, _, number = place.partition(":")
-        self.countdown, self.end_with = int(number or 1), end_with
+        self.countdown, self.end_with, self.of_all = int(number or 1), end_with, of_all
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         hooks = {"rollout": model.register_forward_hook, "optimizer": optimizer.optimizer.register_step_post_hook}
@@ -75,7 +79,36 @@ class Die(TrainerCallback):
         self.countdown -= 1
         if self.countdown == 0:
             harm()
-            os.kill(os.getpid(), self.end_with)
+            os.kill(os.getppid() if self.of_all else os.getpid(), self.end_with)
+            time.sleep(4)  # longer than a process waits before it minds a SIGTERM
+
+
+class Poison(TrainerCallback):
+    """Makes NaN of what a module predicts, in some optimizer steps."""
+
+    def __init__(self, steps: tuple[int, ...]):
+        self.steps, self.now = steps, False
+
+    def of(self, module: torch.nn.Module) -> "Poison":
+        module.register_forward_hook(lambda _, inputs, output: (output[0] * math.nan,) if self.now else None)
+        return self
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.now = state.global_step + 1 in self.steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.now = False
+
+
+class FullDisk(TrainerCallback):
+    """From optimizer step `DEATH` on no file can become larger than so many bytes."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == DEATH:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
 
 
 class Watch(TrainerCallback):
@@ -94,11 +127,13 @@ def run(
     die: str | None = None,
     end_with: int = signal.SIGKILL,
     dying_rank: int = 0,
+    of_all: bool = False,
+    disk: int | None = None,
     rank: int | None = None,
     world: int = 2,
     port: int = 0,
     resume: bool | str | None = None,
-    callbacks: tuple = (),
+    poisoned: tuple[int, tuple[int, ...]] | None = None,
     end: bool = False,
     **settings,
 ) -> None:
@@ -141,9 +176,11 @@ def run(
         judges,
         config_class(str(out / "run"), **settings),
         train_dataset={task: Dataset.from_dict({"prompt": [f"{task} {i}" for i in range(12)]}) for task in TASKS},
-        callbacks=[watch, *callbacks, *([Die(die, end_with)] if die and rank == dying_rank else [])],
+        callbacks=[watch, *([Die(die, end_with, of_all)] if die and rank == dying_rank else [])],
         peft_config=LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=LORA_TARGETS),
     )
+    if poisoned is not None and rank == poisoned[0]:  # the teacher of one process, at some steps
+        trainer.add_callback(Poison(poisoned[1]).of(trainer.teachers["b"].denoiser))
     step = trainer.training_step
 
     def watched_step(model, inputs, *args):
@@ -151,7 +188,13 @@ def run(
         return step(model, inputs, *args)
 
     trainer.training_step = watched_step
-    trainer.train(resume_from_checkpoint=resume)
+    if disk is not None:
+        trainer.add_callback(FullDisk(disk))
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except Exception:
+        (out / f"error_{rank}.txt").write_text(traceback.format_exc())
+        raise
     seen = {
         "begins_at": watch.begins_at,
         "ends_at": trainer.state.global_step,
@@ -174,7 +217,7 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--die")
     parser.add_argument("--end_with", type=int, default=signal.SIGKILL)
-    parser.add_argument("--dying_rank", type=int, default=0)
+    parser.add_argument("--of_all", action="store_true")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--enable_jit_checkpoint", action="store_true")
     parser.add_argument("--save_strategy", default="steps")

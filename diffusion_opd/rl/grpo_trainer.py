@@ -89,7 +89,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         timesteps, schedules, kept = [], [], {"states": [], "means": [], "noise": []}
 
         def visit(step: Step) -> Tensor:
-            self.watch("student", task, step.prediction)
+            self.watch("rollout", task, step.prediction)
             schedules.append(step.schedule)
             timesteps.append(step.timestep)
             if step.index not in window:

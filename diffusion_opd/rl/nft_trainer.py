@@ -101,7 +101,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         timesteps, last = [], {}
 
         def visit(step: Step) -> Tensor:
-            self.watch("reference", task, step.prediction)
+            self.watch("rollout", task, step.prediction)
             last.update(schedule=step.schedule, x_0=_move(self._ode, step))
             timesteps.append(step.timestep)
             return last["x_0"]
