@@ -88,15 +88,11 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
     [
         slow("rollout:3", 3, {}),
         slow("optimizer", 3, {}),
-        slow("save:1", 3, {}),
         ("save:2", 3, {}),
-        slow("save:4", 3, {}),
         slow("list", 3, {}),
         slow("state", 3, {"save_total_limit": 1}),
         slow("rotate", 4, {"save_total_limit": 1}),
         slow("rollout:3", 3, {"method": "nft"}),
-        slow("save:3", 3, {"method": "nft"}),
-        slow("optimizer", 3, {"method": "grpo"}),
         slow("save:4", 3, {"method": "grpo"}),
     ],
 )
@@ -333,8 +329,9 @@ def test_a_hub_that_goes_away(tmp_path):
 
 LOSE_THE_HUB = """
 import logging
-from huggingface_hub import HfApi
 from transformers import TrainerCallback
+from transformers.trainer_utils import HubStrategy
+from transformers.utils.hub import hf_api
 from diffusion_opd import base_trainer
 from diffusion_opd.checkpoints import last_checkpoint
 from tests.test_trainer import trainer_of
@@ -348,8 +345,8 @@ base_trainer.logger.logger.addHandler(Keep())
 class Unplug(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 2:
-            from transformers.utils.hub import hf_api
             hf_api().endpoint = "http://127.0.0.1:9"  # where nobody listens
+            args.hub_strategy = HubStrategy.EVERY_SAVE  # each upload tries for half a minute
 
 trainer = trainer_of(
     "out", push_to_hub=True, hub_model_id="me/out", hub_always_push=True, hub_strategy="checkpoint", max_steps=3,
