@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -40,10 +41,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
+from .checkpoints import last_checkpoint, remove_half_written, seal, unseal, what_is_torn
 from .config import DiffusionConfig
 from .policy import Policy, PromptMemo, Routed, Step, denoiser_name, is_flow, tuner_layers
 from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, seed_of
@@ -58,6 +61,15 @@ EMA_NAME = "ema_and_raw_weights.safetensors"
 IMAGES_DIR = "images"
 GRAPHS_PER_PARTY = 8  # with and without gradient, and for a few shapes
 CHECK_PROMPTS = ["a cat", "a dog"]  # a batch, and short enough for any tokenizer
+
+# Where NaN and Inf are looked for, causes before what follows from them
+NONFINITE = {
+    "rollout": "the rollout of task {!r}",
+    "student": "the student's prediction for task {!r}",
+    "teacher": "the prediction of teacher {!r}",
+    "reference": "the frozen policy's prediction for task {!r}",
+    "loss": "the loss of task {!r}",
+}
 
 
 @contextlib.contextmanager
@@ -226,8 +238,12 @@ class _EveryStep(TrainerCallback):
     def __init__(self, trainer: "DiffusionTrainer"):
         self.trainer = trainer
 
+    def on_step_begin(self, args: DiffusionConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.keep_loss()
+
     def on_step_end(self, args: DiffusionConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.after_optimizer_step()
+        self.trainer.keep_metrics()
         if args.image_steps and state.global_step % args.image_steps == 0:
             self.trainer.log_images()
         if args.logging_strategy == "no":
@@ -243,6 +259,23 @@ class _EveryStep(TrainerCallback):
         drawn = args.image_steps and state.global_step % args.image_steps == 0 and state.best_model_checkpoint is None
         if args.image_steps != 0 and not drawn:
             self.trainer.log_images()
+
+
+class _SaveAndStop(TrainerCallback):
+    """In the place of transformers' callback of `enable_jit_checkpoint`, which saves whenever its own process has been
+    told: several processes would do so at different steps, and wait for each other for ever."""
+
+    def __init__(self, listener: JITCheckpointCallback):
+        self.listener = listener
+        self.agreed = False  # by all processes, in this optimizer step
+
+    def on_step_end(self, args: DiffusionConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.agreed:
+            self.listener.jit_manager.is_checkpoint_requested = False
+            control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.listener.on_train_end(*args, **kwargs)
 
 
 class DiffusionTrainer(_BaseTrainer):
@@ -336,8 +369,14 @@ class DiffusionTrainer(_BaseTrainer):
             self.ema.to(device)
         self._ema_is_in_place = False
         self._metrics: dict[str, list[Any]] = defaultdict(list)
+        self._kept: dict[str, int] = {}
+        self._nonfinite = torch.zeros(len(NONFINITE), len(tasks), dtype=torch.bool, device=device)
         self._last_log = (time.perf_counter(), 0)
         self.callback_handler.callbacks.insert(0, _EveryStep(self))
+        listener = self.pop_callback(JITCheckpointCallback)
+        self._save_and_stop = _SaveAndStop(listener) if listener is not None else None
+        if self._save_and_stop is not None:
+            self.add_callback(self._save_and_stop)
 
     @property
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -445,6 +484,59 @@ class DiffusionTrainer(_BaseTrainer):
             stack.enter_context(self.accelerator.no_sync(model))
         with stack:
             yield stack.close
+
+    # NaN and Inf
+
+    @torch.no_grad()
+    def watch(self, what: str, task: str, tensor: Tensor) -> None:
+        """Remembers, on the device, whether a tensor holds NaN or Inf. `what` is a key of `NONFINITE`."""
+        place = self._nonfinite[list(NONFINITE).index(what), self.tasks.index(task)]
+        place.logical_or_(tensor.isfinite().all().logical_not())
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # What Trainer calls last before the weights change, on all processes
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # In fp16 Inf in a gradient is the loss scaler's business
+        overflow = not self.args.fp16 and grad_norm is not None and not math.isfinite(grad_norm)
+        told = self._save_and_stop is not None and self._save_and_stop.listener.jit_manager.is_checkpoint_requested
+        own = torch.tensor([overflow, told], dtype=torch.float32, device=self._nonfinite.device)
+        flags = torch.cat([self._nonfinite.float().flatten(), own])
+        *nonfinite, overflow, told = self.accelerator.reduce(flags, "sum").tolist()
+        self._nonfinite.zero_()
+        if self._save_and_stop is not None:
+            self._save_and_stop.agreed = told > 0
+        if not any(nonfinite) and not overflow:
+            return grad_norm
+        self._raise_or_skip(nonfinite)
+        model.zero_grad(set_to_none=True)  # an optimizer passes over a parameter without gradient
+        return None
+
+    def _raise_or_skip(self, nonfinite: list[float]) -> None:
+        names = [text.format(task) for text in NONFINITE.values() for task in self.tasks]
+        found = next((name for name, flag in zip(names, nonfinite, strict=True) if flag), "the gradient")
+        step = self.state.global_step + 1
+        if self.args.nan_policy == "raise":
+            raise FloatingPointError(
+                f"optimizer step {step}: NaN or Inf in {found}; mend that, or leave out such steps with "
+                "`nan_policy='skip'`."
+            )
+        logger.warning(f"Optimizer step {step} is left out: NaN or Inf in {found}.")
+        # As if the step had not been, for all that the next `log` shows
+        self._tr_loss.copy_(self._loss_before)
+        self._globalstep_last_logged += 1
+        for name in list(self._metrics):
+            del self._metrics[name][self._kept.get(name, 0) :]
+            if not self._metrics[name]:
+                del self._metrics[name]
+        self._skipped_steps += 1
+
+    def keep_loss(self) -> None:
+        """An optimizer step begins: what is added to the logged loss from here on may be left out."""
+        self._loss_before = self._tr_loss.clone()
+
+    def keep_metrics(self) -> None:
+        """An optimizer step has ended: its metrics stay."""
+        self._kept = {name: len(values) for name, values in self._metrics.items()}
 
     def _generators(self, count: int, domain: int, step: int, task: int, cycle: int) -> list[torch.Generator]:
         """One generator a sample, by its place among its task's samples of the step: the same however a step's samples
@@ -565,17 +657,23 @@ class DiffusionTrainer(_BaseTrainer):
                 self._train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
             )
             logs.update({f"time/{name}": seconds / steps for name, seconds in self.stopwatch.read().items()})
+            if self.args.nan_policy == "skip":
+                logs["skipped_steps"] = self._skipped_steps
+                self._skipped_steps = 0
             self.forget_metrics()
         super().log(logs, start_time)
 
     def forget_metrics(self) -> None:
         """Begins a new interval of the means and times that `log` shows."""
         self._metrics.clear()
+        self._kept.clear()
         self.stopwatch.clear()
         self._last_log = (time.perf_counter(), self.state.global_step)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.forget_metrics()
+        self._skipped_steps = 0
+        self._nonfinite.zero_()
         return super()._inner_training_loop(*args, **kwargs)
 
     # Images
@@ -723,7 +821,52 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.create_model_card(model_name=Path(self.args.hub_model_id or self.args.output_dir).name)
-        super()._save_checkpoint(model, trial)
+        run_dir = self._get_output_dir(trial)
+        folder = Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            unseal(folder)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            last = last_checkpoint(run_dir)
+            error.add_note(f"This was while {folder} was saved; the last whole checkpoint is {last}.")
+            raise
+
+    # The last that every process writes: then Trainer adds trainer_state.json, publishes, and deletes old checkpoints
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self._seal(output_dir)
+
+    def _seal(self, checkpoint: str) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(Path(checkpoint))
+
+    # Resuming: Trainer takes the checkpoint with the highest number, also one that a killed run was writing
+
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; `resume_from_checkpoint=True` takes the last whole checkpoint.
+
+        Raises:
+            ValueError: if there is no whole checkpoint, or the one that is named is torn.
+        """
+        if resume_from_checkpoint:
+            output_dir = self.args.output_dir
+            for torn in remove_half_written(output_dir) if self.args.should_save else ():
+                logger.warning(f"{torn} was not written to its end, and is removed.")
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_checkpoint(output_dir)
+                if resume_from_checkpoint is None:
+                    raise ValueError(
+                        f"{output_dir} holds no whole checkpoint; start anew, without `resume_from_checkpoint`."
+                    )
+            elif reason := what_is_torn(resume_from_checkpoint):
+                raise ValueError(
+                    f"{resume_from_checkpoint} is no whole checkpoint: {reason}; `resume_from_checkpoint=True` takes "
+                    "the last whole one."
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # Loading: Trainer looks for transformers' file names, and on a miss only warns, i.e. keeps the weights it has
 
@@ -809,7 +952,19 @@ class DiffusionTrainer(_BaseTrainer):
                 if source.name in self._published_names:
                     copy_entry = shutil.copytree if source.is_dir() else shutil.copy
                     copy_entry(source, output_dir / source.name, **({"dirs_exist_ok": True} if source.is_dir() else {}))
+        self._report_failed_push()
         super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._report_failed_push()
+
+    # Trainer never looks at how an upload ended
+    def _report_failed_push(self) -> None:
+        push = getattr(self, "push_in_progress", None)  # there is no such attribute without `push_to_hub`
+        for job in push.jobs if push is not None else ():
+            if job.done() and (error := job.exception()) is not None:
+                logger.warning(f"An upload to {self.hub_model_id} has failed, and the run goes on: {error}")
 
     @property
     def _published_names(self) -> set[str]:

@@ -11,6 +11,7 @@ from .transitions import TRANSITIONS
 
 OBJECTIVES = ("kl", "velocity", "policy_gradient")
 TEACHER_PLACEMENTS = ("device", "cpu", "sharded")
+NAN_POLICIES = ("raise", "skip")
 
 # What the trainer itself hands to the pipeline's `__call__`
 RESERVED_CALL_KWARGS = frozenset(
@@ -70,6 +71,10 @@ class DiffusionConfig(_BaseConfig):
             the decay `min(ema_decay, (1 + n) / (10 + n))`; what is left at the end of training is one more update.
         ema_update_every (`int`, *optional*, defaults to `8`):
             Optimizer steps between two updates of the average.
+        nan_policy (`str`, *optional*, defaults to `"raise"`):
+            What NaN or Inf in a prediction, a loss or a gradient does to an optimizer step. `"raise"`: the run stops
+            before the weights change, with a sentence that names teacher, task and step. `"skip"`: the step is left
+            out, on all processes, with a warning, and counted in the metric `skipped_steps`.
         image_steps (`int`, *optional*):
             Optimizer steps between two sets of sample images, written to `output_dir/images` and to the trackers in
             use. `None`: once, at the end of training. 0: never.
@@ -105,6 +110,10 @@ class DiffusionConfig(_BaseConfig):
         default=None, metadata={"help": "Decay of the moving average of the trained weights. None: off."}
     )
     ema_update_every: int = field(default=8, metadata={"help": "Optimizer steps between two updates of the average."})
+    nan_policy: str = field(
+        default="raise",
+        metadata={"help": "What NaN or Inf does to an optimizer step.", "choices": list(NAN_POLICIES)},
+    )
     image_steps: int | None = field(
         default=None,
         metadata={"help": "Optimizer steps between two sets of sample images. None: once, at the end. 0: never."},
@@ -148,6 +157,13 @@ class DiffusionConfig(_BaseConfig):
             raise ValueError(f"`timestep_fraction` must be in (0, 1], got {self.timestep_fraction}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1) or None (off), got {self.ema_decay}.")
+        if self.nan_policy not in NAN_POLICIES:
+            raise ValueError(f"`nan_policy` must be one of {list(NAN_POLICIES)}, got {self.nan_policy!r}.")
+        if self.nan_policy == "skip" and self.deepspeed_plugin is not None:
+            raise ValueError(
+                "`nan_policy='skip'` does not work with DeepSpeed, which updates the weights within the backward pass; "
+                "use 'raise', or DDP."
+            )
         if self.accelerator_config.split_batches:
             raise ValueError(
                 "`accelerator_config={'split_batches': True}` would split a task's batch over the processes; leave it "

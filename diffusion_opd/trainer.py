@@ -250,7 +250,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         with self._present(task), held_sync as release_sync:
 
             def learn(step: Step) -> Tensor:
-                loss, kl, next_state = self._compare(step, prompts, task, generators)
+                loss, kl, target, next_state = self._compare(step, prompts, task, generators)
+                for what, tensor in {"student": step.prediction, "teacher": target, "loss": loss}.items():
+                    self.watch(what, task, tensor)
                 with self.stopwatch.section("student"):
                     self._backward(loss.mean() * scale)
                 losses.append(loss.mean().detach())
@@ -272,9 +274,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     def _compare(
         self, step: Step, prompts: Sequence[str], task: str, generators: list[torch.Generator]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Student and teacher at one visited state: the objective and the KL of each sample, and the student's next
-        state."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Student and teacher at one visited state: the objective and the KL of each sample, the teacher's prediction,
+        and the student's next state."""
         # A loaded pipeline keeps its dtype; the student's states may have another
         field = self.teachers[task]
         with torch.no_grad(), self.stopwatch.section("teacher"), self.autocast(field.denoiser):
@@ -290,7 +292,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             loss = objectives.policy_gradient(kl, student, next_state)
         else:
             loss = kl
-        return loss, kl, next_state
+        return loss, kl, target, next_state
 
     def _next_state(self, student: Transition, teacher: Transition, generators: list[torch.Generator]) -> Tensor:
         """Where the rollout goes: the policy is the student's own."""
@@ -354,7 +356,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         losses, kls = [], []
 
         def watch(step: Step) -> Tensor:
-            loss, kl, next_state = self._compare(step, prompts, task, generators)
+            loss, kl, _, next_state = self._compare(step, prompts, task, generators)
             losses.append(loss)
             kls.append(kl)
             return next_state

@@ -607,9 +607,8 @@ def test_resume_is_exact(tmp_path, cls, settings, step, full):
 
 def test_checkpoints_that_lack_something_are_refused(tmp_path):
     settings = dict(save_strategy="steps", save_steps=1, max_steps=2)
-    trainer_of(NFT, tmp_path, **settings).train()
+    trainer_of(GRPO, tmp_path, **settings).train()
     checkpoint = tmp_path / "checkpoint-1"
-    (checkpoint / "old_policy.safetensors").unlink()
     with pytest.raises(ValueError, match="has no old_policy.safetensors, so it is no checkpoint of DiffusionNFTTrain"):
         trainer_of(NFT, tmp_path, **settings).train(resume_from_checkpoint=str(checkpoint))
     sentence = r"lies between two optimizer steps on one rollout and has no rollouts_0\.safetensors; resume with the"

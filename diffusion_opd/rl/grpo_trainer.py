@@ -81,7 +81,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         self.kernel = self.choose_kernel(transition, self.args.noise_level, needs_noise=True)
 
     def _roll_out(
-        self, prompts: list[str], generators: list[torch.Generator]
+        self, task: str, prompts: list[str], generators: list[torch.Generator]
     ) -> tuple[Schedule, dict[str, Tensor], list[Any]]:
         # Of the seed and the step alone, and so the same on all processes
         order = np.random.default_rng(seed_of(self.args.seed, _TRAIN, self.state.global_step))
@@ -89,6 +89,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         timesteps, schedules, kept = [], [], {"states": [], "means": [], "noise": []}
 
         def visit(step: Step) -> Tensor:
+            self.watch("rollout", task, step.prediction)
             schedules.append(step.schedule)
             timesteps.append(step.timestep)
             if step.index not in window:

@@ -102,11 +102,12 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
             self._old_pairs = [(p, twins[key]) for key, p in self.model.named_parameters() if p.requires_grad]
 
     def _roll_out(
-        self, prompts: list[str], generators: list[torch.Generator]
+        self, task: str, prompts: list[str], generators: list[torch.Generator]
     ) -> tuple[Schedule, dict[str, Tensor], list[Any]]:
         timesteps, last = [], {}
 
         def visit(step: Step) -> Tensor:
+            self.watch("rollout", task, step.prediction)
             last.update(schedule=step.schedule, x_0=_move(self._ode, step))
             timesteps.append(step.timestep)
             return last["x_0"]

@@ -159,7 +159,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
             generators = self._generators(len(batch), _TRAIN, self.state.global_step, self.tasks.index(task), place)
             prompts = [example[PROMPT] for example in batch]
             with self.stopwatch.section("rollout"):
-                schedule, tensors, images = self._roll_out(prompts, generators)
+                schedule, tensors, images = self._roll_out(task, prompts, generators)
             self.memo.clear()
             with self.stopwatch.section("reward"):
                 rewards[task].append(self.rewards(task, batch, images, self.state))
@@ -171,7 +171,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         return rollouts
 
     def _roll_out(
-        self, prompts: list[str], generators: list[torch.Generator]
+        self, task: str, prompts: list[str], generators: list[torch.Generator]
     ) -> tuple[Schedule, dict[str, Tensor], Any]:
         """Samples of the policy that a trainer rolls out: the schedule, what it keeps, and the images."""
         raise NotImplementedError
@@ -225,6 +225,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
                 if index == steps[-1]:
                     release_sync()
                 loss = self._loss(model, inputs, index)
+                self.watch("loss", inputs.task, loss)
                 with self.stopwatch.section("policy"):
                     self._backward(loss * scale)
                 losses.append(loss.detach())
@@ -249,9 +250,12 @@ class DiffusionRLTrainer(DiffusionTrainer):
         timestep = rollout.tensors["timesteps"][index]
         if model is not None:
             with self.stopwatch.section("policy"):
-                return policy.predict(x, timestep, rollout.prompts, denoiser=model)
-        with torch.no_grad(), self.stopwatch.section("reference"), self.autocast(policy.denoiser):
-            return policy.predict(x, timestep, rollout.prompts)
+                prediction = policy.predict(x, timestep, rollout.prompts, denoiser=model)
+        else:
+            with torch.no_grad(), self.stopwatch.section("reference"), self.autocast(policy.denoiser):
+                prediction = policy.predict(x, timestep, rollout.prompts)
+        self.watch("reference" if model is None else "student", rollout.task, prediction)
+        return prediction
 
     # Evaluation by rewards, with the sampler that users have
 

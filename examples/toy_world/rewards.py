@@ -11,9 +11,9 @@ from datasets import Dataset
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig
 from PIL import Image
-from transformers.trainer_utils import get_last_checkpoint
 
 from diffusion_opd import DiffusionGRPOConfig, DiffusionGRPOTrainer, DiffusionNFTConfig, DiffusionNFTTrainer
+from diffusion_opd.checkpoints import last_checkpoint
 from examples.toy_world.judges import JUDGES
 from examples.toy_world.pipeline import BASE, SAMPLING
 from examples.toy_world.world import Prompt, Task, prompts_of, sample_prompts
@@ -84,6 +84,6 @@ def reinforce(
         peft_config=lora_config(rank),
     )
     trainer.pipeline.set_progress_bar_config(disable=True)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir) if output_dir.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(output_dir))
     trainer.save_model()
     return trainer
