@@ -168,8 +168,10 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         for key, teacher in self.teachers.items():
             with self.autocast(teacher.denoiser):
                 source = self.loaded_teachers[key].spec.source
-                states = f"at the student's states of shape {tuple(step.sample.shape)}"
-                with one_sentence(f"teacher {key!r} ({source}) cannot be asked {states}"):
+                with one_sentence(
+                    f"teacher {key!r} ({source}) cannot be asked at the student's states of shape "
+                    f"{tuple(step.sample.shape)}"
+                ):
                     teacher.self_check(CHECK_PROMPTS, args.num_learnt_steps)
                     with torch.no_grad():
                         prediction = teacher.predict(step.sample, step.timestep, CHECK_PROMPTS)
