@@ -121,7 +121,7 @@ def load_student(
         )
     for key, part in pipeline.components.items():
         if isinstance(part, nn.Module):
-            if missing := [name for name, tensor in part.state_dict().items() if tensor.is_meta]:
+            if missing := [entry for entry, tensor in part.state_dict().items() if tensor.is_meta]:
                 raise ValueError(
                     f"the student {str(model)!r} lacks {len(missing)} tensors of its {key}, e.g. {missing[0]}; are its "
                     "files complete?"
@@ -196,12 +196,10 @@ def _check_helpers(callbacks: Any = None, optimizers: Any = (None, None)) -> Non
         for one in listed
     ):
         raise TypeError(f"`callbacks` must be a list of `TrainerCallback`s, got {_brief(callbacks)}.")
-    wanted = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
-    if not isinstance(optimizers, (list, tuple)) or [
-        isinstance(one, (kind, type(None))) for one, kind in zip(optimizers, wanted, strict=False)
-    ] != [True, True]:
+    is_pair = isinstance(optimizers, (list, tuple)) and len(optimizers) == 2
+    if not is_pair or any(isinstance(one, type) or not (one is None or hasattr(one, "step")) for one in optimizers):
         raise TypeError(
-            f"`optimizers` must be a pair of an optimizer and a scheduler, each of which may be None, got "
+            "`optimizers` must be a pair of an optimizer and a scheduler, each of which may be None, got "
             f"{_brief(optimizers)}."
         )
 
@@ -810,7 +808,31 @@ class DiffusionTrainer(_BaseTrainer):
 
     # Publishing: Trainer copies transformers' file names, i.e. uploads no weights
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        with one_sentence(
+            f"the repository {name!r} cannot be had to push to (`hf auth login`, or a `hub_token` that may write, or "
+            "`push_to_hub=False`)"
+        ):
+            super().init_hf_repo(token=token, private=private)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._warn_of_failed_pushes()
+
+    def _warn_of_failed_pushes(self) -> None:
+        # Uploads run in the background, where nobody sees them fail
+        job = getattr(self, "push_in_progress", None)
+        for upload in [] if job is None else job.jobs:
+            if upload.done() and (error := upload.exception()) is not None:
+                logger.warning(
+                    f"An upload to {self.hub_model_id} failed ({_brief(error)}); what is missing goes up with the next "
+                    "one, or with `trainer.push_to_hub()`."
+                )
+                job.jobs = [other for other in job.jobs if other is not upload]
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._warn_of_failed_pushes()
         # The two conditions under which Trainer does not push: an upload that still runs reads these very files
         job = self.push_in_progress
         busy = not self.args.hub_always_push and job is not None and not job.is_done()

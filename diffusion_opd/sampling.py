@@ -144,8 +144,8 @@ def _check_columns(given: Sequence[str], required: Sequence[str], name: str) -> 
         }
         hint = hints.get(missing[0], "") if len(missing) == 1 else ""
         alike = {one.lower(): one for one in given}
-        near = difflib.get_close_matches(missing[0], alike) or [one for one in _PROMPT_NAMES if one in alike]
-        if near and (missing[0] == PROMPT or near[0][0] == missing[0][0]):
+        elsewhere = _PROMPT_NAMES if missing[0] == PROMPT else ()
+        if near := difflib.get_close_matches(missing[0], alike) or [one for one in elsewhere if one in alike]:
             hint += f"; is it {alike[near[0]]!r}? (`dataset.rename_column({alike[near[0]]!r}, {missing[0]!r})`)"
         raise ValueError(f"{name} has no column {missing}, only {list(given)}{hint}.")
 
