@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -31,9 +32,11 @@ from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from diffusers.training_utils import EMAModel, _collate_lora_metadata, cast_training_params
 from diffusers.utils import make_image_grid
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -50,13 +53,13 @@ from .checkpoints import last_checkpoint, remove_half_written, seal, unseal, wha
 from .config import DiffusionConfig
 from .policy import Policy, PromptMemo, Routed, Step, denoiser_name, is_flow, tuner_layers
 from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, seed_of
-from .teachers import LORA_NAME, STUDENT_ADAPTER, absent_parts, changes_base
+from .teachers import INDEX_NAME, LORA_NAME, STUDENT_ADAPTER, absent_parts, changes_base, one_sentence, why_not
 from .transitions import TRANSITIONS, Kernel
 
 logger = get_logger(__name__)
 
 # Of `from_pretrained`: what reading the pipeline's index needs too
-HUB_KWARGS = {"revision", "token", "cache_dir", "local_files_only", "proxies", "force_download"}
+HUB_KWARGS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
 EMA_NAME = "ema_and_raw_weights.safetensors"
 IMAGES_DIR = "images"
 GRAPHS_PER_PARTY = 8  # with and without gradient, and for a few shapes
@@ -92,30 +95,39 @@ def load_student(
     """The student's pipeline with trainable parameters in float32 and everything else frozen, in eval mode.
 
     Args:
-        model (`str` or [`~diffusers.DiffusionPipeline`]): Hub id or folder (loaded in the mixed-precision dtype), or a
-            pipeline (whose frozen modules keep their dtype).
+        model (`str` or [`~diffusers.DiffusionPipeline`]): Hub id or folder (loaded in the mixed-precision dtype, from
+            safetensors unless `model_init_kwargs` say otherwise), or a pipeline (whose frozen modules keep their
+            dtype).
         args ([`DiffusionConfig`]): For `model_init_kwargs` and the dtype.
         peft_config ([`~peft.LoraConfig`], *optional*): Trains a LoRA; `None` trains the whole denoiser.
 
     Raises:
-        ValueError: if the pipeline has no single denoiser, carries adapters already, or could not load a LoRA again.
+        ValueError: if the pipeline cannot be loaded, has no single denoiser, carries adapters already, or could not
+            load a LoRA again.
+        TypeError: if `model` or `peft_config` is none of the above.
     """
+    if not isinstance(peft_config, (LoraConfig, type(None))):
+        raise TypeError(f"`peft_config` must be a `LoraConfig` or None (train in full), got {_brief(peft_config)}.")
     if isinstance(model, DiffusionPipeline):
         pipeline = model
+    elif not isinstance(model, (str, os.PathLike)):
+        raise TypeError(f"`model` must be a Hub id, a folder or a loaded pipeline, got {_brief(model)}.")
     else:
-        init_kwargs = dict(args.model_init_kwargs or {})
-        hub = {key: init_kwargs[key] for key in HUB_KWARGS & init_kwargs.keys()}
-        index = DiffusionPipeline.load_config(model, **hub)
+        # diffusers falls back on pickles by itself
+        init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})
+        index = _read_index(str(model), {key: init_kwargs[key] for key in HUB_KWARGS & init_kwargs.keys()})
         init_kwargs = absent_parts(index) | init_kwargs
         if isinstance(word := init_kwargs.get("dtype"), str):  # from YAML or a flag
-            init_kwargs["dtype"] = getattr(torch, word, None)
-            if not isinstance(init_kwargs["dtype"], torch.dtype):
-                raise ValueError(f"`model_init_kwargs`: dtype {word!r} is none of torch's, e.g. 'bfloat16'.")
+            init_kwargs["dtype"] = getattr(torch, word, word)
+        if not isinstance(init_kwargs.get("dtype"), (torch.dtype, dict, type(None))):
+            raise ValueError(f"`model_init_kwargs`: dtype {word!r} is none of torch's, e.g. 'bfloat16'.")
         if "dtype" not in init_kwargs and "torch_dtype" not in init_kwargs:
             name = next((name for name in ("transformer", "unet") if name in index), "transformer")
             denoiser_dtype = torch.float32 if peft_config is None else args.mixed_dtype
             init_kwargs["dtype"] = {name: denoiser_dtype, "default": args.mixed_dtype}
-        with whole_modules():
+        how = "from safetensors (`model_init_kwargs={'use_safetensors': False}` reads pickles that you trust)"
+        how = how if init_kwargs["use_safetensors"] else "with these `model_init_kwargs`"
+        with whole_modules(), one_sentence(f"the student {str(model)!r} cannot be loaded {how}"):
             pipeline = DiffusionPipeline.from_pretrained(model, **init_kwargs)
     name = denoiser_name(pipeline)
     denoiser = getattr(pipeline, name)
@@ -124,8 +136,13 @@ def load_student(
             f"the student's {name} carries adapters already; call `pipeline.fuse_lora()` and "
             "`pipeline.unload_lora_weights()` first."
         )
-    for part in pipeline.components.values():
+    for key, part in pipeline.components.items():
         if isinstance(part, nn.Module):
+            if missing := [entry for entry, tensor in part.state_dict().items() if tensor.is_meta]:
+                raise ValueError(
+                    f"the student {str(model)!r} lacks {len(missing)} tensors of its {key}, e.g. {missing[0]}; are its "
+                    "files complete?"
+                )
             part.requires_grad_(False).eval()
     if peft_config is None:
         denoiser.requires_grad_(True).to(torch.float32)
@@ -134,6 +151,10 @@ def load_student(
         raise ValueError(
             f"{type(pipeline).__name__} cannot load LoRA weights in plain diffusers; train it in full "
             "(no `peft_config`)."
+        )
+    if not peft_config.target_modules and not peft_config.target_parameters:  # PEFT would look for `model_type`
+        raise ValueError(
+            "`peft_config` names no `target_modules`; give some, e.g. ['to_q', 'to_k', 'to_v', 'to_out.0']."
         )
     if changes_base(peft_config):
         raise ValueError(
@@ -146,12 +167,27 @@ def load_student(
             f"lora_dropout={peft_config.lora_dropout} has no effect: the denoiser runs in eval mode, since the rollout "
             "and the gradient are one pass."
         )
-    try:
+    with one_sentence(f"`peft_config` does not fit {type(denoiser).__name__}"):
         denoiser.add_adapter(peft_config, STUDENT_ADAPTER)
-    except ValueError as error:
-        raise ValueError(f"`peft_config` does not fit {type(denoiser).__name__}: {error}") from error
     cast_training_params(denoiser)
     return pipeline
+
+
+def _brief(value: Any) -> str:
+    return f"{type(value).__name__}: {textwrap.shorten(repr(value), 80)}"
+
+
+def _read_index(model: str, hub: dict[str, Any]) -> dict[str, Any]:
+    path = Path(model, INDEX_NAME)
+    if not os.path.isdir(model):
+        try:
+            if os.path.isabs(model):
+                raise HFValidationError
+            path = Path(hf_hub_download(model, INDEX_NAME, **hub))
+        except (HFValidationError, OSError) as error:
+            raise ValueError(f"the student {model!r} {why_not(error, hub.get('revision'))}.") from error
+    with one_sentence(f"the student {model!r} holds no pipeline ({INDEX_NAME})"):
+        return dict(json.loads(path.read_text()))
 
 
 def whole_cycles(args: DiffusionConfig, tasks: Sequence[str]) -> None:
@@ -166,6 +202,22 @@ def whole_cycles(args: DiffusionConfig, tasks: Sequence[str]) -> None:
             f"`gradient_accumulation_steps={steps}` is not a multiple of the {len(tasks)} tasks {list(tasks)}: an "
             f"optimizer step must see every task equally often; leave it out, or use "
             f"{len(tasks) * max(1, round(steps / len(tasks)))}."
+        )
+
+
+def _check_helpers(callbacks: Any = None, optimizers: Any = (None, None)) -> None:
+    """Refuses what `transformers.Trainer` would trip over later."""
+    listed = callbacks or []
+    if not isinstance(listed, (list, tuple)) or not all(
+        isinstance(one, TrainerCallback) or (isinstance(one, type) and issubclass(one, TrainerCallback))
+        for one in listed
+    ):
+        raise TypeError(f"`callbacks` must be a list of `TrainerCallback`s, got {_brief(callbacks)}.")
+    is_pair = isinstance(optimizers, (list, tuple)) and len(optimizers) == 2
+    if not is_pair or any(isinstance(one, type) or not (one is None or hasattr(one, "step")) for one in optimizers):
+        raise TypeError(
+            "`optimizers` must be a pair of an optimizer and a scheduler, each of which may be None, got "
+            f"{_brief(optimizers)}."
         )
 
 
@@ -319,6 +371,7 @@ class DiffusionTrainer(_BaseTrainer):
                 "One process sees several GPUs and uses the first; start with `accelerate launch` to use all."
             )
             args._n_gpu = 1
+        _check_helpers(**{key: value for key, value in kwargs.items() if key in ("callbacks", "optimizers")})
         super().__init__(model=model, args=args, data_collator=identity, **kwargs)
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
@@ -360,6 +413,13 @@ class DiffusionTrainer(_BaseTrainer):
         with self.autocast(model):
             self._freeze_unused()
             self._first_step = self.student.self_check(CHECK_PROMPTS, args.num_learnt_steps)[0]
+            self._warn_of_cut_prompts()
+        given = {id(p) for group in getattr(self.optimizer, "param_groups", ()) for p in group["params"]}
+        if given and not given & {id(parameter) for parameter in self.trainable_parameters}:
+            raise ValueError(
+                f"the optimizer in `optimizers` holds {len(given)} parameters, none of which the student trains (a "
+                "LoRA is added here, after it was built); name it in `optim` instead."
+            )
         self._compile(model)
         self.ema = None
         if args.ema_decay is not None:
@@ -426,6 +486,23 @@ class DiffusionTrainer(_BaseTrainer):
         if unused:
             logger.warning(f"No gradient reaches {len(unused)} parameters, e.g. {unused[0]}; they stay as they are.")
         self.model.zero_grad(set_to_none=True)
+
+    def _warn_of_cut_prompts(self) -> None:
+        """Of twelve families five cut a prompt that is too long for their encoders without a word."""
+        if not isinstance(self.train_dataset, Dataset):
+            return
+        longest, step = max(self.train_dataset[PROMPT], key=len).rstrip(), self._first_step
+        with torch.no_grad():
+            whole, without_end = (
+                self.student.predict(step.sample, step.timestep, [prompt] * len(CHECK_PROMPTS))
+                for prompt in (longest, longest[:-1])
+            )
+        if torch.equal(whole, without_end):
+            logger.warning(
+                f"The longest prompt of train_dataset, {textwrap.shorten(longest, 60)!r} of {len(longest)} characters, "
+                f"is cut: {type(self.pipeline).__name__} does not see its end. Raise `max_sequence_length` in "
+                "`call_kwargs` if it takes that, or shorten it."
+            )
 
     def choose_kernel(self, transition: str, noise_level: float, needs_noise: bool) -> Kernel:
         """The kernel of a rollout, with its noise level.
@@ -874,16 +951,20 @@ class DiffusionTrainer(_BaseTrainer):
         """Loads what `save_model` wrote into the model.
 
         Raises:
-            ValueError: if a tensor is missing, unexpected or of another shape.
+            ValueError: if a file cannot be read, or a tensor is missing, unexpected or of another shape.
         """
+        path = Path(folder)
+        files = [path / LORA_NAME] if self.trains_lora else sorted((path / self.denoiser_name).glob("*.safetensors"))
+        state = {}
+        try:
+            for file in files:
+                state |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{folder} does not hold this student: {file.name} cannot be read ({error}).") from error
         if self.trains_lora:
-            state = load_file(Path(folder, LORA_NAME))
             state = {key.removeprefix(f"{self.denoiser_name}."): value for key, value in state.items()}
             expected = get_peft_model_state_dict(self.model, adapter_name=STUDENT_ADAPTER)
         else:
-            state = {}
-            for file in sorted(Path(folder, self.denoiser_name).glob("*.safetensors")):
-                state |= load_file(file)
             expected = self.model.state_dict()
         wrong = expected.keys() ^ state.keys() or {k for k in expected if expected[k].shape != state[k].shape}
         if wrong:
@@ -935,7 +1016,31 @@ class DiffusionTrainer(_BaseTrainer):
 
     # Publishing: Trainer copies transformers' file names, i.e. uploads no weights
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        with one_sentence(
+            f"the repository {name!r} cannot be had to push to (`hf auth login`, or a `hub_token` that may write, or "
+            "`push_to_hub=False`)"
+        ):
+            super().init_hf_repo(token=token, private=private)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._warn_of_failed_pushes()
+
+    def _warn_of_failed_pushes(self) -> None:
+        # Uploads run in the background, where nobody sees them fail
+        job = getattr(self, "push_in_progress", None)
+        for upload in [] if job is None else job.jobs:
+            if upload.done() and (error := upload.exception()) is not None:
+                logger.warning(
+                    f"An upload to {self.hub_model_id} failed ({_brief(error)}); what is missing goes up with the next "
+                    "one, or with `trainer.push_to_hub()`."
+                )
+                job.jobs = [other for other in job.jobs if other is not upload]
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._warn_of_failed_pushes()
         # The two conditions under which Trainer does not push: an upload that still runs reads these very files
         job = self.push_in_progress
         busy = not self.args.hub_always_push and job is not None and not job.is_done()

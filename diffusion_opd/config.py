@@ -1,7 +1,11 @@
 """What a user can set about a run; every meaningless combination is refused here, before any model is loaded."""
 
-from dataclasses import dataclass, field
-from typing import Any
+import json
+import math
+import os
+from dataclasses import dataclass, field, fields
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
@@ -18,6 +22,61 @@ RESERVED_CALL_KWARGS = frozenset(
     "prompt num_inference_steps timesteps sigmas generator latents output_type return_dict num_images_per_prompt "
     "num_videos_per_prompt callback_on_step_end prompt_embeds".split()
 )
+
+# The types of fields that are looked at, and their names in a sentence
+_KINDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a dict",
+    dict[str, Any]: "a dict",
+    list: "a list",
+    list[int]: "a list of whole numbers",
+    list[str]: "a list of texts",
+    type(None): "None",
+}
+_LOOSE = {"accelerator_config", "fsdp"}  # transformers takes more here than its annotations say
+
+
+def check_types(settings: Any, owner: str = "") -> None:
+    """Refuses a value that is not of its field's type, and NaN and infinity. Flags are read by a parser, what comes
+    from Python or YAML by nobody.
+
+    Args:
+        settings: A dataclass.
+        owner (`str`, *optional*): What a sentence begins with.
+    """
+    hints = get_type_hints(type(settings))
+    for name in (entry.name for entry in fields(settings) if entry.name not in _LOOSE):
+        kinds = get_args(hints[name]) if isinstance(hints[name], UnionType) else (hints[name],)
+        if not _KINDS.keys() >= set(kinds):
+            continue
+        value = getattr(settings, name)
+        if not any(_is_a(kind, value) for kind in kinds):
+            words = [_KINDS[kind] for kind in kinds]
+            raise TypeError(f"{owner}`{name}` must be {' or '.join(words)}, got {value!r}.")
+        # torch takes `max_grad_norm=inf`, which measures and does not clip
+        if isinstance(value, float) and not math.isfinite(value) and (name, value) != ("max_grad_norm", math.inf):
+            raise ValueError(f"{owner}`{name}` must be a finite number, got {value}.")
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    if get_origin(kind) is list:
+        return isinstance(value, (list, tuple)) and all(_is_a(*get_args(kind), item) for item in value)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, {list: (list, tuple), str: (str, os.PathLike)}.get(kind, get_origin(kind) or kind))
+
+
+def parse_json(name: str, value: Any) -> Any:
+    """What a flag says, read here because an error of `json` would not name the flag."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` must be JSON where it is text, got {value!r} ({error}).") from error
 
 
 def check_call_kwargs(call_kwargs: dict[str, Any], named: dict[str, Any], owner: str) -> None:
@@ -136,6 +195,11 @@ class DiffusionConfig(_BaseConfig):
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("call_kwargs", "model_init_kwargs"):
+            setattr(self, name, parse_json(name, getattr(self, name)))
+            if not isinstance(getattr(self, name), (dict, type(None))):
+                raise TypeError(f"`{name}` must be a dict, or JSON of one, got {getattr(self, name)!r}.")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
@@ -143,16 +207,21 @@ class DiffusionConfig(_BaseConfig):
             self.greater_is_better = False  # transformers: True for any name that does not end in "loss"
         super().__post_init__()
         self.call_kwargs = self.call_kwargs or {}
-        for name in ("call_kwargs", "model_init_kwargs"):
-            if not isinstance(getattr(self, name), (dict, type(None))):
-                raise ValueError(f"`{name}` must be a dict, or JSON of one, got {getattr(self, name)!r}.")
         check_call_kwargs(
             self.call_kwargs, {k: getattr(self, k) for k in ("guidance_scale", "height", "width")}, type(self).__name__
         )
-        for name in "num_inference_steps height width ema_update_every image_num_inference_steps".split():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        for least, names in {
+            1: "num_inference_steps height width ema_update_every image_num_inference_steps "
+            # transformers' own, which fail late or silently train on nothing
+            "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps",
+            0: "learning_rate weight_decay max_grad_norm seed data_seed dataloader_num_workers",
+        }.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and value < least:
+                    raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        if self.seed >= 2**32:
+            raise ValueError(f"`seed` must be below 2**32, got {self.seed}.")
         if not 0 < self.timestep_fraction <= 1:
             raise ValueError(f"`timestep_fraction` must be in (0, 1], got {self.timestep_fraction}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:

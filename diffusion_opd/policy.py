@@ -427,7 +427,7 @@ class Policy:
             `list[Step]`: the steps of that run.
 
         Raises:
-            ValueError: if the field disagrees with the run.
+            ValueError: if the field disagrees with the run, or a prediction is not finite.
         """
         steps: list[Step] = []
 
@@ -439,6 +439,11 @@ class Policy:
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
         self.rollout(prompts, generators, record, num_steps=num_steps)
         for step in steps:
+            if not step.prediction.isfinite().all():
+                raise ValueError(
+                    f"{type(self._pipeline).__name__} predicts NaN or infinity at step {step.index}: its "
+                    f"{self.denoiser_name} holds such numbers, or {step.prediction.dtype} is too narrow for it."
+                )
             prediction = self.predict(step.sample, step.timestep, prompts)
             gap = _relative_gap(prediction, step.prediction)
             # The same numbers through the same kernels: what is left is the non-determinism of some GPU kernels

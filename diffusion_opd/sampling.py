@@ -6,6 +6,7 @@ alone, so a resumed run sees what an undisturbed one sees, in any number of proc
 This file knows datasets, and no pipeline, teacher or trainer.
 """
 
+import difflib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -17,6 +18,8 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict,
 from torch.utils.data import Sampler
 
 PROMPT, TEACHER, TASK = "prompt", "teacher_id", "task"
+
+_PROMPT_NAMES = ("caption", "text")  # what prompts are called elsewhere
 
 # Prompts of one task that wait while a stream is searched for another task; older ones are dropped
 _MAX_WAITING = 10_000
@@ -62,12 +65,11 @@ def routed_dataset(
         part = part.remove_columns([column]) if column in part.column_names else part
         return part.add_column(column, [task] * len(part))
 
-    if isinstance(dataset, (DatasetDict, IterableDatasetDict)) and not set(dataset) & set(task_ids):
-        raise ValueError(
-            f"{name} is a {type(dataset).__name__} of the splits {list(dataset)}; choose one, e.g. "
-            f"`load_dataset(..., split={next(iter(dataset), 'train')!r})`."
-        )
+    if not set(dataset if isinstance(dataset, Mapping) else ()) & set(task_ids):
+        check_no_splits(dataset, name)
     if isinstance(dataset, Mapping):
+        if not dataset:
+            raise ValueError(f"{name} is an empty dict; leave it out, or give `{{task: dataset}}`.")
         _check_tasks(dataset.keys(), task_ids, f"the keys of {name}", need_all, column)
         parts = {key: dataset[key] for key in task_ids if key in dataset}
         if all(isinstance(part, IterableDataset) for part in parts.values()):
@@ -99,12 +101,39 @@ def routed_dataset(
     _check_prompts(dataset, name)
     if column not in dataset.column_names:
         dataset = with_task(dataset, task_ids[0])
-    _check_tasks(dataset.unique(column), task_ids, f"the `{column}` column of {name}", need_all, column)
+    _check_tasks(tasks_in(dataset, column, name), task_ids, f"the `{column}` column of {name}", need_all, column)
     return dataset if keep_columns else dataset.select_columns([PROMPT, column])
 
 
 def stream_columns(dataset: IterableDataset) -> list[str]:
     return dataset.column_names or list(next(iter(dataset), {}))
+
+
+def check_no_splits(dataset: Any, name: str) -> None:
+    """Refuses what `load_dataset` returns when it is given no split."""
+    if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
+        raise ValueError(
+            f"{name} is a {type(dataset).__name__} of the splits {list(dataset)}; choose one, e.g. "
+            f"`load_dataset(..., split={next(iter(dataset), 'train')!r})`."
+        )
+
+
+def tasks_in(dataset: Dataset, column: str, name: str) -> list[str]:
+    """The tasks of a dataset's rows.
+
+    Raises:
+        ValueError: if the column holds anything but text.
+    """
+    kind = dataset.features[column]
+    if not isinstance(kind, Value) or kind.dtype not in ("string", "large_string", "string_view"):
+        kind = kind.dtype if isinstance(kind, Value) else kind
+        raise ValueError(
+            f"the `{column}` column of {name} must hold text, got {kind}; rename it if it means something else."
+        )
+    tasks = dataset.unique(column)
+    if None in tasks:
+        raise ValueError(f"the `{column}` column of {name} has rows without a value; each row needs one.")
+    return tasks
 
 
 def _check_columns(given: Sequence[str], required: Sequence[str], name: str) -> None:
@@ -114,6 +143,10 @@ def _check_columns(given: Sequence[str], required: Sequence[str], name: str) -> 
             TASK: "; with several tasks it says whose reward functions judge a prompt",
         }
         hint = hints.get(missing[0], "") if len(missing) == 1 else ""
+        alike = {one.lower(): one for one in given}
+        elsewhere = _PROMPT_NAMES if missing[0] == PROMPT else ()
+        if near := difflib.get_close_matches(missing[0], alike) or [one for one in elsewhere if one in alike]:
+            hint += f"; is it {alike[near[0]]!r}? (`dataset.rename_column({alike[near[0]]!r}, {missing[0]!r})`)"
         raise ValueError(f"{name} has no column {missing}, only {list(given)}{hint}.")
 
 
@@ -136,8 +169,12 @@ def _check_tasks(tasks: Any, task_ids: Sequence[str], name: str, need_all: bool,
         parties = "teachers" if column == TEACHER else "tasks of `reward_funcs`"
         raise ValueError(
             f"{name} and the {parties} must name the same tasks: the data has "
-            f"{sorted(str(task) for task in set(tasks))}, the {parties} are {list(task_ids)}."
+            f"{_some(sorted(str(task) for task in set(tasks)))}, the {parties} are {_some(task_ids)}."
         )
+
+
+def _some(tasks: Sequence[str], most: int = 20) -> str:
+    return f"{list(tasks)[:most]}" + (f" and {len(tasks) - most} more" if len(tasks) > most else "")
 
 
 class TaskCycleSampler(Sampler[int]):
@@ -239,10 +276,10 @@ class TaskCycleStream(torch.utils.data.IterableDataset):
 
     def _repeated(self, task: str, examples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for example in examples:
-            if not is_prompt(example[PROMPT]):
+            if not is_prompt(example.get(PROMPT)):
                 raise ValueError(
                     f"a prompt of the stream, for task {task!r}, must be text that is not empty, got "
-                    f"{example[PROMPT]!r}."
+                    f"{example.get(PROMPT)!r}."
                 )
             for _ in range(self.repeats):
                 yield {**example, self.column: task}
@@ -260,13 +297,11 @@ class TaskCycleStream(torch.utils.data.IterableDataset):
                         ends += 1
                         if ends == 2:
                             raise ValueError(f"the stream holds no prompt for task {key!r}.")
-                    elif example[self.column] not in waiting:
-                        raise ValueError(
-                            f"a prompt of the stream names task {example[self.column]!r}; the tasks are "
-                            f"{self.task_ids}."
-                        )
-                    else:
-                        waiting[example[self.column]].append(example)
+                        continue
+                    task = example.get(self.column)
+                    if task not in self.task_ids:
+                        raise ValueError(f"a prompt of the stream names task {task!r}; the tasks are {self.task_ids}.")
+                    waiting[task].append(example)
                 yield waiting[key].popleft()
 
         return {key: of_task(key) for key in self.task_ids}

@@ -8,13 +8,15 @@ makes a teacher that silently equals the base.
 This file knows pipelines and files, and no trainer, loss or data.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
 import os
 import re
+import textwrap
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,14 +27,21 @@ import transformers
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from .config import check_types
 from .policy import denoiser_name, is_flow, own_scheduler, tuner_layers
 
 MANIFEST_NAME = "teacher_manifest.json"
@@ -57,7 +66,8 @@ class Teacher:
         subfolder, revision (`str`, *optional*):
             Where in the repository, and which version of it.
         weight_name (`str`, *optional*):
-            File name of a LoRA in diffusers format, if it is not `pytorch_lora_weights.safetensors`.
+            File name of a LoRA in diffusers format, if it is not `pytorch_lora_weights.safetensors`. Given, nothing
+            else in the folder is looked at.
         guidance_scale (`float`, *optional*):
             Its own guidance scale. Defaults to the student's.
         call_kwargs (`dict`, *optional*):
@@ -103,8 +113,8 @@ def name_teachers(teachers: Any) -> list[Teacher]:
     unique ids.
 
     Raises:
-        ValueError: for no teacher, an id given twice, or two ids for one teacher.
-        TypeError: for anything that is none of the above.
+        ValueError: for no teacher, an id that is blank or given twice, or two ids for one teacher.
+        TypeError: for anything that is none of the above, and fields of other types.
     """
     if isinstance(teachers, Mapping):
         named = []
@@ -124,6 +134,9 @@ def name_teachers(teachers: Any) -> list[Teacher]:
         if teacher.id is None:
             parts = Path(teacher.source).parts if isinstance(teacher.path, (str, os.PathLike)) else ("teacher",)
             teacher.id = next((p for p in reversed(parts) if p not in ("lora", "transformer", "unet")), "teacher")
+        check_types(teacher, f"teacher {teacher.id!r}: ")
+        if not teacher.id.strip():
+            raise ValueError(f"the id of a teacher must not be blank, got {teacher.id!r} for {teacher.source!r}.")
     ids = [teacher.id for teacher in named]
     if twice := sorted({i for i in ids if ids.count(i) > 1}):
         raise ValueError(
@@ -133,13 +146,13 @@ def name_teachers(teachers: Any) -> list[Teacher]:
 
 
 def _as_teacher(value: Any) -> Teacher:
-    if isinstance(value, Teacher):
-        return copy.copy(value)
-    if isinstance(value, (str, os.PathLike, DiffusionPipeline)):
-        return Teacher(value)
-    raise TypeError(
-        f"a teacher is a Hub id, a folder, a `Teacher` or a loaded pipeline, got {type(value).__name__}: {value!r}."
-    )
+    teacher = copy.copy(value) if isinstance(value, Teacher) else Teacher(value)
+    if not isinstance(teacher.path, (str, os.PathLike, DiffusionPipeline)):
+        raise TypeError(
+            "a teacher is a Hub id, a folder, a `Teacher` of one of these or a loaded pipeline, got "
+            f"{type(teacher.path).__name__}: {textwrap.shorten(repr(teacher.path), 80)}."
+        )
+    return teacher
 
 
 def _locate(teacher: Teacher) -> tuple[Path, str | None]:
@@ -154,21 +167,49 @@ def _locate(teacher: Teacher) -> tuple[Path, str | None]:
             raise HFValidationError
         snapshot = Path(snapshot_download(path, revision=teacher.revision, allow_patterns=patterns))
     except (HFValidationError, OSError) as error:
-        raise ValueError(f"teacher {teacher.id!r}: {path!r} {_why_not(error, teacher)}.") from error
+        raise ValueError(f"teacher {teacher.id!r}: {path!r} {why_not(error, teacher.revision)}.") from error
     return snapshot / (teacher.subfolder or ""), snapshot.name
 
 
-def _why_not(error: Exception, teacher: Teacher) -> str:
+def why_not(error: Exception, revision: str | None) -> str:
+    """Why a repository, or a file of it, could not be had, in words."""
     if isinstance(error, HFValidationError):
         return "is neither a folder nor the id of a repository on the Hub"
     if isinstance(error, RevisionNotFoundError):
-        return f"has no revision {teacher.revision!r}"
+        return f"has no revision {revision!r}"
+    if isinstance(error, RemoteEntryNotFoundError):
+        return f"holds no pipeline ({INDEX_NAME})"
     if isinstance(error, GatedRepoError):
         return "is gated; ask for access on its page, then log in with `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
         return "is neither a folder nor a repository on the Hub that you may read (if it is private: `hf auth login`)"
-    at = f" at revision {teacher.revision!r}" if teacher.revision else ""
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        return "may not be read with your token; log in anew with `hf auth login`"
+    at = f" at revision {revision!r}" if revision else ""
     return f"is no folder, is not in the local cache{at}, and the Hub cannot be asked (is this offline?)"
+
+
+@contextlib.contextmanager
+def one_sentence(what: str) -> Iterator[None]:
+    """What libraries raise about files or settings that they cannot use, as a `ValueError` that begins with `what`."""
+    try:
+        yield
+    except Exception as error:
+        kind = f"{type(error).__name__}: " if isinstance(error, (AttributeError, KeyError)) else ""
+        raise ValueError(f"{what}: {kind}{' '.join(str(error).split())}") from error
+
+
+def _read_json(teacher: Teacher, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:  # no JSON, no text
+        content = error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"teacher {teacher.id!r}: {path.name} of {teacher.source!r} is no JSON object; is it a git-lfs pointer, or "
+            "a download that broke off?"
+        )
+    return content
 
 
 def load_teachers(
@@ -204,9 +245,9 @@ def load_teachers(
                 )
         else:
             folder, commit = _locate(teacher)
-            if (folder / INDEX_NAME).is_file():
-                pipeline = _load_pipeline(teacher, commit, dtype)
-            elif (folder / CONFIG_NAME).is_file():
+            if teacher.weight_name is None and (folder / INDEX_NAME).is_file():
+                pipeline = _load_pipeline(teacher, folder, commit, dtype)
+            elif teacher.weight_name is None and (folder / CONFIG_NAME).is_file():
                 pipeline = _load_denoiser(teacher, folder, commit, student, dtype)
             else:
                 tensors, config = _read_lora(teacher, folder, student)
@@ -246,13 +287,14 @@ def _load_module(
     refused: Sequence[str] = ("missing_keys", "unexpected_keys"),
     **kwargs: Any,
 ) -> nn.Module:
-    """`from_pretrained` of a model that refuses what it would only warn about."""
-    try:
-        module, info = cls.from_pretrained(*where, **kwargs, dtype=dtype, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"teacher {teacher.id!r}: {teacher.source!r} cannot be loaded as a {cls.__name__}: {_one_line(error)}"
-        ) from error
+    """`from_pretrained` of a model that refuses what it would only warn about, and pickles."""
+    with one_sentence(
+        f"teacher {teacher.id!r}: {teacher.source!r} cannot be loaded as a {cls.__name__} (only safetensors are read; "
+        "if you trust other files, load the pipeline yourself and give that)"
+    ):
+        module, info = cls.from_pretrained(
+            *where, **kwargs, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
     for kind in refused:
         if keys := info[kind]:
             raise ValueError(
@@ -262,18 +304,23 @@ def _load_module(
     return module
 
 
-def _load_pipeline(teacher: Teacher, commit: str | None, dtype: torch.dtype) -> DiffusionPipeline:
+def _load_pipeline(teacher: Teacher, located: Path, commit: str | None, dtype: torch.dtype) -> DiffusionPipeline:
+    index = _read_json(teacher, located / INDEX_NAME)
     folder = str(teacher.path)
     if teacher.subfolder:
         if commit is not None:  # diffusers reads no pipeline from a subfolder of a repository
             folder = snapshot_download(folder, revision=commit, allow_patterns=f"{teacher.subfolder.strip('/')}/*")
         folder = os.path.join(folder, teacher.subfolder)
-    index = DiffusionPipeline.load_config(folder, revision=commit)
     parts = absent_parts(index)
     name = next((name for name in ("transformer", "unet") if index.get(name, [None])[0]), None)
     if name is None:
         raise ValueError(f"teacher {teacher.id!r}: {teacher.source!r} has neither a transformer nor a unet.")
-    cls = getattr(diffusers, index[name][1])
+    cls = getattr(diffusers, str(index[name][1]), None)
+    if cls is None:
+        raise ValueError(
+            f"teacher {teacher.id!r}: the {name} of {teacher.source!r} is a {index[name][1]}, which this version of "
+            "diffusers has not; if it is custom code that you trust, load the pipeline yourself and give that."
+        )
     parts[name] = _load_module(teacher, cls, dtype, folder, subfolder=name, revision=commit)
     for key, entry in index.items():
         library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
@@ -283,13 +330,15 @@ def _load_pipeline(teacher: Teacher, commit: str | None, dtype: torch.dtype) -> 
             parts[key] = _load_module(
                 teacher, part, dtype, folder, refused=["missing_keys"], subfolder=key, revision=commit
             )
-    return DiffusionPipeline.from_pretrained(folder, revision=commit, dtype=dtype, **parts)
+    with one_sentence(f"teacher {teacher.id!r}: {teacher.source!r} cannot be loaded as a pipeline"):
+        return DiffusionPipeline.from_pretrained(folder, revision=commit, dtype=dtype, use_safetensors=True, **parts)
 
 
 def _load_denoiser(
     teacher: Teacher, folder: Path, commit: str | None, student: DiffusionPipeline, dtype: torch.dtype
 ) -> DiffusionPipeline:
-    class_name = json.loads((folder / CONFIG_NAME).read_text()).get("_class_name")
+    config = _read_json(teacher, folder / CONFIG_NAME)
+    class_name = config.get("_class_name") or config.get("architectures")
     expected = type(_denoiser(student))
     if class_name != expected.__name__:
         raise ValueError(
@@ -306,11 +355,12 @@ def _load_denoiser(
 def _read_lora(teacher: Teacher, folder: Path, student: DiffusionPipeline) -> tuple[dict[str, Tensor], LoraConfig]:
     """Tensors (keys as in the denoiser, `lora_A` / `lora_B`) and config of a LoRA in PEFT or diffusers format."""
     name = denoiser_name(student)
-    is_peft = (folder / PEFT_CONFIG_NAME).is_file()
+    is_peft = (folder / PEFT_CONFIG_NAME).is_file() and teacher.weight_name in (None, PEFT_WEIGHTS_NAME)
     weights = folder / (PEFT_WEIGHTS_NAME if is_peft else teacher.weight_name or LORA_NAME)
     if is_peft and not weights.is_file():
         raise ValueError(
-            f"teacher {teacher.id!r}: {teacher.source!r} has an {PEFT_CONFIG_NAME}, but no {weights.name}."
+            f"teacher {teacher.id!r}: {teacher.source!r} has an {PEFT_CONFIG_NAME}, but no {weights.name}, the only "
+            "format that is read."
         )
     if not weights.is_file():
         raise ValueError(
@@ -322,15 +372,17 @@ def _read_lora(teacher: Teacher, folder: Path, student: DiffusionPipeline) -> tu
             f"teacher {teacher.id!r}: {type(student).__name__} cannot read a LoRA in diffusers format; give it in PEFT "
             f"format ({PEFT_CONFIG_NAME})."
         )
-    try:
+    with one_sentence(
+        f"teacher {teacher.id!r}: {weights.name} of {teacher.source!r} is no safetensors file (is it a pickle, a "
+        "git-lfs pointer, or a download that broke off?)"
+    ):
         tensors = load_file(weights)
-    except SafetensorError as error:
-        raise ValueError(
-            f"teacher {teacher.id!r}: {weights.name} of {teacher.source!r} is no safetensors file "
-            f"({_one_line(error)}); is it a git-lfs pointer, or a download that broke off?"
-        ) from error
     if is_peft:
-        config = PeftConfig.from_pretrained(str(folder))
+        kind = _read_json(teacher, folder / PEFT_CONFIG_NAME).get("peft_type")
+        if kind != "LORA":
+            raise ValueError(f"teacher {teacher.id!r}: {teacher.source!r} is of PEFT's type {kind!r}, not a LoRA.")
+        with one_sentence(f"teacher {teacher.id!r}: {PEFT_CONFIG_NAME} of {teacher.source!r} cannot be read"):
+            config = PeftConfig.from_pretrained(str(folder))
         tensors = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
     elif scales := [key for key in tensors if "dora_scale" in key]:  # diffusers drops them with a warning
         raise ValueError(
@@ -405,13 +457,10 @@ def _add_lora(
     teacher: Teacher, denoiser: nn.Module, adapter: str, tensors: dict[str, Tensor], config: LoraConfig
 ) -> None:
     """Adds a frozen adapter and refuses any tensor that is missing, unexpected or of another shape."""
-    try:
+    with one_sentence(
+        f"teacher {teacher.id!r}: the LoRA {teacher.source!r} does not fit the student's {type(denoiser).__name__}"
+    ):
         add_adapter(denoiser, config, adapter)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"teacher {teacher.id!r}: the LoRA {teacher.source!r} does not fit the student's "
-            f"{type(denoiser).__name__}: {_one_line(error)}"
-        ) from error
     expected = get_peft_model_state_dict(denoiser, adapter_name=adapter)
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     shapes = [
@@ -603,10 +652,6 @@ def check_manifest(checkpoint: str | os.PathLike, teachers: Iterable[LoadedTeach
                 f"teacher {key!r} has other weights ({entry['source']}) than the one that {checkpoint} learnt from "
                 f"({before[key]['source']}, commit {before[key]['commit']}); use the same teacher."
             )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _sample(keys: Iterable[str], most: int = 3) -> str:

@@ -37,6 +37,7 @@ from .teachers import (
     load_teachers,
     manifest,
     name_teachers,
+    one_sentence,
     same_weights,
 )
 from .transitions import Transition
@@ -118,6 +119,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         if args is None:
             name = model.config.get("_name_or_path") if isinstance(model, DiffusionPipeline) else str(model)
             args = DiffusionOPDConfig(f"{Path(name or type(model).__name__).name}-DiffusionOPD")
+        if not isinstance(args, DiffusionOPDConfig):
+            raise TypeError(f"`args` must be a DiffusionOPDConfig, got {type(args).__name__}.")
         specs = name_teachers(teachers)
         for spec in specs:
             check_call_kwargs(spec.call_kwargs, {"guidance_scale": spec.guidance_scale}, f"teacher {spec.id!r}")
@@ -211,15 +214,13 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         for key, teacher in self.teachers.items():
             with self._present(key), self.autocast(teacher.denoiser):
                 source = self.loaded_teachers[key].spec.source
-                try:
+                with one_sentence(
+                    f"teacher {key!r} ({source}) cannot be asked at the student's states of shape "
+                    f"{tuple(step.sample.shape)}"
+                ):
                     teacher.self_check(CHECK_PROMPTS, args.num_learnt_steps)
                     with torch.no_grad():
                         prediction = teacher.predict(step.sample, step.timestep, CHECK_PROMPTS)
-                except (RuntimeError, ValueError) as error:
-                    raise ValueError(
-                        f"teacher {key!r} ({source}) cannot be asked at the student's states of shape "
-                        f"{tuple(step.sample.shape)}: {error}"
-                    ) from error
                 if prediction.shape != step.prediction.shape:
                     raise ValueError(
                         f"teacher {key!r} ({source}) predicts {tuple(prediction.shape)} at the student's states, the "
@@ -341,6 +342,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                 results[chosen] = torch.stack([torch.full_like(loss, ids.index(task)), loss, kl], dim=1)
             rows.append(self.accelerator.gather_for_metrics(results))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        if not rows:
+            raise ValueError("eval_dataset is empty.")
         table = torch.cat(rows)
         metrics = {"loss": table[:, 1].mean().item(), "kl": table[:, 2].mean().item()}
         for index, key in enumerate(ids):

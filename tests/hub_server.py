@@ -5,8 +5,8 @@
         subprocess.run([...], env={**os.environ, **hub.environment(cache)})
 
 A repository has branches of commits, a commit has files, and a file has the id that git or LFS would give it. Whoever
-writes needs `TOKEN`. huggingface_hub reads its endpoint when it is imported, so clients run in processes of their own,
-and without Xet, which is another protocol. This file knows the standard library only.
+writes, or reads what is private, needs `TOKEN`. huggingface_hub reads its endpoint when it is imported, so clients run
+in processes of their own, and without Xet, which is another protocol. This file knows the standard library only.
 """
 
 import base64
@@ -94,6 +94,7 @@ class HubServer(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}  # "models/acme/x"
         self.uploads: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.breaks_off_after: int | None = None  # so many uploads, once
 
     def __enter__(self) -> "HubServer":
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -285,6 +286,11 @@ def lfs_batch(call: Call) -> dict:
 
 @route("PUT", "/lfs/(?P<sha256>[0-9a-f]{64})")
 def lfs_upload(call: Call, sha256: str) -> bytes:
+    if call.hub.breaks_off_after == 0:
+        call.hub.breaks_off_after = None
+        raise HubError(400, "", "the line is dead")
+    if call.hub.breaks_off_after is not None:
+        call.hub.breaks_off_after -= 1
     if hashlib.sha256(call.body).hexdigest() != sha256:
         raise HubError(400, "", "the upload is not what was announced")
     call.hub.uploads[sha256] = call.body
@@ -351,14 +357,16 @@ class _Handler(BaseHTTPRequestHandler):
         if match is None:
             raise HubError(404, "", f"this Hub has no {self.command} {path}")
         is_open = self.command in ("GET", "HEAD") or function in (validate_yaml, paths_info, lfs_upload)
-        if not is_open and self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            raise HubError(401, "", "Invalid credentials")
+        token = self.headers.get("Authorization")
+        is_user = token == f"Bearer {TOKEN}"
+        if (token or not is_open) and not is_user:  # a wrong token may not even read what is open
+            raise HubError(401, "", "Invalid credentials in Authorization header")
         groups, repository = match.groupdict(), None
         with self.server.lock:
             if "name" in groups:
                 kind, name = (groups.pop("kind") or "models").rstrip("/"), groups.pop("name")
                 repository = self.server.repositories.get(f"{kind}/{name}")
-                if repository is None:
+                if repository is None or (repository.private and not is_user):
                     raise HubError(404, "RepoNotFound", "Repository not found")
             answer = function(Call(self.server, body, query, repository), **groups)
         if isinstance(answer, tuple):

@@ -104,8 +104,6 @@ def test_what_goes_to_the_pipeline():
         ({"ema_update_every": 0}, ["`ema_update_every`", "at least 1"]),
         ({"image_steps": -1}, ["`image_steps`", "-1"]),
         ({"image_num_inference_steps": 0}, ["`image_num_inference_steps`", "at least 1"]),
-        ({"call_kwargs": "max_sequence_length=128"}, ["`call_kwargs`", "dict", "JSON", "max_sequence_length=128"]),
-        ({"model_init_kwargs": ["revision"]}, ["`model_init_kwargs`", "dict", "['revision']"]),
         ({"call_kwargs": {"latents": None, "prompt": "a"}}, ["['latents', 'prompt']", "the trainer sets them"]),
         (
             {"guidance_scale": 4.5, "call_kwargs": {"guidance_scale": 1.0}},

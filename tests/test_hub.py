@@ -389,3 +389,187 @@ def test_a_token_is_not_needed_to_read(hub: HubServer, tmp_path):
     code = "from huggingface_hub import list_repo_files\nresult = list_repo_files('acme/bare')"
     assert client(hub, tmp_path, code, HF_TOKEN="") == sorted(hub.repositories["models/acme/bare"].at("main").files)
     assert TOKEN  # and a wrong one may not write: see the first test
+
+
+# Ways to push
+
+
+MAKE = """
+import logging
+from datasets import Dataset
+from diffusion_opd import DiffusionGRPOConfig, DiffusionGRPOTrainer
+
+logging.basicConfig(filename="warnings.txt", level=logging.WARNING)
+prompts = Dataset.from_dict({"prompt": ["a red fox", "a lake"]})
+lora = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_v"])
+settings = dict(push_to_hub=True, hub_always_push=True, max_steps=2, save_steps=1, num_inference_steps=4)
+settings |= dict(learning_rate=1e-2, call_kwargs=call, per_device_train_batch_size=2, report_to="none", use_cpu=True)
+
+def make(output_dir, model="acme/base", teachers=Teacher("acme/bare"), **more):
+    args = DiffusionOPDConfig(output_dir, **(settings | more))
+    return DiffusionOPDTrainer(model, teachers, args, prompts, peft_config=lora)
+"""
+
+PICTURE = """
+def picture(pipe):
+    pipe.transformer.requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    (image,) = pipe("a cat", num_inference_steps=3, generator=generator, **call).images
+    return list(image.tobytes())
+"""
+
+PUSH = """
+result = {}
+for strategy in ("end", "every_save", "checkpoint", "all_checkpoints"):
+    trainer = make(f"by-{strategy}", hub_strategy=strategy, hub_private_repo=strategy == "end")
+    trainer.train()
+    if strategy == "end":
+        trainer.save_model()
+    result[f"by-{strategy}"] = picture(trainer.pipeline)
+
+def dark(prompts, images, **columns):
+    return [-sum(image.convert("L").tobytes()) / 1000 for image in images]
+
+args = DiffusionGRPOConfig("by-rewards", **(settings | dict(num_generations=2)))
+trainer = DiffusionGRPOTrainer("acme/base", dark, args, prompts, peft_config=lora)
+trainer.train()
+trainer.push_to_hub()
+result["by-rewards"] = picture(trainer.pipeline)
+"""
+
+PULL = """
+from huggingface_hub import ModelCard, ModelCardData
+
+names = ["by-end", "by-every_save", "by-checkpoint", "by-all_checkpoints", "by-rewards"]
+result = {"base": picture(DiffusionPipeline.from_pretrained("acme/base"))}
+for name in names:
+    pipe = DiffusionPipeline.from_pretrained("acme/base")
+    pipe.load_lora_weights(f"me/{name}")
+    result[name] = picture(pipe)
+card = ModelCard.load("me/by-rewards")
+assert ModelCardData(**card.data.to_dict()).to_dict() == card.data.to_dict()
+result["card"] = card.content
+"""
+
+
+@pytest.fixture(scope="module")
+def pushed(hub: HubServer, home: Path) -> dict:
+    """Runs that pushed in each way that transformers knows, and what their students drew."""
+    return client(hub, home, COMMON + MAKE + PICTURE + PUSH)
+
+
+@pytest.mark.slow
+def test_what_lies_on_the_hub_after_each_strategy(hub: HubServer, pushed: dict):
+    student = {"pytorch_lora_weights.safetensors", "README.md", "teacher_manifest.json", "training_args.bin"}
+    state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    checkpoint = {"pytorch_lora_weights.safetensors", "teacher_manifest.json", "training_args.bin"} | state
+    folders = {"end": [], "every_save": [], "checkpoint": ["last-checkpoint"]}
+    folders |= {"all_checkpoints": ["checkpoint-1", "checkpoint-2"]}
+    for strategy, expected in folders.items():
+        repository = hub.repositories[f"models/me/by-{strategy}"]
+        files = repository.at("main").files.keys() - {".gitattributes"}
+        in_folders = {f"{folder}/{name}" for folder in expected for name in checkpoint}
+        others = {path for path in files if not path.startswith("images/")}
+        assert others == student | in_folders, strategy
+        assert repository.private == (strategy == "end")
+        titles = [commit.title for commit in repository.commits][1:]
+        in_progress = [f"Training in progress, step {step}" for step in (1, 2)]
+        if strategy == "end":
+            assert titles == ["Model save"]
+        else:
+            assert [title for title in titles if "checkpoint" not in title] == in_progress
+            assert len(titles) == (2 if strategy == "every_save" else 4)
+    last = json.loads(
+        hub.repositories["models/me/by-checkpoint"].at("main").files["last-checkpoint/trainer_state.json"].data
+    )
+    assert last["global_step"] == 2
+    assert {"reward_manifest.json", "README.md"} <= hub.repositories["models/me/by-rewards"].at("main").files.keys()
+
+
+@pytest.mark.slow
+def test_the_picture_is_the_trainers(hub: HubServer, pushed: dict, tmp_path):
+    without_us = COMMON.replace("from diffusion_opd import", "# from diffusion_opd import").split("teachers = ")[0]
+    pulled = client(hub, tmp_path, without_us + PICTURE + PULL)
+    for name, picture in pushed.items():
+        assert pulled[name] == picture != pulled["base"], name
+    assert "library_name: diffusers" in pulled["card"] and "`dark`" in pulled["card"]
+
+
+RESUME = """
+from huggingface_hub import snapshot_download
+
+folder = snapshot_download("me/by-all_checkpoints", allow_patterns="checkpoint-1/*")
+resumed = make("resumed", push_to_hub=False)
+resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-1")
+other = make("other", push_to_hub=False, model_init_kwargs={"revision": "v2"})
+result = {"picture": picture(resumed.pipeline), "v2": other.pipeline.transformer.proj_out.bias.tolist()}
+"""
+
+BROKEN = """
+trainer = make("broken-off", seed=1)
+trainer.train()
+result = open("warnings.txt").read()
+trainer.push_to_hub()
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_and_a_revision_from_the_hub(hub: HubServer, pushed: dict, tmp_path):
+    other = BUILDERS["sd3"](7)
+    other.save_pretrained(tmp_path / "v2")
+    hub.publish("acme/base", tmp_path / "v2", branch="v2")
+    result = client(hub, tmp_path / "home", COMMON + MAKE + PICTURE + RESUME)
+    assert result == {
+        "picture": pushed["by-all_checkpoints"],
+        "v2": other.transformer.proj_out.bias.tolist(),
+    }
+
+
+@pytest.mark.slow
+def test_an_upload_that_breaks_off_is_told_of_and_finished_by_the_next(hub: HubServer, home: Path):
+    asked = len(hub.requests)
+    hub.breaks_off_after = 1
+    warnings = client(hub, home, COMMON + MAKE + BROKEN)
+    assert hub.breaks_off_after is None
+    assert warnings.count("An upload to me/broken-off failed (") == 1
+    files = hub.repositories["models/me/broken-off"].at("main").files
+    for name in ("pytorch_lora_weights.safetensors", "README.md", "teacher_manifest.json", "training_args.bin"):
+        assert files[name].data == (home / "broken-off" / name).read_bytes()
+    uploads = [request for request in hub.requests[asked:] if request.startswith("PUT")]
+    assert [request for request in uploads if request.endswith("400")]
+    done = [request for request in uploads if request.endswith("200")]
+    assert len(done) == len(set(done)), "nothing goes up twice"
+
+
+STUDENTS_AND_TOKENS = """
+result = {}
+for key, more in {
+    "gone": dict(model="acme/gone"),
+    "revision": dict(model_init_kwargs={"revision": "v9"}),
+    "no pipeline": dict(model="acme/bare"),
+    "private": dict(teachers="me/by-end"),
+    "push": dict(push_to_hub=True),
+}.items():
+    try:
+        make("nobody", **({"push_to_hub": False} | more))
+    except ValueError as error:
+        result[key] = str(error)
+"""
+
+
+@pytest.mark.slow
+def test_students_and_tokens(hub: HubServer, pushed: dict, tmp_path):
+    for token, words in {
+        "": {
+            "gone": "the student 'acme/gone' is neither a folder nor a repository on the Hub that you may read",
+            "revision": "the student 'acme/base' has no revision 'v9'.",
+            "no pipeline": "the student 'acme/bare' holds no pipeline (model_index.json).",
+            "private": "teacher 'by-end': 'me/by-end' is neither a folder nor a repository on the Hub that",
+            "push": "the repository 'nobody' cannot be had to push to (`hf auth login`, or a `hub_token` that may",
+        },
+        "wrong": {"push": "the student 'acme/base' may not be read with your token; log in anew with `hf auth login`."},
+    }.items():
+        sentences = client(hub, tmp_path / f"token {token}", COMMON + MAKE + STUDENTS_AND_TOKENS, HF_TOKEN=token)
+        for key, sentence in words.items():
+            assert sentences[key].startswith(sentence) and "\n" not in sentences[key], sentences[key]
+    assert "models/me/nobody" not in hub.repositories

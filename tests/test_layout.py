@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "sampling": set(),
     "config": {"transitions"},
     "policy": {"transitions"},
-    "teachers": {"policy"},
+    "teachers": {"config", "policy"},
     "checkpoints": set(),
     "base_trainer": {"checkpoints", "config", "policy", "sampling", "teachers", "transitions"},
     "trainer": {"base_trainer", "config", "objectives", "policy", "sampling", "teachers", "transitions"},

@@ -612,9 +612,8 @@ def test_checkpoints_that_lack_something_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has no old_policy.safetensors, so it is no checkpoint of DiffusionNFTTrain"):
         trainer_of(NFT, tmp_path, **settings).train(resume_from_checkpoint=str(checkpoint))
     sentence = r"lies between two optimizer steps on one rollout and has no rollouts_0\.safetensors; resume with the"
-    for cls in (NFT, GRPO):
-        with pytest.raises(ValueError, match=sentence):
-            trainer_of(cls, tmp_path, num_iterations=2, **settings).train(resume_from_checkpoint=str(checkpoint))
+    with pytest.raises(ValueError, match=sentence):
+        trainer_of(NFT, tmp_path, num_iterations=2, **settings).train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_the_folders_of_a_run(tmp_path):

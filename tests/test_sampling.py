@@ -442,7 +442,7 @@ def column(prompts: list, ids: list | None = None) -> Dataset:
         (column([1, 2], ["aes", "ocr"]), ["row 0", "must be text"]),
         (column([[{"role": "user", "content": "a"}]] * 2, ["aes", "ocr"]), ["row 0", "must be text", "role"]),
         (column(["a", "b", "c"], ["aes", "ocr", "x"]), ["['aes', 'ocr', 'x']", "the teachers are ['aes', 'ocr']"]),
-        (column(["a", "b"], ["aes", None]), ["['None', 'aes']", "['aes', 'ocr']"]),
+        (column(["a", "b"], ["aes", None]), ["the `teacher_id` column of train_dataset has rows without a value"]),
         (column(["a", "b"], ["aes", "aes"]), ["the data has ['aes']", "['aes', 'ocr']"]),
         (column([], []), ["train_dataset"]),
         ({"aes": column(["a"])}, ["keys of train_dataset", "['aes']", "['aes', 'ocr']"]),

@@ -414,7 +414,7 @@ def test_a_lora_that_changes_the_shared_backbone_is_refused(config: dict, word: 
 def test_an_adapter_that_is_no_lora_is_refused(tmp_path):
     config = LoHaConfig(r=4, target_modules=["to_q"])
     get_peft_model(BUILDERS["sd3"](0).transformer, config).save_pretrained(str(tmp_path))
-    assert_words(refusal(tmp_path), "no LoRA tensors for a transformer", "hada_w1")
+    assert_words(refusal(tmp_path), "PEFT's type 'LOHA', not a LoRA")
 
 
 def test_a_dora_that_diffusers_would_read_as_a_lora_is_refused(tmp_path):

@@ -1,11 +1,10 @@
 """What a user can set about reinforcement learning; every meaningless combination is refused here, before any model is
 loaded."""
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import DiffusionConfig, check_noise
+from ..config import DiffusionConfig, check_noise, parse_json
 
 SCALES = ("group", "batch", "none")
 LOSS_TYPES = ("grpo", "grpo_guard")
@@ -40,8 +39,6 @@ class DiffusionRLConfig(DiffusionConfig):
     `metric_for_best_model` (`"reward"`).
     """
 
-    _VALID_DICT_FIELDS = DiffusionConfig._VALID_DICT_FIELDS + ["reward_weights"]
-
     num_generations: int = field(default=8, metadata={"help": "Samples of one prompt."})
     num_iterations: int = field(default=1, metadata={"help": "Optimizer steps on one rollout."})
     reward_weights: list | str | dict | None = field(  # a flag is read as the second of these: JSON
@@ -60,10 +57,10 @@ class DiffusionRLConfig(DiffusionConfig):
     def __post_init__(self) -> None:
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "reward"  # transformers: "loss", which an evaluation by rewards has not
+        self.reward_weights = parse_json("reward_weights", self.reward_weights)
+        if isinstance(self.scale_rewards, bool):
+            self.scale_rewards = "group" if self.scale_rewards else "none"
         super().__post_init__()
-        if isinstance(self.reward_weights, str) and self.reward_weights.startswith("["):
-            self.reward_weights = json.loads(self.reward_weights)  # transformers reads JSON objects alone
-        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         if self.scale_rewards not in SCALES:
             raise ValueError(f"`scale_rewards` must be one of {list(SCALES)}, got {self.scale_rewards!r}.")
         if self.num_generations < 2:
@@ -173,7 +170,7 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
                 f"`transition={self.transition!r}` with `noise_level={self.noise_level}`. `DiffusionNFTTrainer` does "
                 "without."
             )
-        check_noise(self.transition or "flow_sde", self.noise_level)
+        check_noise("flow_sde" if self.transition is None else self.transition, self.noise_level)
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"`loss_type` must be one of {list(LOSS_TYPES)}, got {self.loss_type!r}.")
         for name in ("epsilon", "epsilon_high"):
@@ -187,7 +184,7 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
         low, high, size = self._window
         if not 0 <= low < high <= self.num_learnt_steps or not 1 <= size <= high - low:
             raise ValueError(
-                f"a window of {self.sde_window_size} steps does not fit between the steps {low} and {high}; "
+                f"a window of {size} steps (`sde_window_size`) does not fit between the steps {low} and {high}; "
                 f"{self.num_learnt_steps} of {self.num_inference_steps} steps are learnt (`timestep_fraction`)."
             )
 

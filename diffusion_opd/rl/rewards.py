@@ -9,6 +9,7 @@ import functools
 import inspect
 import math
 import numbers
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor
 from ..sampling import PROMPT
 
 RewardFunc = Callable[..., Any]
+
+_GIVEN = {"prompts", "images", "trainer_state"}  # besides the dataset's columns
 
 
 class Rewards:
@@ -76,6 +79,19 @@ class Rewards:
 
     def weights(self, task: str) -> list[float]:
         return self._weights[self._key(task)]
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Refuses a dataset before anything is drawn.
+
+        Raises:
+            ValueError: if a function needs a column that is missing, or a column has the name of what functions are
+                given besides.
+        """
+        if taken := sorted(_GIVEN & set(columns)):
+            raise ValueError(f"the dataset's columns {taken} have names that reward functions know; rename them.")
+        for task, funcs in self._funcs.items():
+            for func, name in zip(funcs, self._names[task], strict=True):
+                _accepted(func, name, dict.fromkeys({*columns, *_GIVEN} - {PROMPT}))
 
     def __call__(
         self, task: str, examples: Sequence[Mapping[str, Any]], images: Sequence[Any], trainer_state: Any = None
@@ -146,7 +162,7 @@ def _accepted(func: RewardFunc, name: str, offered: Mapping[str, Any]) -> dict[s
     by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     needed = {p.name for p in by_name if p.default is p.empty}
     if missing := sorted(needed - offered.keys()):
-        columns = sorted(offered.keys() - {"prompts", "images", "trainer_state"})
+        columns = sorted(offered.keys() - _GIVEN)
         raise ValueError(
             f"the reward function {name!r} needs {missing}, but a reward function is given `prompts`, `images` and the "
             f"dataset's other columns, here {columns}."
@@ -171,7 +187,8 @@ def _await_all(awaitables: Sequence[Any]) -> list[Any]:
 def _checked(result: Any, name: str, count: int) -> list[float]:
     values = result.tolist() if hasattr(result, "tolist") else result
     if not isinstance(values, (list, tuple)) or len(values) != count:
-        got = f"{len(values)} values" if isinstance(values, (list, tuple)) else f"{type(result).__name__}: {result!r}"
+        got = f"{type(result).__name__}: {textwrap.shorten(repr(result), 80)}"
+        got = f"{len(values)} values" if isinstance(values, (list, tuple)) else got
         raise ValueError(f"the reward function {name!r} must return a list of {count} rewards, got {got}.")
     values = [value.item() if isinstance(value, Tensor) and value.dim() == 0 else value for value in values]
     for value in values:

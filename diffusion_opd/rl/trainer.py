@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
@@ -26,14 +27,17 @@ from transformers.trainer_utils import EvalLoopOutput, set_seed
 
 from ..base_trainer import DiffusionTrainer, is_checkpoint, load_student, whole_cycles
 from ..policy import BACKBONE, Policy, Step
-from ..sampling import PROMPT, TASK, is_prompt, routed_dataset, stream_columns
+from ..sampling import PROMPT, TASK, check_no_splits, is_prompt, routed_dataset, stream_columns, tasks_in
 from ..teachers import STUDENT_ADAPTER, add_adapter
 from ..transitions import Kernel, Schedule
 from .config import DiffusionRLConfig
 from .objectives import combine, group_advantages, nanstd
 from .rewards import Rewards
 
+logger = get_logger(__name__)
+
 _TRAIN, _EVAL, _NOISE = 0, 1, 2  # seed domains
+MANIFEST_NAME = "reward_manifest.json"
 
 
 @dataclass
@@ -85,11 +89,17 @@ class DiffusionRLTrainer(DiffusionTrainer):
             raise TypeError(f"`args` must be a {self._config_class.__name__}, got {type(args).__name__}.")
         args = copy.copy(args)  # what a run sets in them must not reach the next one
         self.rewards = Rewards(reward_funcs, args.reward_weights)
-        tasks = self.rewards.tasks or _tasks_of(train_dataset if train_dataset is not None else eval_dataset)
+        tasks = self.rewards.tasks
+        if tasks is None:
+            given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+            tasks = _tasks_of(*next((item for item in given.items() if item[1] is not None), ("", None)))
         if train_dataset is not None:
             train_dataset = routed_dataset(train_dataset, tasks, "train_dataset", column=TASK, keep_columns=True)
         if eval_dataset is not None:
             eval_dataset = self._routed_eval(eval_dataset, tasks)
+        for dataset in (train_dataset, eval_dataset):
+            if isinstance(dataset, Dataset):
+                self.rewards.check_columns([PROMPT, TASK] if args.remove_unused_columns else dataset.column_names)
         whole_cycles(args, tasks)
         _check_groups(args, len(tasks))
         self._repetition = {"repeats": args.num_generations, "iterations": args.num_iterations}
@@ -196,7 +206,11 @@ class DiffusionRLTrainer(DiffusionTrainer):
         weights = torch.tensor(self.rewards.weights(task), device=rewards.device)
         total = combine(rewards, weights)
         advantages, group_std = group_advantages(total, self.args.num_generations, self.args.scale_rewards)
-        if not total.isnan().all():
+        if total.isnan().all():
+            logger.warning_once(
+                f"No reward function applies to any sample of task {task!r}: nothing is learnt from them."
+            )
+        else:
             self.record("reward", total.nanmean())
             self.record("reward_std", nanstd(total))
             self.record("group_reward_std", group_std.nanmean())
@@ -300,6 +314,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
                 results[torch.tensor(chosen)[:, None], columns] = scores.to(results.device)
             rows.append(self.accelerator.gather_for_metrics(results))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        if not rows:
+            raise ValueError("eval_dataset is empty.")
         table = torch.cat(rows)
         metrics = {"reward": table[:, 1].nanmean(), "reward_std": nanstd(table[:, 1])}
         for index, task in enumerate(self.tasks if len(self.tasks) > 1 else []):
@@ -342,6 +358,30 @@ class DiffusionRLTrainer(DiffusionTrainer):
         if is_checkpoint(folder):
             self._save_state(Path(folder))
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            content = json.dumps(self._manifest(), indent=2)
+            Path(output_dir or self.args.output_dir, MANIFEST_NAME).write_text(content + "\n")
+
+    def _manifest(self) -> dict[str, Any]:
+        return {"version": 1, "trainer": self._name, "rewards": {task: self.rewards.names(task) for task in self.tasks}}
+
+    def _check_manifest(self, checkpoint: Path) -> None:
+        path = checkpoint / MANIFEST_NAME
+        if not path.is_file():
+            raise ValueError(f"{checkpoint} has no {MANIFEST_NAME}, so it is not a checkpoint of this trainer.")
+        before, now = json.loads(path.read_text()), self._manifest()
+        if before["trainer"] != now["trainer"]:
+            raise ValueError(
+                f"{checkpoint} was saved by {before['trainer']}, this run is {now['trainer']}; resume it with that."
+            )
+        if before["rewards"] != now["rewards"]:
+            raise ValueError(
+                f"{checkpoint} learnt from the rewards {before['rewards']}, this run has {now['rewards']}; use the "
+                "same."
+            )
+
     def _save_state(self, folder: Path) -> None:
         if self.state.global_step % self.args.num_iterations == 0:
             return
@@ -379,10 +419,16 @@ class DiffusionRLTrainer(DiffusionTrainer):
         return f"rollouts_{self.accelerator.process_index}.safetensors"
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if resume_from_checkpoint is not None:
+            self._check_manifest(Path(resume_from_checkpoint))
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is not None:
             self._load_state(Path(resume_from_checkpoint))
         return prepared
+
+    @property
+    def _published_names(self) -> set[str]:
+        return super()._published_names | {MANIFEST_NAME}
 
     def _card_fields(self) -> dict[str, Any]:
         rewards = [
@@ -416,12 +462,19 @@ def _move(kernel: Kernel, step: Step) -> Tensor:
     return kernel(step.sample, step.prediction, step.schedule, step.index).mean
 
 
-def _tasks_of(dataset: Any) -> list[str]:
+def _tasks_of(name: str, dataset: Any) -> list[str]:
     """The tasks of a dataset whose reward functions are for all of them."""
+    check_no_splits(dataset, name)
     if isinstance(dataset, Mapping):
         return list(dataset)
     if isinstance(dataset, Dataset) and TASK in dataset.column_names:
-        return sorted(dataset.unique(TASK))
+        tasks = sorted(tasks_in(dataset, TASK, name))
+        if len(tasks) > 1:
+            logger.warning(
+                f"The column {TASK!r} of {name} makes {len(tasks)} tasks, e.g. {tasks[:3]}: every optimizer step "
+                "visits each of them. Rename the column if it means something else."
+            )
+        return tasks
     if isinstance(dataset, IterableDataset) and TASK in stream_columns(dataset):
         raise ValueError(
             f"the dataset is a stream with a column {TASK!r}, whose tasks are not known before it is read; give "

@@ -1,0 +1,875 @@
+"""What a user hands in wrong: one sentence of ours that says what is wrong, with what was given, before anything is
+trained. What has a meaning but is easily meant otherwise is warned about.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import random
+import shutil
+import traceback
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
+from diffusers import DiffusionPipeline
+from peft import IA3Config
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainingArguments
+
+import diffusion_opd
+from diffusion_opd import (
+    DiffusionGRPOConfig,
+    DiffusionNFTConfig,
+    DiffusionOPDConfig,
+    DiffusionOPDTrainer,
+    Teacher,
+)
+from tests.test_teachers import save_diffusers, save_peft
+from tests.test_trainer import config, lora
+from tests.tiny_pipelines import BUILDERS, CALL
+
+DENOISER = "transformer/diffusion_pytorch_model.safetensors"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n"
+PROMPTS = Dataset.from_dict({"prompt": [f"prompt {i}" for i in range(4)]})
+
+
+def rows(**columns: list) -> Dataset:
+    return Dataset.from_dict(columns)
+
+
+def stream(*examples: dict) -> IterableDataset:
+    return IterableDataset.from_generator(lambda: iter(examples))
+
+
+def brightness(prompts, images, **columns):
+    return [float(index) for index in range(len(images))]
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def as_pickle(path: Path) -> None:
+    """As repositories from before safetensors."""
+    name = "pytorch_model.bin" if path.name == "model.safetensors" else f"{path.stem}.bin"
+    torch.save(load_file(path), path.with_name(name))
+    path.unlink()
+
+
+class World:
+    """A student and teachers on disk, and what a user writes with them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        (folder / "empty").mkdir()
+        (folder / "file").write_text("x")
+        self.base, self.lora, self.pipeline = folder / "base", folder / "lora", folder / "pipeline"
+        self.diffusers_lora = save_diffusers(folder / "diffusers_lora")
+        save_peft(self.lora)
+        BUILDERS["sd3"](0).save_pretrained(self.base)
+        BUILDERS["sd3"](1).save_pretrained(self.pipeline)
+
+    @cached_property
+    def sd3(self) -> DiffusionPipeline:
+        return BUILDERS["sd3"](1)
+
+    def copy(self, source: str, edit: Callable[[Path], Any]) -> Path:
+        copied = self.folder / f"copy_{len(list(self.folder.iterdir()))}"
+        shutil.copytree(getattr(self, source), copied)
+        edit(copied)
+        return copied
+
+    def opd(self, model: Any = None, teachers: Any = None, data: Any = PROMPTS, args: Any = None, **kwargs: Any):
+        names = ("eval_dataset", "callbacks", "optimizers")
+        extra = {name: kwargs.pop(name) for name in names if name in kwargs} | {"peft_config": lora()}
+        if "peft_config" in kwargs:
+            extra["peft_config"] = kwargs.pop("peft_config")
+        return DiffusionOPDTrainer(
+            str(self.base) if model is None else model,
+            str(self.lora) if teachers is None else teachers,
+            config(self.folder / "out", **kwargs) if args is None else args,
+            train_dataset=data,
+            **extra,
+        )
+
+    def rl(self, funcs: Any = brightness, data: Any = PROMPTS, trainer: str = "GRPO", args: Any = None, **kwargs: Any):
+        extra = {name: kwargs.pop(name) for name in ("eval_dataset",) if name in kwargs}
+        make, trainer = getattr(diffusion_opd, f"Diffusion{trainer}Config"), f"Diffusion{trainer}Trainer"
+        settings = dict(
+            per_device_train_batch_size=4,
+            num_generations=2,
+            max_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            num_inference_steps=3,
+            call_kwargs={key: value for key, value in CALL["sd3"].items() if key != "guidance_scale"},
+            guidance_scale=1.0,
+            disable_tqdm=True,
+            image_steps=0,
+        )
+        return getattr(diffusion_opd, trainer)(
+            str(self.base),
+            funcs,
+            make(str(self.folder / "rl"), **(settings | kwargs)) if args is None else args,
+            train_dataset=data,
+            peft_config=lora(),
+            **extra,
+        )
+
+    def checkpoint(self, trainer: str = "GRPO", **kwargs: Any) -> Path:
+        run = self.rl(trainer=trainer, save_strategy="steps", save_steps=1, **kwargs)
+        run.args.output_dir = str(self.folder / f"run_{len(list(self.folder.iterdir()))}")
+        run.train()
+        return Path(run.args.output_dir, "checkpoint-1")
+
+
+def with_index(**entries: Any) -> Callable[[Path], Any]:
+    def edit(folder: Path) -> None:
+        path = folder / "model_index.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+    return edit
+
+
+def with_nan(folder: Path, file: str = DENOISER) -> None:
+    tensors = load_file(folder / file)
+    tensors[min(tensors)].fill_(math.nan)
+    save_file(tensors, folder / file)
+
+
+def without_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / DENOISER)
+    tensors.pop(min(tensors))
+    save_file(tensors, folder / DENOISER)
+
+
+def poor(folder: Path, **entries: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+TWO = {"a": "me/a", "b": "me/b"}
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+A_TEACHER = "a teacher is a Hub id, a folder, a `Teacher` of one of these or a loaded pipeline, got "
+
+
+def opd(**kwargs: Any) -> DiffusionOPDConfig:
+    return DiffusionOPDConfig("out", **kwargs)
+
+
+def nft(**kwargs: Any) -> DiffusionNFTConfig:
+    return DiffusionNFTConfig("out", **kwargs)
+
+
+def grpo(**kwargs: Any) -> DiffusionGRPOConfig:
+    return DiffusionGRPOConfig("out", **kwargs)
+
+
+class Late(TrainerCallback):
+    """Handed over as a class, which Trainer takes, and as a function, which it does not."""
+
+
+# What the user wrote, given the world `w`; the type of the refusal; the whole sentence, or how it begins
+CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
+    # Settings. Ranges of single fields: test_config.py, and the fuzz below
+    "text for a number": (
+        lambda w: opd(num_inference_steps="10"),
+        TypeError,
+        r"`num_inference_steps` must be a whole number, got '10'\.$",
+    ),
+    "a fraction of a step": (
+        lambda w: opd(num_inference_steps=9.5),
+        TypeError,
+        r"`num_inference_steps` .* got 9\.5\.$",
+    ),
+    "text for a switch": (lambda w: opd(bf16="false"), TypeError, r"`bf16` must be True or False or None, got 'false'"),
+    "one prompt for a list": (
+        lambda w: opd(image_prompts="a cat"),
+        TypeError,
+        r"`image_prompts` must be a list of texts or None, got 'a cat'\.$",
+    ),
+    "kwargs that are no dict": (
+        lambda w: opd(model_init_kwargs=["revision"]),
+        TypeError,
+        r"`model_init_kwargs` must be",
+    ),
+    "kwargs that are no JSON": (lambda w: opd(call_kwargs="{'a': 1}"), ValueError, r"`call_kwargs` must be JSON where"),
+    "JSON of a list": (
+        lambda w: opd(call_kwargs="[1]"),
+        TypeError,
+        r"`call_kwargs` must be a dict, or JSON of one, got",
+    ),
+    "weights that are no JSON": (
+        lambda w: nft(reward_weights="[1,"),
+        ValueError,
+        r"`reward_weights` must be JSON where",
+    ),
+    "a weight for a list": (lambda w: nft(reward_weights=0.5), TypeError, r"`reward_weights` must be a list or"),
+    "a choice that is a list": (
+        lambda w: grpo(scale_rewards=["group"]),
+        TypeError,
+        r"`scale_rewards` must be text, got",
+    ),
+    "an empty choice": (lambda w: grpo(transition=""), ValueError, r"`transition` must be one of \[.*\], got ''\.$"),
+    "guidance that is NaN": (lambda w: opd(guidance_scale=math.nan), ValueError, r"`guidance_scale` must be a finite"),
+    "endless noise": (
+        lambda w: grpo(noise_level=math.inf),
+        ValueError,
+        r"`noise_level` must be a finite number, got inf",
+    ),
+    "a negative rate": (lambda w: opd(learning_rate=-1e-4), ValueError, r"`learning_rate` must be at least 0, got -0"),
+    "a negative seed": (lambda w: opd(seed=-1), ValueError, r"`seed` must be at least 0, got -1\.$"),
+    "a seed beyond numpy's": (
+        lambda w: opd(seed=2**32),
+        ValueError,
+        r"`seed` must be below 2\*\*32, got 4294967296\.$",
+    ),
+    "no batch": (lambda w: opd(per_device_train_batch_size=0), ValueError, r"`per_device_train_batch_size` must be at"),
+    "no accumulation": (
+        lambda w: opd(gradient_accumulation_steps=0),
+        ValueError,
+        r"`gradient_accumulation_steps` must",
+    ),
+    "a window of text": (
+        lambda w: grpo(sde_window_range=["a", 2]),
+        TypeError,
+        r"`sde_window_range` must be a list of wh",
+    ),
+    "args of another trainer": (
+        lambda w: w.opd(args=grpo()),
+        TypeError,
+        r"`args` must be a DiffusionOPDConfig, got Dif",
+    ),
+    "args of transformers": (
+        lambda w: w.opd(args=TrainingArguments("out")),
+        TypeError,
+        r"`args` must be a DiffusionOPDCo",
+    ),
+    "args that are a folder": (
+        lambda w: w.opd(args="out"),
+        TypeError,
+        r"`args` must be a DiffusionOPDConfig, got str\.$",
+    ),
+    "args of distillation": (
+        lambda w: w.rl(args=opd()),
+        TypeError,
+        r"`args` must be a DiffusionGRPOConfig, got Diffusion",
+    ),
+    # Data. Columns, prompts and tasks in every form: test_sampling.py
+    "a capital": (
+        lambda w: w.opd(data=rows(Prompt=["a"])),
+        ValueError,
+        r"train_dataset has no column \['prompt'\], only \['Prompt'\]; is it 'Prompt'\? "
+        r"\(`dataset\.rename_column\('Prompt', 'prompt'\)`\)\.$",
+    ),
+    "another name": (lambda w: w.opd(data=rows(id=[1], caption=["a"])), ValueError, r".* is it 'caption'\?"),
+    "another name in a stream": (lambda w: w.opd(data=stream({"text": "a"})), ValueError, r".* is it 'text'\?"),
+    "a name that is not near": (lambda w: w.opd(data=rows(url=["a"])), ValueError, r"[^;]* only \['url'\]\.$"),
+    "the teacher's name": (
+        lambda w: w.opd(teachers=TWO, data=rows(prompt=["a"], teacher=["a"])),
+        ValueError,
+        r".* no column \['teacher_id'\].*; is it 'teacher'\?",
+    ),
+    "ids that are numbers": (
+        lambda w: w.opd(teachers=TWO, data=rows(prompt=["a"], teacher_id=[1])),
+        ValueError,
+        r"the `teacher_id` column of train_dataset must hold text, got int64; rename it if it means something else\.$",
+    ),
+    "ids that are lists": (
+        lambda w: w.opd(teachers=TWO, data=rows(prompt=["a"], teacher_id=[["a"]])),
+        ValueError,
+        r"the `teacher_id` column of train_dataset must hold text, got List",
+    ),
+    "a thousand ids": (
+        lambda w: w.opd(teachers=TWO, data=rows(prompt=["a"] * 1000, teacher_id=[str(i) for i in range(1000)])),
+        ValueError,
+        r".{,300} and 980 more, the teachers are \['a', 'b'\]\.$",
+    ),
+    "an empty dict": (lambda w: w.opd(data={}), ValueError, r"train_dataset is an empty dict; leave it out, or give"),
+    "an empty dict to evaluate": (
+        lambda w: w.opd(eval_dataset={}),
+        ValueError,
+        r"eval_dataset is an empty dict; leave",
+    ),
+    "a list of rows": (
+        lambda w: w.opd(data=[{"prompt": "a"}]),
+        TypeError,
+        r"train_dataset must be a `Dataset`, an `Iter",
+    ),
+    "all splits": (
+        lambda w: w.opd(data=DatasetDict(train=PROMPTS)),
+        ValueError,
+        r"train_dataset is a DatasetDict of the",
+    ),
+    "all splits for rewards": (
+        lambda w: w.rl(data=DatasetDict(train=PROMPTS, test=PROMPTS)),
+        ValueError,
+        r"train_dataset is a DatasetDict of the splits \['train', 'test'\]; choose one",
+    ),
+    "no rows": (lambda w: w.opd(data=rows(prompt=[])), ValueError, r"train_dataset is empty\.$"),
+    "an empty stream": (
+        lambda w: w.opd().evaluate(stream().cast(Features({"prompt": Value("string")}))),
+        ValueError,
+        r"eval_dataset is empty\.$",
+    ),
+    "an empty stream for rewards": (
+        lambda w: w.rl().evaluate(stream().cast(Features({"prompt": Value("string")}))),
+        ValueError,
+        r"eval_dataset is empty\.$",
+    ),
+    "a row without a prompt": (
+        lambda w: w.opd(data=stream({"prompt": "a"}, {"prompt": "b"}, {"text": "c"})).train(),
+        ValueError,
+        r"a prompt of the stream, for task '.*', must be text that is not empty, got None\.$",
+    ),
+    "an id of a stream that is a list": (
+        lambda w: w.opd(teachers={"a": w.sd3, "b": w.sd3}, data=stream({"prompt": "x", "teacher_id": ["a"]})).train(),
+        ValueError,
+        r"a prompt of the stream names task \['a'\]; the tasks are \['a', 'b'\]\.$",
+    ),
+    "a task column of numbers": (
+        lambda w: w.rl(data=rows(prompt=["a", "b"], task=[1, 2])),
+        ValueError,
+        r"the `task` column of train_dataset must hold text, got int64; rename it",
+    ),
+    "a task column with holes": (
+        lambda w: w.rl(data=rows(prompt=["a", "b"], task=["x", None])),
+        ValueError,
+        r"the `task` column of train_dataset has rows without a value; each row needs one\.$",
+    ),
+    "a column that rewards need": (
+        lambda w: w.rl(funcs=lambda images, label: [1.0] * len(images)),
+        ValueError,
+        r"the reward function 'lambda' needs \['label'\], but .* here \['task'\]\.$",
+    ),
+    "a column that is hidden": (
+        lambda w: w.rl(
+            funcs=lambda images, label: [1.0] * len(images),
+            data=PROMPTS.add_column("label", ["x"] * 4),
+            remove_unused_columns=True,
+        ),
+        ValueError,
+        r"the reward function 'lambda' needs \['label'\]",
+    ),
+    "a column of pictures": (
+        lambda w: w.rl(data=PROMPTS.add_column("images", ["x"] * 4)),
+        ValueError,
+        r"the dataset's columns \['images'\] have names that reward functions know; rename them\.$",
+    ),
+    # Teachers. Tensors that do not fit: test_teachers.py; repositories: test_hub.py
+    "a teacher that is a number": (lambda w: w.opd(teachers=5), TypeError, A_TEACHER + r"int: 5\.$"),
+    "a set of teachers": (lambda w: w.opd(teachers={"me/a"}), TypeError, A_TEACHER + r"set: \{'me/a'\}\.$"),
+    "a bare module": (lambda w: w.opd(teachers=w.sd3.vae), TypeError, A_TEACHER + r"AutoencoderKL: AutoencoderKL\("),
+    "a Teacher of nothing": (lambda w: w.opd(teachers=Teacher(None)), TypeError, A_TEACHER + r"NoneType: None\.$"),
+    "a Teacher of a Teacher": (
+        lambda w: w.opd(teachers=Teacher(Teacher("a"))),
+        TypeError,
+        A_TEACHER + "Teacher: Teacher",
+    ),
+    "an id that is a number": (
+        lambda w: w.opd(teachers={1: "me/a"}),
+        TypeError,
+        r"teacher 1: `id` must be text or None, got 1\.$",
+    ),
+    "a blank id": (
+        lambda w: w.opd(teachers={" ": "me/a"}),
+        ValueError,
+        r"the id of a teacher must not be blank, got ' ' f",
+    ),
+    "a subfolder that is a number": (
+        lambda w: w.opd(teachers=Teacher("a", subfolder=1)),
+        TypeError,
+        r"teacher .*`subfold",
+    ),
+    "guidance that is text": (
+        lambda w: w.opd(teachers=Teacher("a", guidance_scale="4")),
+        TypeError,
+        r"teacher 'a': `guid",
+    ),
+    "a teacher's guidance that is NaN": (
+        lambda w: w.opd(teachers=Teacher("a", guidance_scale=math.nan)),
+        ValueError,
+        r"teacher 'a': `guidance_scale` must be a finite number, got nan\.$",
+    ),
+    "call_kwargs that are None": (
+        lambda w: w.opd(teachers=Teacher("a", call_kwargs=None)),
+        TypeError,
+        r"teacher 'a': `ca",
+    ),
+    "a file for a folder": (
+        lambda w: w.opd(teachers=str(w.folder / "file")),
+        ValueError,
+        r"teacher 'file': '.*/file' is neither a folder nor the id of a repository on the Hub\.$",
+    ),
+    "an empty folder": (
+        lambda w: w.opd(teachers=str(w.folder / "empty")),
+        ValueError,
+        r"teacher 'empty': '.*' holds no pipeline .*, no denoiser .* and no LoRA .*; check `path`, `subfolder` and",
+    ),
+    "a file name beside a LoRA": (
+        lambda w: w.opd(teachers=Teacher(w.lora, weight_name="style.safetensors")),
+        ValueError,
+        r"teacher 'lora|teacher '.*': .* no LoRA \(adapter_config\.json or style\.safetensors\)",
+    ),
+    "a file name beside a pipeline": (
+        lambda w: w.opd(teachers=Teacher(w.pipeline, weight_name="style.safetensors")),
+        ValueError,
+        r"teacher 'pipeline': .* no LoRA \(adapter_config\.json or style\.safetensors\)",
+    ),
+    "a LoRA of another family": (
+        lambda w: w.opd(teachers=str(save_peft(w.folder / "of_flux", "flux"))),
+        ValueError,
+        r"teacher 'of_flux': \d+ missing LoRA tensors in '.*' for the student's SD3Transformer2DModel, e\.g\. transf",
+    ),
+    "a pipeline of another family": (
+        lambda w: w.opd(teachers=BUILDERS["sd15"](1)),
+        ValueError,
+        r"teacher 'teacher' \(a loaded StableDiffusionPipeline\) has a VAE of scaling_factor .*; they must be the same",
+    ),
+    "another method of PEFT": (
+        lambda w: w.opd(teachers=w.copy("lora", lambda f: poor(f, peft_type="IA3"))),
+        ValueError,
+        r"teacher '.*': '.*' is of PEFT's type 'IA3', not a LoRA\.$",
+    ),
+    "a negative rank": (
+        lambda w: w.opd(teachers=w.copy("lora", lambda f: poor(f, r=-4))),
+        ValueError,
+        r"teacher '.*': the LoRA '.*' does not fit the student's SD3Transformer2DModel: `r` should be",
+    ),
+    "a pointer for a config": (
+        lambda w: w.opd(teachers=w.copy("lora", lambda f: (f / CONFIG).write_text(POINTER))),
+        ValueError,
+        r"teacher '.*': adapter_config\.json of '.*' is no JSON object; is it a git-lfs pointer, or a download that",
+    ),
+    "a config that is a list": (
+        lambda w: w.opd(teachers=w.copy("lora", lambda f: (f / CONFIG).write_text("[]"))),
+        ValueError,
+        r"teacher '.*': adapter_config\.json of '.*' is no JSON object",
+    ),
+    "half a LoRA": (
+        lambda w: w.opd(teachers=w.copy("lora", lambda f: halve(f / WEIGHTS))),
+        ValueError,
+        r"teacher '.*': adapter_model\.safetensors of '.*' is no safetensors file \(is it a pickle, a git-lfs pointer",
+    ),
+    "a pointer for a LoRA": (
+        lambda w: w.opd(teachers=w.copy("lora", lambda f: (f / WEIGHTS).write_text(POINTER))),
+        ValueError,
+        r"teacher '.*': adapter_model\.safetensors of '.*' is no safetensors file",
+    ),
+    "NaN in a LoRA": (
+        lambda w: w.opd(teachers=w.copy("lora", lambda f: with_nan(f, WEIGHTS))),
+        ValueError,
+        r"teacher '.*' \(.*\) cannot be asked .*: StableDiffusion3Pipeline predicts NaN or infinity at step 0: its",
+    ),
+    "half a pipeline": (
+        lambda w: w.opd(teachers=w.copy("pipeline", lambda f: halve(f / DENOISER))),
+        ValueError,
+        r"teacher '.*': '.*' cannot be loaded as a SD3Transformer2DModel \(only safetensors are read; .*\): Unable",
+    ),
+    "a pointer in a pipeline": (
+        lambda w: w.opd(teachers=w.copy("pipeline", lambda f: (f / DENOISER).write_text(POINTER))),
+        ValueError,
+        r"teacher '.*': .* git-lfs",
+    ),
+    "a broken index": (
+        lambda w: w.opd(teachers=w.copy("pipeline", lambda f: (f / "model_index.json").write_text("{"))),
+        ValueError,
+        r"teacher '.*': model_index\.json of '.*' is no JSON object",
+    ),
+    "an index of unknown classes": (
+        lambda w: w.opd(teachers=w.copy("pipeline", with_index(transformer=["diffusers", "Own2DModel"]))),
+        ValueError,
+        r"teacher '.*': the transformer of '.*' is a Own2DModel, which this version of diffusers has not",
+    ),
+    "a pipeline of an unknown class": (
+        lambda w: w.opd(teachers=w.copy("pipeline", with_index(_class_name="OwnPipeline"))),
+        ValueError,
+        r"teacher '.*': '.*' cannot be loaded as a pipeline: .*OwnPipeline",
+    ),
+    "a pipeline without a scheduler": (
+        lambda w: w.opd(teachers=w.copy("pipeline", lambda f: shutil.rmtree(f / "scheduler"))),
+        ValueError,
+        r"teacher '.*': '.*' cannot be loaded as a pipeline: .*scheduler_config\.json",
+    ),
+    "a pipeline without a tokenizer": (
+        lambda w: w.opd(teachers=w.copy("pipeline", lambda f: shutil.rmtree(f / "tokenizer"))),
+        ValueError,
+        r"teacher '.*'",
+    ),
+    "a text encoder for a denoiser": (
+        lambda w: w.opd(teachers=Teacher(w.pipeline, subfolder="text_encoder")),
+        ValueError,
+        r"teacher 'text_encoder': '.*' is a \['CLIPTextModelWithProjection'\], but the student's StableDiffusion3Pip",
+    ),
+    "a broken denoiser's config": (
+        lambda w: w.opd(
+            teachers=Teacher(
+                w.copy("pipeline", lambda f: (f / "transformer/config.json").write_text("{")), subfolder="transformer"
+            )
+        ),
+        ValueError,
+        r"teacher '.*': config\.json of '.*' is no JSON object",
+    ),
+    # The student
+    "a student that is nowhere": (
+        lambda w: w.opd(model=str(w.folder / "gone")),
+        ValueError,
+        r"the student '.*/gone' is neither a folder nor the id of a repository on the Hub\.$",
+    ),
+    "a student that is not in the cache": (
+        lambda w: w.opd(model="me/gone"),
+        ValueError,
+        r"the student 'me/gone' is no folder, is not in the local cache, and the Hub cannot be asked \(is this offline",
+    ),
+    "a student of no name": (lambda w: w.opd(model=""), ValueError, r"the student '' is neither a folder nor the id"),
+    "a student that is a module": (
+        lambda w: w.opd(model=w.sd3.vae),
+        TypeError,
+        r"`model` must be a Hub id, a folder or a",
+    ),
+    "a student that is a LoRA": (
+        lambda w: w.opd(model=w.lora),
+        ValueError,
+        r"the student '.*' holds no pipeline \(model_i",
+    ),
+    "half a student": (
+        lambda w: w.opd(model=w.copy("base", lambda f: halve(f / DENOISER))),
+        ValueError,
+        r"the student '.*' cannot be loaded from safetensors \(.*\): Unable to load weights",
+    ),
+    "a student that lacks a tensor": (
+        lambda w: w.opd(model=w.copy("base", without_a_tensor)),
+        ValueError,
+        r"the student '.*' lacks 1 tensors of its transformer, e\.g\. context_embedder\.bias; are its files",
+    ),
+    "a student of an unknown class": (
+        lambda w: w.opd(model=w.copy("base", with_index(_class_name="OwnPipeline"))),
+        ValueError,
+        r"the student '.*' cannot be loaded .*OwnPipeline",
+    ),
+    "NaN in the student": (
+        lambda w: w.opd(model=w.copy("base", with_nan)),
+        ValueError,
+        r"StableDiffusion3Pipeline predicts NaN or infinity at step 0: its transformer holds such numbers",
+    ),
+    "a dtype that is a number": (
+        lambda w: w.opd(model_init_kwargs={"dtype": 16}),
+        ValueError,
+        r"`model_init_kwargs`: dtype 16 is none of torch's, e\.g\. 'bfloat16'\.$",
+    ),
+    "a variant that is not there": (
+        lambda w: w.opd(model_init_kwargs={"variant": "fp16"}),
+        ValueError,
+        r"the student '.*' cannot be loaded .*variant",
+    ),
+    # What is trained, and with what
+    "a dict for a LoRA": (
+        lambda w: w.opd(peft_config={"r": 4}),
+        TypeError,
+        r"`peft_config` must be a `LoraConfig` or None \(train in full\), got dict: \{'r': 4\}\.$",
+    ),
+    "another method for the student": (
+        lambda w: w.opd(peft_config=IA3Config(target_modules=["to_q"], feedforward_modules=[])),
+        TypeError,
+        r"`peft_config` must be a `LoraConfig` .* got IA3Config: ",
+    ),
+    "no target modules": (
+        lambda w: w.opd(model=BUILDERS["sd3"](0), peft_config=lora(target_modules=None)),
+        ValueError,
+        r"`peft_config` names no `target_modules`; give some, e\.g\. \['to_q', 'to_k', 'to_v', 'to_out\.0'\]\.$",
+    ),
+    "target modules of another family": (
+        lambda w: w.opd(model=BUILDERS["sd3"](0), peft_config=lora(target_modules=["q_proj"])),
+        ValueError,
+        r"`peft_config` does not fit SD3Transformer2DModel: .*q_proj.*not found",
+    ),
+    "a rank that is text": (
+        lambda w: w.opd(model=BUILDERS["sd3"](0), peft_config=lora(r="4")),
+        ValueError,
+        r"`peft_config` does not fit SD3Transformer2DModel: ",
+    ),
+    "a callback that is a name": (
+        lambda w: w.opd(callbacks=["early"]),
+        TypeError,
+        r"`callbacks` must be a list of `TrainerCallback`s, got list: \['early'\]\.$",
+    ),
+    "one callback for a list": (lambda w: w.opd(callbacks=Late()), TypeError, r"`callbacks` must be a list of `Trai"),
+    "an optimizer for a pair": (
+        lambda w: w.opd(optimizers=torch.optim.SGD([torch.zeros(1)])),
+        TypeError,
+        r"`optimizers` must be a pair of an optimizer and a scheduler, each of which may be None, got SGD: SGD",
+    ),
+    "an optimizer that is a class": (
+        lambda w: w.opd(optimizers=(torch.optim.SGD, None)),
+        TypeError,
+        r"`optimizers` must",
+    ),
+    "one in a pair": (lambda w: w.opd(optimizers=(None,)), TypeError, r"`optimizers` must be a pair"),
+    "an optimizer of something else": (
+        lambda w: (lambda base: w.opd(model=base, optimizers=(torch.optim.SGD(base.transformer.parameters()), None)))(
+            BUILDERS["sd3"](0)
+        ),
+        ValueError,
+        r"the optimizer in `optimizers` holds \d+ parameters, none of which the student trains \(a LoRA is added here",
+    ),
+    # Rewards. What they return: test_rewards.py
+    "no reward": (
+        lambda w: w.rl(funcs=None),
+        TypeError,
+        r"`reward_funcs`: a reward function is called .* got NoneType",
+    ),
+    "a reward by name": (
+        lambda w: w.rl(funcs="clip"),
+        TypeError,
+        r"`reward_funcs`: a reward function .* got str: 'clip'",
+    ),
+    "a reward that is short": (
+        lambda w: w.rl(funcs=lambda images: {"a" * 500: 1.0}).train(),
+        ValueError,
+        r"the reward function 'lambda' must return a list of 4 rewards, got dict: .{,100}$",
+    ),
+    "weights of two for one": (
+        lambda w: w.rl(reward_weights=[1.0, 2.0]),
+        ValueError,
+        r"`reward_weights` holds 2 numbers",
+    ),
+    # Going on
+    "a checkpoint that is not there": (
+        lambda w: w.opd().train(resume_from_checkpoint=str(w.folder / "gone")),
+        ValueError,
+        r"/gone is no whole checkpoint: it has no readable trainer_state\.json; `resume_from_checkpoint=True` takes",
+    ),
+    "a LoRA for a checkpoint": (
+        lambda w: w.rl().train(resume_from_checkpoint=str(w.lora)),
+        ValueError,
+        r"/lora is no whole checkpoint: it has no readable trainer_state\.json",
+    ),
+    "weights that are nowhere": (
+        lambda w: w.opd().load_weights(w.folder / "gone"),
+        ValueError,
+        r".*/gone does not hold this student: pytorch_lora_weights\.safetensors cannot be read \(",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_sentence(case: str, world: World):
+    write, kind, sentence = CASES[case]
+    with pytest.raises(kind, match=f"^({sentence})") as refusal:
+        write(world)
+    assert_is_ours(refusal.value)
+
+
+def assert_is_ours(error: BaseException) -> None:
+    assert "\n" not in str(error) and type(error) in (TypeError, ValueError)
+    raised_in = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    assert raised_in[-1].startswith(str(Path(diffusion_opd.__file__).parent)), raised_in[-1]
+
+
+# Settings at random
+
+HOSTILE = [
+    -1,
+    0,
+    10**30,
+    -0.5,
+    0.5,
+    2.5,
+    math.nan,
+    math.inf,
+    -math.inf,
+    "",
+    "x",
+    "1e-4",
+    b"x",
+    True,
+    [],
+    {},
+    ["x"],
+    None,
+]
+OWN = {
+    cls: sorted(
+        {entry.name for entry in dataclasses.fields(cls)} - {e.name for e in dataclasses.fields(TrainingArguments)}
+    )
+    for cls in (DiffusionOPDConfig, DiffusionNFTConfig, DiffusionGRPOConfig)
+}
+INHERITED = ["learning_rate", "max_grad_norm", "num_train_epochs", "per_device_eval_batch_size", "seed", "weight_decay"]
+
+
+@pytest.mark.parametrize("cls", OWN)
+def test_a_hostile_value_is_refused_by_its_name_or_means_something(cls: type):
+    """Each field alone, and pairs of them: what is left of a config is of the types it is annotated with."""
+    draw = random.Random(0)
+    alone = [{name: value} for name in OWN[cls] + INHERITED for value in HOSTILE]
+    pairs = [{name: draw.choice(HOSTILE) for name in draw.sample(OWN[cls], 2)} for _ in range(200)]
+    for kwargs in alone + pairs:
+        needed = {"sde_window_size": 1} if "sde_window_range" in kwargs else {}
+        try:
+            made = cls("out", use_cpu=True, **(needed | kwargs))
+        except (TypeError, ValueError) as error:
+            assert any(f"`{name}`" in str(error) or f"`{name}=" in str(error) for name in kwargs), (kwargs, error)
+            assert_is_ours(error)
+        else:
+            assert made.num_learnt_steps >= 1 and isinstance(made.pipeline_kwargs, dict), kwargs
+            assert all(math.isfinite(v) for v in vars(made).values() if isinstance(v, float)) or kwargs == {
+                "max_grad_norm": math.inf
+            }
+
+
+# Checkpoints of another run
+
+
+@pytest.mark.slow
+def test_rewards_are_those_of_the_checkpoint(world: World):
+    def redness(images):
+        return [0.0] * len(images)
+
+    checkpoint = world.checkpoint()
+    assert json.loads((checkpoint / "reward_manifest.json").read_text()) == {
+        "version": 1,
+        "trainer": "DiffusionGRPO",
+        "rewards": {"all": ["brightness"]},
+    }
+    for trainer, sentence in {
+        world.rl(
+            funcs=redness
+        ): r"learnt from the rewards \{'all': \['brightness'\]\}, this run has \{'all': \['redness'",
+        world.rl(funcs={"a": brightness}): r"learnt from the rewards .*, this run has \{'a': \['brightness'\]\}",
+        world.rl(trainer="NFT"): r"was saved by DiffusionGRPO, this run is DiffusionNFT; resume it with that\.$",
+        world.opd(): r"has no teacher_manifest\.json",
+    }.items():
+        with pytest.raises(ValueError, match=f"^{checkpoint} {sentence}"):
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+    world.rl(max_steps=2).train(resume_from_checkpoint=str(checkpoint))
+    halve(checkpoint / "pytorch_lora_weights.safetensors")
+    with pytest.raises(ValueError, match=r"is no whole checkpoint: its pytorch_lora_weights\.safetensors has \d+ of"):
+        world.rl().train(resume_from_checkpoint=str(checkpoint))
+
+
+# Code and pickles, which run what their author wrote
+
+
+class Trap:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return open, (str(self.path), "w")
+
+
+def set_trap(path: Path) -> Callable[[Path], Any]:
+    def edit(folder: Path) -> None:
+        for file in folder.rglob("*.safetensors"):
+            as_pickle(file)
+        for file in folder.rglob("*.bin"):
+            torch.save({"weight": Trap(path)}, file)
+
+    return edit
+
+
+def with_code(path: Path) -> Callable[[Path], Any]:
+    def edit(folder: Path) -> None:
+        with_index(_class_name=["pipeline", "OwnPipeline"])(folder)
+        code = f"open({str(path)!r}, 'w')\nfrom diffusers import StableDiffusion3Pipeline\n"
+        (folder / "pipeline.py").write_text(code + "class OwnPipeline(StableDiffusion3Pipeline):\n    pass\n")
+
+    return edit
+
+
+@pytest.mark.parametrize("source", ["base", "pipeline", "lora", "diffusers_lora"])
+def test_pickles_are_not_read(source: str, world: World, tmp_path):
+    folder, sprung = world.copy(source, set_trap(tmp_path / "sprung")), tmp_path / "sprung"
+    torch.load(next(folder.rglob("*.bin")), weights_only=False)
+    assert sprung.exists()
+    sprung.unlink()
+    ways = [dict(teachers=folder)]
+    if source == "pipeline":
+        ways += [dict(teachers=Teacher(folder, subfolder="transformer"))]
+    elif source == "base":  # where a user says so, torch still reads tensors alone
+        ways = [dict(model=folder), dict(model=folder, model_init_kwargs={"use_safetensors": False})]
+    else:
+        name = next(folder.glob("*.bin")).name
+        ways += [dict(teachers=Teacher(folder, weight_name=name))]
+    for way in ways:
+        with pytest.raises(ValueError, match="safetensors|cannot be loaded") as refusal:
+            world.opd(**way)
+        assert_is_ours(refusal.value)
+        assert not sprung.exists()
+
+
+def test_pickles_that_a_user_trusts_are_read(world: World):
+    def edit(folder: Path) -> None:
+        for file in folder.rglob("*.safetensors"):
+            as_pickle(file)
+
+    folder = world.copy("base", edit)
+    with pytest.raises(
+        ValueError, match=r"`model_init_kwargs=\{'use_safetensors': False\}` reads pickles that you trust"
+    ):
+        world.opd(model=folder)
+    pipeline = world.opd(model=folder, model_init_kwargs={"use_safetensors": False}).pipeline
+    for name in ("vae", "text_encoder_3"):
+        expected = getattr(BUILDERS["sd3"](0), name).state_dict()
+        assert all(torch.equal(getattr(pipeline, name).state_dict()[key], value) for key, value in expected.items())
+    world.opd(teachers=DiffusionPipeline.from_pretrained(folder, use_safetensors=False))
+
+
+def test_code_of_a_repository_runs_where_a_user_says_so(world: World, tmp_path):
+    ran = tmp_path / "ran"
+    folder = world.copy("base", with_code(ran))
+    custom = {"custom_pipeline": str(folder)}
+    for way in (dict(model=folder), dict(model_init_kwargs=custom), dict(teachers=folder)):
+        with pytest.raises(ValueError, match=r"contains custom code .*`trust_remote_code=True`") as refusal:
+            world.opd(**way)
+        assert_is_ours(refusal.value)
+        assert not ran.exists()
+    trainer = world.opd(model=folder, model_init_kwargs={"trust_remote_code": True})
+    assert ran.exists() and type(trainer.pipeline).__name__ == "OwnPipeline"
+    world.opd(teachers=DiffusionPipeline.from_pretrained(folder, trust_remote_code=True))
+
+
+# What has a meaning, but perhaps another one
+
+
+def test_a_task_column_is_told_of(world: World, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer = world.rl(data=rows(prompt=["a", "b"], task=["x", "y"]))
+        assert trainer.tasks == ["x", "y"] and "The column 'task' of train_dataset makes 2 tasks" in caplog.text
+        caplog.clear()
+        world.rl(funcs={"x": brightness, "y": brightness}, data=rows(prompt=["a", "b"], task=["x", "y"]))
+        assert "makes 2 tasks" not in caplog.text
+
+
+def test_rewards_that_never_apply_are_told_of(world: World, caplog):
+    with caplog.at_level(logging.WARNING):
+        world.rl(funcs=lambda images: [None] * len(images)).train()
+    assert "No reward function applies to any sample of task 'all'" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["zimage", "wan", "sd15"])
+def test_a_prompt_that_is_cut_is_told_of(family: str, tmp_path, caplog):
+    """diffusers warns in some pipelines and not in others; here each does, once."""
+    for words, is_cut in ((3, False), (3000, True)):
+        with caplog.at_level(logging.WARNING):
+            DiffusionOPDTrainer(
+                BUILDERS[family](0),
+                BUILDERS[family](1),
+                config(tmp_path, family),
+                train_dataset=rows(prompt=["a fox", "word " * words]),
+            )
+        assert ("is cut" in caplog.text) == is_cut
