@@ -37,6 +37,10 @@ def redness(images, prompts, **kwargs):
     return (pictures[..., 0] - pictures[..., 2]).mean((1, 2)) / 255
 
 
+def halve(path: str | os.PathLike) -> None:
+    os.truncate(path, os.path.getsize(path) // 2)
+
+
 class Die(TrainerCallback):
     """Ends the process with a signal in optimizer step `DEATH`, at a `place`.
 
@@ -70,7 +74,7 @@ class Die(TrainerCallback):
         def wrapped(*args):
             result = function(*args)
             if path := path_of(*args):
-                self.count(lambda: os.truncate(path, os.path.getsize(path) // 2))
+                self.count(lambda: halve(path))
             return result
 
         return wrapped

@@ -115,6 +115,30 @@ def test_a_killed_process_of_two(tmp_path, undisturbed):
         assert_same_end(resumed, undisturbed(2)[rank])
 
 
+def test_torn_checkpoints_are_refused(tmp_path):
+    settings = dict(max_steps=2, save_strategy="steps", save_steps=1)
+    trainer = trainer_of(tmp_path, **settings)
+    trainer.train()
+    first, second = tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"
+    assert last_checkpoint(tmp_path) == str(second)
+    for name, reason in {
+        "optimizer.pt": "its optimizer.pt has",
+        "checkpoint_files.json": "it has no readable checkpoint_files.json",
+    }.items():
+        durable_run.halve(second / name)
+        with pytest.raises(ValueError, match=f"checkpoint-2 is no whole checkpoint: {reason}.*takes the last whole"):
+            trainer.train(resume_from_checkpoint=str(second))
+        assert last_checkpoint(tmp_path) == str(first)
+    (first / "scheduler.pt").unlink()
+    with pytest.raises(ValueError, match="holds no whole checkpoint; start anew, without `resume_from_checkpoint`"):
+        trainer.train(resume_from_checkpoint=True)
+    assert second.is_dir(), "it was written to its end once, and what is left may be of use"
+    (second / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+    assert not second.exists()
+
+
 # NaN and Inf
 
 
