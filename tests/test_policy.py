@@ -969,9 +969,12 @@ def test_used_pipeline_is_not_taken_for_an_offloaded_one(family: str):
     Policy(built(family), STEPS, CALL[family])
 
 
-@pytest.mark.parametrize("cls", [Momentum, Broken])
-def test_self_check_refuses(cls: type):
-    with pytest.raises(ValueError, match=f"{cls.__name__} cannot be asked at a given state"):
+@pytest.mark.parametrize(
+    ("cls", "sentence"),
+    [(Momentum, "cannot be asked at a given state"), (Broken, "predicts NaN or infinity at step 0")],
+)
+def test_self_check_refuses(cls: type, sentence: str):
+    with pytest.raises(ValueError, match=f"{cls.__name__} {sentence}"):
         Policy(of(cls), STEPS).self_check(PROMPTS)
 
 
