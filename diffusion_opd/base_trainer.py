@@ -1057,19 +1057,7 @@ class DiffusionTrainer(_BaseTrainer):
                 if source.name in self._published_names:
                     copy_entry = shutil.copytree if source.is_dir() else shutil.copy
                     copy_entry(source, output_dir / source.name, **({"dirs_exist_ok": True} if source.is_dir() else {}))
-        self._report_failed_push()
         super()._push_from_checkpoint(checkpoint_folder)
-
-    def _finish_current_push(self) -> None:
-        super()._finish_current_push()
-        self._report_failed_push()
-
-    # Trainer never looks at how an upload ended
-    def _report_failed_push(self) -> None:
-        push = getattr(self, "push_in_progress", None)  # there is no such attribute without `push_to_hub`
-        for job in push.jobs if push is not None else ():
-            if job.done() and (error := job.exception()) is not None:
-                logger.warning(f"An upload to {self.hub_model_id} has failed, and the run goes on: {error}")
 
     @property
     def _published_names(self) -> set[str]:
