@@ -8,6 +8,7 @@ wire against those of two processes (tests/test_benchmarks.py, tests/test_distri
 measurement: operations at `UTILISATION` of the peak, plus bytes at the bandwidth, without overlap.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 GPUS_A_NODE = 8
@@ -160,18 +161,16 @@ MODELS = [
 ]
 
 
-def row(name: str, run: Run) -> str:
-    alone = Run(**{**run.__dict__, "nodes": 1}).seconds if run.nodes > 1 else run.seconds
-    cells = [name, f"{run.memory / GIB:.1f}", f"{run.operations / 1e15:.1f}", f"{run.sent / GIB:.2f}"]
-    return f"| {' | '.join([*cells, f'{run.seconds:.0f}', f'{alone / run.seconds:.2f}'])} |"
-
-
-def table(title: str, rows: dict[str, Run]) -> None:
-    print(
-        f"\n{title}\n\n| | GiB a GPU | PFLOP | GiB sent | s a step | of one node's speed |\n|---|---|---|---|---|---|"
-    )
-    for name, run in rows.items():
-        print(row(name, run))
+def table(title: str, runs: dict[str, Run]) -> None:
+    head = ["", "GiB a GPU", "PFLOP", "GiB sent", "s a step"]
+    spread_out = any(run.nodes > 1 for run in runs.values())
+    head += ["of one node's speed"] * spread_out
+    print(f"\n{title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for name, run in runs.items():
+        cells = [name, f"{run.memory / GIB:.1f}", f"{run.operations / 1e15:.1f}", f"{run.sent / GIB:.2f}"]
+        cells += [f"{run.seconds:.0f}"]
+        cells += [f"{dataclasses.replace(run, nodes=1).seconds / run.seconds:.2f}"] * spread_out
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
