@@ -178,8 +178,9 @@ def train(output_dir, **how):
         train_dataset=load_dataset("acme/prompts", split="train"),
         **how,
     )
+    parameters = trainer.trainable_parameters
     before = draw(trainer.pipeline)
-    for parameter in trainer.trainable_parameters:
+    for parameter in parameters:
         parameter.requires_grad_(True)
     trainer.train()
     trainer.push_to_hub()
