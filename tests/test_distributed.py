@@ -177,7 +177,7 @@ def test_an_optimizer_offloaded_to_the_cpu(tmp_path, one_process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "tolerance"), [("ddp", 1e-3), ("fsdp2", 5e-3), ("zero2", 0.05), ("zero3", 0.05)])
+@pytest.mark.parametrize(("engine", "tolerance"), [("ddp", 5e-3), ("fsdp2", 5e-3), ("zero2", 0.05), ("zero3", 0.05)])
 def test_mixed_precision(tmp_path, one_process, engine, tolerance):
     """DeepSpeed casts the student, its inputs, and nothing else: encoders, teachers and start-up checks must meet its
     dtype."""
