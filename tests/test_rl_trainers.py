@@ -609,11 +609,11 @@ def test_checkpoints_that_lack_something_are_refused(tmp_path):
     settings = dict(save_strategy="steps", save_steps=1, max_steps=2)
     trainer_of(GRPO, tmp_path, **settings).train()
     checkpoint = tmp_path / "checkpoint-1"
-    with pytest.raises(ValueError, match="has no old_policy.safetensors, so it is no checkpoint of DiffusionNFTTrain"):
+    with pytest.raises(ValueError, match="was saved by DiffusionGRPO, this run is DiffusionNFT; resume it with that"):
         trainer_of(NFT, tmp_path, **settings).train(resume_from_checkpoint=str(checkpoint))
     sentence = r"lies between two optimizer steps on one rollout and has no rollouts_0\.safetensors; resume with the"
     with pytest.raises(ValueError, match=sentence):
-        trainer_of(NFT, tmp_path, num_iterations=2, **settings).train(resume_from_checkpoint=str(checkpoint))
+        trainer_of(GRPO, tmp_path, num_iterations=2, **settings).train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_the_folders_of_a_run(tmp_path):

@@ -168,8 +168,6 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
 
     def _load_state(self, folder: Path) -> None:
         super()._load_state(folder)
-        if not (folder / OLD_NAME).is_file():
-            raise ValueError(f"{folder} has no {OLD_NAME}, so it is no checkpoint of {type(self).__name__}.")
         state = load_file(folder / OLD_NAME)
         with torch.no_grad():
             for index, (_, old) in enumerate(self._old_pairs):
