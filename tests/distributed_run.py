@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 import diffusion_opd  # noqa: E402
-from tests.cpu_engines import Wire, fsdp_on_cpu  # noqa: E402
+from tests.cpu_engines import Wire, fsdp_on_cpu, leave  # noqa: E402
 from tests.test_teachers import save_peft  # noqa: E402
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS  # noqa: E402
 
@@ -162,3 +162,4 @@ if trainer.is_world_process_zero():
     }
     (options.out / "result.json").write_text(json.dumps(result))
 trainer.end()
+leave()

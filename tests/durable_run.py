@@ -26,6 +26,7 @@ from transformers import TrainerCallback, TrainerState
 
 import diffusion_opd
 from diffusion_opd.checkpoints import FILES_NAME
+from tests.cpu_engines import leave
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS
 
 DEATH = 4  # the optimizer step of it
@@ -226,3 +227,4 @@ if __name__ == "__main__":
     parser.add_argument("--enable_jit_checkpoint", action="store_true")
     parser.add_argument("--save_strategy", default="steps")
     run(**vars(parser.parse_args()), end=True)
+    leave()

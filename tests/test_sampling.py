@@ -191,6 +191,7 @@ from pathlib import Path
 import tests.conftest
 from datasets import Dataset
 from peft import LoraConfig
+from tests.cpu_engines import leave
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS
 from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
 
@@ -220,6 +221,7 @@ everyone = trainer.accelerator.gather_for_metrics([seen], use_gather_object=True
 if trainer.is_world_process_zero():
     Path(out, "seen.json").write_text(json.dumps(everyone))
 trainer.end()
+leave()
 """
 
 
