@@ -10,7 +10,6 @@ import contextlib
 import copy
 import dataclasses
 import json
-import math
 import os
 import re
 import shutil
@@ -40,6 +39,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations import deepspeed as hf_deepspeed
@@ -574,10 +574,12 @@ class DiffusionTrainer(_BaseTrainer):
         # What Trainer calls last before the weights change, on all processes
         grad_norm = super()._get_grad_norm(model, grad_norm)
         # In fp16 Inf in a gradient is the loss scaler's business
-        overflow = not self.args.fp16 and grad_norm is not None and not math.isfinite(grad_norm)
+        norm = 0.0 if self.args.fp16 or grad_norm is None else grad_norm
+        norm = torch.as_tensor(norm.full_tensor() if isinstance(norm, DTensor) else norm, device=self._nonfinite.device)
         told = self._save_and_stop is not None and self._save_and_stop.listener.jit_manager.is_checkpoint_requested
-        own = torch.tensor([overflow, told], dtype=torch.float32, device=self._nonfinite.device)
-        flags = torch.cat([self._nonfinite.float().flatten(), own])
+        # One synchronisation an optimizer step, at `tolist`
+        own = [norm.isfinite().logical_not(), torch.full_like(norm, told, dtype=torch.bool)]
+        flags = torch.cat([self._nonfinite.flatten(), torch.stack(own)]).float()
         *nonfinite, overflow, told = self.accelerator.reduce(flags, "sum").tolist()
         self._nonfinite.zero_()
         if self._save_and_stop is not None:
@@ -1040,10 +1042,12 @@ class DiffusionTrainer(_BaseTrainer):
                 job.jobs = [other for other in job.jobs if other is not upload]
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self._warn_of_failed_pushes()
-        # The two conditions under which Trainer does not push: an upload that still runs reads these very files
-        job = self.push_in_progress
-        busy = not self.args.hub_always_push and job is not None and not job.is_done()
+        # An upload that still runs reads these very files: the next one waits for it, or is left out as Trainer does
+        if self.args.hub_always_push:
+            self._finish_current_push()
+        else:
+            self._warn_of_failed_pushes()
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if self.is_world_process_zero() and self.args.hub_strategy != "end" and not busy:
             output_dir = Path(self.args.output_dir)
             if not self.trains_lora and not (output_dir / "model_index.json").is_file():

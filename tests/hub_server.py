@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -95,6 +96,7 @@ class HubServer(ThreadingHTTPServer):
         self.uploads: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.breaks_off_after: int | None = None  # so many uploads, once
+        self.seconds_an_upload = 0.0
 
     def __enter__(self) -> "HubServer":
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -286,6 +288,7 @@ def lfs_batch(call: Call) -> dict:
 
 @route("PUT", "/lfs/(?P<sha256>[0-9a-f]{64})")
 def lfs_upload(call: Call, sha256: str) -> bytes:
+    time.sleep(call.hub.seconds_an_upload)
     if call.hub.breaks_off_after == 0:
         call.hub.breaks_off_after = None
         raise HubError(400, "", "the line is dead")

@@ -6,6 +6,7 @@ endpoint when it is imported.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -456,7 +457,11 @@ result["card"] = card.content
 @pytest.fixture(scope="module")
 def pushed(hub: HubServer, home: Path) -> dict:
     """Runs that pushed in each way that transformers knows, and what their students drew."""
-    return client(hub, home, COMMON + MAKE + PICTURE + PUSH)
+    hub.seconds_an_upload = 1.0  # longer than a step: an upload must not see the files of the next one
+    try:
+        return client(hub, home, COMMON + MAKE + PICTURE + PUSH)
+    finally:
+        hub.seconds_an_upload = 0.0
 
 
 @pytest.mark.slow
@@ -480,6 +485,10 @@ def test_what_lies_on_the_hub_after_each_strategy(hub: HubServer, pushed: dict):
         else:
             assert [title for title in titles if "checkpoint" not in title] == in_progress
             assert len(titles) == (2 if strategy == "every_save" else 4)
+    for commit in hub.repositories["models/me/by-all_checkpoints"].commits:
+        if match := re.fullmatch(r"Training in progress, step (\d), checkpoint", commit.title):
+            pushed_step, name = match[1], "pytorch_lora_weights.safetensors"
+            assert commit.files[name].data == commit.files[f"checkpoint-{pushed_step}/{name}"].data
     last = json.loads(
         hub.repositories["models/me/by-checkpoint"].at("main").files["last-checkpoint/trainer_state.json"].data
     )
