@@ -1,4 +1,4 @@
-"""What every diffusion trainer here shares on top of TRL's: the student, its weights on disk and on the Hub, metrics,
+"""What every diffusion trainer here shares on top of TRL's: the student's weights on disk and on the Hub, metrics,
 images.
 
 TRL's and transformers' trainers assume a language model in many places, several of them silently (no weights in the
@@ -8,7 +8,6 @@ underscored names are imported here and in config.py only.
 
 import contextlib
 import copy
-import dataclasses
 import json
 import os
 import re
@@ -18,22 +17,20 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import DynamoBackend, disable_fsdp_ram_efficient_loading, gather_object
+from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
-from diffusers.training_utils import EMAModel, _collate_lora_metadata, cast_training_params
+from diffusers.training_utils import EMAModel, _collate_lora_metadata
 from diffusers.utils import make_image_grid
-from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import HFValidationError
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from huggingface_hub import ModelCard, ModelCardData
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -51,18 +48,18 @@ from trl.trainer.utils import identity
 
 from .checkpoints import last_checkpoint, remove_half_written, seal, unseal, what_is_torn
 from .config import DiffusionConfig
+from .engines import compile_blocks, settle_fsdp, take_compilation
+from .errors import brief, one_sentence
 from .policy import Policy, PromptMemo, Routed, Step, denoiser_name, is_flow, tuner_layers
 from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, seed_of
-from .teachers import INDEX_NAME, LORA_NAME, STUDENT_ADAPTER, absent_parts, changes_base, one_sentence, why_not
+from .stopwatch import Stopwatch
+from .teachers import LORA_NAME, STUDENT_ADAPTER
 from .transitions import TRANSITIONS, Kernel
 
 logger = get_logger(__name__)
 
-# Of `from_pretrained`: what reading the pipeline's index needs too
-HUB_KWARGS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
 EMA_NAME = "ema_and_raw_weights.safetensors"
 IMAGES_DIR = "images"
-GRAPHS_PER_PARTY = 8  # with and without gradient, and for a few shapes
 CHECK_PROMPTS = ["a cat", "a dog"]  # a batch, and short enough for any tokenizer
 
 # Where NaN and Inf are looked for, causes before what follows from them
@@ -73,121 +70,6 @@ NONFINITE = {
     "reference": "the frozen policy's prediction for task {!r}",
     "loss": "the loss of task {!r}",
 }
-
-
-@contextlib.contextmanager
-def whole_modules() -> Iterator[None]:
-    """Load pipelines inside this: while a ZeRO-3 config lives, transformers builds every model partitioned, and a text
-    encoder without an engine of its own cannot run; with FSDP's RAM-efficient loading it is empty on every process but
-    the first."""
-    disable_fsdp_ram_efficient_loading()
-    config = hf_deepspeed._hf_deepspeed_config_weak_ref
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = config
-
-
-def load_student(
-    model: str | os.PathLike | DiffusionPipeline, args: DiffusionConfig, peft_config: LoraConfig | None
-) -> DiffusionPipeline:
-    """The student's pipeline with trainable parameters in float32 and everything else frozen, in eval mode.
-
-    Args:
-        model (`str` or [`~diffusers.DiffusionPipeline`]): Hub id or folder (loaded in the mixed-precision dtype, from
-            safetensors unless `model_init_kwargs` say otherwise), or a pipeline (whose frozen modules keep their
-            dtype).
-        args ([`DiffusionConfig`]): For `model_init_kwargs` and the dtype.
-        peft_config ([`~peft.LoraConfig`], *optional*): Trains a LoRA; `None` trains the whole denoiser.
-
-    Raises:
-        ValueError: if the pipeline cannot be loaded, has no single denoiser, carries adapters already, or could not
-            load a LoRA again.
-        TypeError: if `model` or `peft_config` is none of the above.
-    """
-    if not isinstance(peft_config, (LoraConfig, type(None))):
-        raise TypeError(f"`peft_config` must be a `LoraConfig` or None (train in full), got {_brief(peft_config)}.")
-    if isinstance(model, DiffusionPipeline):
-        pipeline = model
-    elif not isinstance(model, (str, os.PathLike)):
-        raise TypeError(f"`model` must be a Hub id, a folder or a loaded pipeline, got {_brief(model)}.")
-    else:
-        # diffusers falls back on pickles by itself
-        init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})
-        index = _read_index(str(model), {key: init_kwargs[key] for key in HUB_KWARGS & init_kwargs.keys()})
-        init_kwargs = absent_parts(index) | init_kwargs
-        if isinstance(word := init_kwargs.get("dtype"), str):  # from YAML or a flag
-            init_kwargs["dtype"] = getattr(torch, word, word)
-        if not isinstance(init_kwargs.get("dtype"), (torch.dtype, dict, type(None))):
-            raise ValueError(f"`model_init_kwargs`: dtype {word!r} is none of torch's, e.g. 'bfloat16'.")
-        if "dtype" not in init_kwargs and "torch_dtype" not in init_kwargs:
-            name = next((name for name in ("transformer", "unet") if name in index), "transformer")
-            denoiser_dtype = torch.float32 if peft_config is None else args.mixed_dtype
-            init_kwargs["dtype"] = {name: denoiser_dtype, "default": args.mixed_dtype}
-        how = "from safetensors (`model_init_kwargs={'use_safetensors': False}` reads pickles that you trust)"
-        how = how if init_kwargs["use_safetensors"] else "with these `model_init_kwargs`"
-        with whole_modules(), one_sentence(f"the student {str(model)!r} cannot be loaded {how}"):
-            pipeline = DiffusionPipeline.from_pretrained(model, **init_kwargs)
-    name = denoiser_name(pipeline)
-    denoiser = getattr(pipeline, name)
-    if tuner_layers(denoiser):
-        raise ValueError(
-            f"the student's {name} carries adapters already; call `pipeline.fuse_lora()` and "
-            "`pipeline.unload_lora_weights()` first."
-        )
-    for key, part in pipeline.components.items():
-        if isinstance(part, nn.Module):
-            if missing := [entry for entry, tensor in part.state_dict().items() if tensor.is_meta]:
-                raise ValueError(
-                    f"the student {str(model)!r} lacks {len(missing)} tensors of its {key}, e.g. {missing[0]}; are its "
-                    "files complete?"
-                )
-            part.requires_grad_(False).eval()
-    if peft_config is None:
-        denoiser.requires_grad_(True).to(torch.float32)
-        return pipeline
-    if not hasattr(type(pipeline), "save_lora_weights"):
-        raise ValueError(
-            f"{type(pipeline).__name__} cannot load LoRA weights in plain diffusers; train it in full "
-            "(no `peft_config`)."
-        )
-    if not peft_config.target_modules and not peft_config.target_parameters:  # PEFT would look for `model_type`
-        raise ValueError(
-            "`peft_config` names no `target_modules`; give some, e.g. ['to_q', 'to_k', 'to_v', 'to_out.0']."
-        )
-    if changes_base(peft_config):
-        raise ValueError(
-            f"`peft_config` changes the {name} itself (bias={peft_config.bias!r}, "
-            f"modules_to_save={peft_config.modules_to_save}, init_lora_weights={peft_config.init_lora_weights!r}), "
-            "which LoRA teachers share; leave these at their defaults, or train in full."
-        )
-    if peft_config.lora_dropout > 0:
-        logger.warning(
-            f"lora_dropout={peft_config.lora_dropout} has no effect: the denoiser runs in eval mode, since the rollout "
-            "and the gradient are one pass."
-        )
-    with one_sentence(f"`peft_config` does not fit {type(denoiser).__name__}"):
-        denoiser.add_adapter(peft_config, STUDENT_ADAPTER)
-    cast_training_params(denoiser)
-    return pipeline
-
-
-def _brief(value: Any) -> str:
-    return f"{type(value).__name__}: {textwrap.shorten(repr(value), 80)}"
-
-
-def _read_index(model: str, hub: dict[str, Any]) -> dict[str, Any]:
-    path = Path(model, INDEX_NAME)
-    if not os.path.isdir(model):
-        try:
-            if os.path.isabs(model):
-                raise HFValidationError
-            path = Path(hf_hub_download(model, INDEX_NAME, **hub))
-        except (HFValidationError, OSError) as error:
-            raise ValueError(f"the student {model!r} {why_not(error, hub.get('revision'))}.") from error
-    with one_sentence(f"the student {model!r} holds no pipeline ({INDEX_NAME})"):
-        return dict(json.loads(path.read_text()))
 
 
 def whole_cycles(args: DiffusionConfig, tasks: Sequence[str]) -> None:
@@ -212,68 +94,13 @@ def _check_helpers(callbacks: Any = None, optimizers: Any = (None, None)) -> Non
         isinstance(one, TrainerCallback) or (isinstance(one, type) and issubclass(one, TrainerCallback))
         for one in listed
     ):
-        raise TypeError(f"`callbacks` must be a list of `TrainerCallback`s, got {_brief(callbacks)}.")
+        raise TypeError(f"`callbacks` must be a list of `TrainerCallback`s, got {brief(callbacks)}.")
     is_pair = isinstance(optimizers, (list, tuple)) and len(optimizers) == 2
     if not is_pair or any(isinstance(one, type) or not (one is None or hasattr(one, "step")) for one in optimizers):
         raise TypeError(
             "`optimizers` must be a pair of an optimizer and a scheduler, each of which may be None, got "
-            f"{_brief(optimizers)}."
+            f"{brief(optimizers)}."
         )
-
-
-class Stopwatch:
-    """Seconds by section; a nested section's time is its own. On CUDA by events, so that timing does not
-    synchronise."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self._stack: list[str | None] = [None]
-        self._marks: list[tuple[str | None, Any]] = []
-        self._paused = False
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Sections in here are not counted."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
-
-    @contextlib.contextmanager
-    def section(self, name: str) -> Iterator[None]:
-        if self._paused:
-            yield
-            return
-        self._stack.append(name)
-        self._mark()
-        try:
-            yield
-        finally:
-            self._stack.pop()
-            self._mark()
-
-    def _mark(self) -> None:
-        if self._cuda:
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-        else:
-            now = time.perf_counter()
-        self._marks.append((self._stack[-1], now))
-
-    def clear(self) -> None:
-        self._marks.clear()
-
-    def read(self) -> dict[str, float]:
-        """Seconds of each section since the last reading."""
-        if self._cuda:
-            torch.cuda.synchronize()
-        totals: dict[str, float] = defaultdict(float)
-        for (name, start), (_, end) in pairwise(self._marks):
-            if name is not None:
-                totals[name] += start.elapsed_time(end) / 1000 if self._cuda else end - start
-        self.clear()
-        return dict(totals)
 
 
 class _Config(FrozenDict):
@@ -335,7 +162,8 @@ class DiffusionTrainer(_BaseTrainer):
     Base of the trainers here.
 
     Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]): As [`load_student`] returns it; its denoiser is the model.
+        pipeline ([`~diffusers.DiffusionPipeline`]): As `load_student` of student.py returns it; its denoiser is the
+            model.
         args ([`DiffusionConfig`]): The configuration, which [`whole_cycles`] has seen.
         tasks (`Sequence[str]`): In the order of the cycle.
         kwargs: For [`~transformers.Trainer`].
@@ -374,35 +202,8 @@ class DiffusionTrainer(_BaseTrainer):
         _check_helpers(**{key: value for key, value in kwargs.items() if key in ("callbacks", "optimizers")})
         super().__init__(model=model, args=args, data_collator=identity, **kwargs)
         if self.is_fsdp_enabled:
-            plugin = self.accelerator.state.fsdp_plugin
-            if plugin.fsdp_version == 1:
-                raise ValueError(
-                    "FSDP version 1 flattens frozen and trained parameters into one; set `fsdp_version: 2` (as "
-                    "`diffusion_opd/accelerate_configs/fsdp2.yaml` does)."
-                )
-            if plugin.activation_checkpointing:
-                raise ValueError(
-                    "`fsdp_activation_checkpointing` renames the modules that are saved; leave it out, and set "
-                    "`activation_checkpointing` of the training arguments."
-                )
-            plugin.cpu_ram_efficient_loading = False  # every process has loaded, and asked, the whole model
-            if plugin.mixed_precision_policy is not None:
-                # accelerate's own would round the timesteps, and add up the gradients of all learnt steps in bfloat16;
-                # its autocast casts what is to be cast
-                plugin.mixed_precision_policy = dataclasses.replace(
-                    plugin.mixed_precision_policy,
-                    reduce_dtype=torch.float32,
-                    output_dtype=None,
-                    cast_forward_inputs=False,
-                )
-        # Taken out of accelerate's hands: a compiled wrapper would leave those eager who ask the denoiser itself
-        dynamo = self.accelerator.state.dynamo_plugin
-        self._compile_kwargs = None
-        if args.torch_compile:
-            self._compile_kwargs = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
-        elif dynamo.backend != DynamoBackend.NO:
-            self._compile_kwargs = dynamo.to_kwargs()
-        dynamo.backend = DynamoBackend.NO
+            settle_fsdp(self.accelerator.state.fsdp_plugin)
+        self._compile_kwargs = take_compilation(self.accelerator.state.dynamo_plugin, args)
         device = self.accelerator.device
         for part in pipeline.components.values():  # under DeepSpeed the denoiser too: Trainer leaves it where it is
             if isinstance(part, nn.Module):
@@ -452,24 +253,8 @@ class DiffusionTrainer(_BaseTrainer):
         return self.accelerator.autocast()
 
     def _compile(self, denoiser: nn.Module) -> None:
-        """Compiles the blocks of a denoiser, in place, if the run is a compiled one: a graph for the student, and one
-        for each adapter under which the blocks are asked."""
-        if self._compile_kwargs is None:
-            return
-        # At its limit of graphs torch would go on without compiling, and say so once
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
-        limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(limit, GRAPHS_PER_PARTY * (len(self.tasks) + 1))
-        # As `ModelMixin.compile_repeated_blocks`, for the denoisers too (SD3's) that name no blocks for it
-        names = denoiser._repeated_blocks or denoiser._no_split_modules or []
-        blocks = [module for module in denoiser.modules() if type(module).__name__ in names]
-        if not blocks:
-            raise ValueError(
-                f"`torch_compile` compiles the repeated blocks of a denoiser, and {type(denoiser).__name__} names "
-                "none; leave it out."
-            )
-        for block in blocks:
-            block.compile(**self._compile_kwargs)
+        if self._compile_kwargs is not None:
+            compile_blocks(denoiser, len(self.tasks) + 1, **self._compile_kwargs)
 
     def _freeze_unused(self) -> None:
         """Freezes parameters that no gradient reaches (Qwen-Image's last block has six): DDP would wait for them."""
@@ -1036,7 +821,7 @@ class DiffusionTrainer(_BaseTrainer):
         for upload in [] if job is None else job.jobs:
             if upload.done() and (error := upload.exception()) is not None:
                 logger.warning(
-                    f"An upload to {self.hub_model_id} failed ({_brief(error)}); what is missing goes up with the next "
+                    f"An upload to {self.hub_model_id} failed ({brief(error)}); what is missing goes up with the next "
                     "one, or with `trainer.push_to_hub()`."
                 )
                 job.jobs = [other for other in job.jobs if other is not upload]

@@ -8,15 +8,13 @@ makes a teacher that silently equals the base.
 This file knows pipelines and files, and no trainer, loss or data.
 """
 
-import contextlib
 import copy
 import hashlib
 import json
 import os
 import re
-import textwrap
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,14 +25,7 @@ import transformers
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
@@ -42,6 +33,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .config import check_types
+from .errors import brief, one_sentence, why_not
 from .policy import denoiser_name, is_flow, own_scheduler, tuner_layers
 
 MANIFEST_NAME = "teacher_manifest.json"
@@ -150,7 +142,7 @@ def _as_teacher(value: Any) -> Teacher:
     if not isinstance(teacher.path, (str, os.PathLike, DiffusionPipeline)):
         raise TypeError(
             "a teacher is a Hub id, a folder, a `Teacher` of one of these or a loaded pipeline, got "
-            f"{type(teacher.path).__name__}: {textwrap.shorten(repr(teacher.path), 80)}."
+            f"{brief(teacher.path)}."
         )
     return teacher
 
@@ -167,36 +159,8 @@ def _locate(teacher: Teacher) -> tuple[Path, str | None]:
             raise HFValidationError
         snapshot = Path(snapshot_download(path, revision=teacher.revision, allow_patterns=patterns))
     except (HFValidationError, OSError) as error:
-        raise ValueError(f"teacher {teacher.id!r}: {path!r} {why_not(error, teacher.revision)}.") from error
+        raise ValueError(f"teacher {teacher.id!r}: {path!r} {why_not(error, teacher.revision, INDEX_NAME)}.") from error
     return snapshot / (teacher.subfolder or ""), snapshot.name
-
-
-def why_not(error: Exception, revision: str | None) -> str:
-    """Why a repository, or a file of it, could not be had, in words."""
-    if isinstance(error, HFValidationError):
-        return "is neither a folder nor the id of a repository on the Hub"
-    if isinstance(error, RevisionNotFoundError):
-        return f"has no revision {revision!r}"
-    if isinstance(error, RemoteEntryNotFoundError):
-        return f"holds no pipeline ({INDEX_NAME})"
-    if isinstance(error, GatedRepoError):
-        return "is gated; ask for access on its page, then log in with `hf auth login`"
-    if isinstance(error, RepositoryNotFoundError):
-        return "is neither a folder nor a repository on the Hub that you may read (if it is private: `hf auth login`)"
-    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-        return "may not be read with your token; log in anew with `hf auth login`"
-    at = f" at revision {revision!r}" if revision else ""
-    return f"is no folder, is not in the local cache{at}, and the Hub cannot be asked (is this offline?)"
-
-
-@contextlib.contextmanager
-def one_sentence(what: str) -> Iterator[None]:
-    """What libraries raise about files or settings that they cannot use, as a `ValueError` that begins with `what`."""
-    try:
-        yield
-    except Exception as error:
-        kind = f"{type(error).__name__}: " if isinstance(error, (AttributeError, KeyError)) else ""
-        raise ValueError(f"{what}: {kind}{' '.join(str(error).split())}") from error
 
 
 def _read_json(teacher: Teacher, path: Path) -> dict[str, Any]:

@@ -27,17 +27,18 @@ from transformers.trainer_utils import EvalLoopOutput, set_seed
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
 from . import objectives
-from .base_trainer import CHECK_PROMPTS, DiffusionTrainer, load_student, whole_cycles, whole_modules
+from .base_trainer import CHECK_PROMPTS, DiffusionTrainer, whole_cycles
 from .config import DiffusionOPDConfig, check_call_kwargs
+from .errors import one_sentence
 from .policy import Policy, Step, denoiser_name
 from .sampling import PROMPT, TEACHER, is_prompt, routed_dataset
+from .student import load_student, whole_modules
 from .teachers import (
     MANIFEST_NAME,
     check_manifest,
     load_teachers,
     manifest,
     name_teachers,
-    one_sentence,
     same_weights,
 )
 from .transitions import Transition

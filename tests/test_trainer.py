@@ -19,8 +19,9 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, Teacher
-from diffusion_opd.base_trainer import EMA_NAME, whole_modules
+from diffusion_opd.base_trainer import EMA_NAME
 from diffusion_opd.config import OBJECTIVES
+from diffusion_opd.student import whole_modules
 from tests.test_policy import Momentum, Plain, of
 from tests.test_teachers import save_peft
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS, denoiser

@@ -9,7 +9,6 @@ import functools
 import inspect
 import math
 import numbers
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import brief
 from ..sampling import PROMPT
 
 RewardFunc = Callable[..., Any]
@@ -187,8 +187,7 @@ def _await_all(awaitables: Sequence[Any]) -> list[Any]:
 def _checked(result: Any, name: str, count: int) -> list[float]:
     values = result.tolist() if hasattr(result, "tolist") else result
     if not isinstance(values, (list, tuple)) or len(values) != count:
-        got = f"{type(result).__name__}: {textwrap.shorten(repr(result), 80)}"
-        got = f"{len(values)} values" if isinstance(values, (list, tuple)) else got
+        got = f"{len(values)} values" if isinstance(values, (list, tuple)) else brief(result)
         raise ValueError(f"the reward function {name!r} must return a list of {count} rewards, got {got}.")
     values = [value.item() if isinstance(value, Tensor) and value.dim() == 0 else value for value in values]
     for value in values:

@@ -25,9 +25,10 @@ from transformers import TrainerCallback
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 
-from ..base_trainer import DiffusionTrainer, is_checkpoint, load_student, whole_cycles
+from ..base_trainer import DiffusionTrainer, is_checkpoint, whole_cycles
 from ..policy import BACKBONE, Policy, Step
 from ..sampling import PROMPT, TASK, check_no_splits, is_prompt, routed_dataset, stream_columns, tasks_in
+from ..student import load_student
 from ..teachers import STUDENT_ADAPTER, add_adapter
 from ..transitions import Kernel, Schedule
 from .config import DiffusionRLConfig

@@ -1,8 +1,9 @@
-"""The three judges of the toy world. They look at pictures and at what the prompt asks for, and at nothing else.
+"""The judges of the toy world. They look at pictures and at what the prompt asks for, and at nothing else.
 
 Scores lie in [0, 1] and give partial credit, as the rewards of the DiffusionOPD paper do: `compose` is the fraction of
 the prompt's conditions that a detector finds met (GenEval), `text` is 1 - edit distance / length (OCR), `style` is a
-smooth statistic that does not read the prompt (an aesthetic score).
+smooth statistic that does not read the prompt (an aesthetic score). `warm`, `dark` and `large` are half such a
+statistic and half `compose`.
 
 The judges know the world's colours, shapes and letters. They do not know how a picture was made.
 """
@@ -178,4 +179,37 @@ def judge_style(picture: Image.Image, prompt: Prompt | None = None) -> float:
     return (shading + colourful + vignette) / 3 * (1 - _saturating(float(grain), 6, 20))
 
 
-JUDGES = {"compose": judge_compose, "text": judge_text, "style": judge_style}
+def _paper(picture: Image.Image) -> np.ndarray:
+    """The mean colour of the outermost four pixels, where nothing is drawn."""
+    rgb = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    edge = np.ones((SIZE, SIZE), dtype=bool)
+    edge[4:-4, 4:-4] = False
+    return rgb[edge].mean(0)
+
+
+def judge_warm(picture: Image.Image, prompt: Prompt) -> float:
+    """Half the fraction of conditions met, half how much redder than blue the paper is."""
+    red, _, blue = _paper(picture)
+    return (judge_compose(picture, prompt) + _saturating(red - blue, -20, 80)) / 2
+
+
+def judge_dark(picture: Image.Image, prompt: Prompt) -> float:
+    """Half the fraction of conditions met, half how dark the paper is."""
+    return (judge_compose(picture, prompt) + 1 - _saturating(_paper(picture).mean(), 120, 240)) / 2
+
+
+def judge_large(picture: Image.Image, prompt: Prompt) -> float:
+    """Half the fraction of conditions met, half how much of the picture is not paper."""
+    rgb = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    covered = (np.linalg.norm(rgb - _paper(picture), axis=-1) > 60).mean()
+    return (judge_compose(picture, prompt) + _saturating(float(covered), 0.1, 0.5)) / 2
+
+
+JUDGES = {
+    "compose": judge_compose,
+    "text": judge_text,
+    "style": judge_style,
+    "warm": judge_warm,
+    "dark": judge_dark,
+    "large": judge_large,
+}

@@ -6,6 +6,10 @@ Three tasks mirror those of the DiffusionOPD paper (GenEval, OCR, aesthetics):
 - `text`: the quoted string of one to three letters;
 - `style`: shapes in a mood ("at dusk"), wanted in a rich look: two-tone sky, shading, shadows, dark corners.
 
+Three more, `MORE_TASKS`, are for merging more teachers than the paper does: coloured shapes in other words ("the red
+circle", "a sign of a red circle", "one red circle"), wanted on warm paper, on dark paper, or large. Pretraining has
+seen neither their words nor their looks, so there is no picture to draw for them; the judges say what is wanted.
+
 `draw` makes the picture that a prompt deserves, `draw_badly` one that its task does not want: other things than the
 caption says, another string, a plain look. Pretraining sees both beside the same captions, so the base model knows
 every skill and uses none of them reliably, as a real base model does.
@@ -21,8 +25,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-Task = Literal["compose", "text", "style"]
+Task = Literal["compose", "text", "style", "warm", "dark", "large"]
 TASKS: tuple[Task, ...] = ("compose", "text", "style")
+MORE_TASKS: tuple[Task, ...] = ("warm", "dark", "large")
 SIZE = 64
 
 COLOURS = {
@@ -144,7 +149,25 @@ def _style_prompts() -> list[Prompt]:
     return prompts
 
 
-_ALL: dict[Task, list[Prompt]] = {"compose": _compose_prompts(), "text": _text_prompts(), "style": _style_prompts()}
+def _look_prompts(task: Task, form: str, more: str) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    things = [Thing(shape, colour) for shape, colour in product(SHAPES, COLOURS)]
+    prompts += [Prompt(form.format(thing.words), task, "one thing", (thing,)) for thing in things]
+    for pair in product(things, things):
+        if pair[0].shape != pair[1].shape and pair[0].colour != pair[1].colour:
+            text = " and ".join((form.format(pair[0].words), more.format(pair[1].words)))
+            prompts.append(Prompt(text, task, "two things", pair))
+    return prompts
+
+
+_ALL: dict[Task, list[Prompt]] = {
+    "compose": _compose_prompts(),
+    "text": _text_prompts(),
+    "style": _style_prompts(),
+    "warm": _look_prompts("warm", "the {}", "the {}"),
+    "dark": _look_prompts("dark", "a sign of a {}", "a {}"),
+    "large": _look_prompts("large", "one {}", "one {}"),
+}
 
 
 def _split(heldout: bool) -> dict[Task, dict[str, list[Prompt]]]:
@@ -275,7 +298,7 @@ def _other_things(prompt: Prompt, rng: np.random.Generator) -> list[Thing]:
 
 
 def draw(prompt: Prompt, rng: np.random.Generator) -> Image.Image:
-    """The picture that the prompt's own task wants; what the prompt leaves open, chance decides."""
+    """The picture that the prompt's own task wants (of `TASKS`); what the prompt leaves open, chance decides."""
     if prompt.task == "text":
         return _draw_string(prompt.string, rng)
     richness = rng.uniform(0.9, 1.0) if prompt.task == "style" else 0.0

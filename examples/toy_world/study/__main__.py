@@ -17,6 +17,7 @@ from examples.toy_world.evaluate import evaluate
 from examples.toy_world.study.report import report
 from examples.toy_world.study.rows import ROWS
 from examples.toy_world.study.states import gaps
+from examples.toy_world.world import TASKS
 
 PROMPTS = 120  # held out, of each task
 
@@ -38,7 +39,7 @@ def run(name: str, seed: int, output_dir: Path) -> None:
         "seconds": seconds,
         "threads": torch.get_num_threads(),
         "settings": {key: str(value) for key, value in row.settings.items()},
-        "scores": evaluate(pipeline, PROMPTS),
+        "scores": evaluate(pipeline, PROMPTS, tasks=tuple(dict.fromkeys((*TASKS, *row.tasks)))),
         "gaps": gaps(pipeline),
     }
     folder.mkdir(parents=True, exist_ok=True)

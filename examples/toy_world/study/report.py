@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import matplotlib
 from examples.toy_world.evaluate import evaluate
 from examples.toy_world.pipeline import TEACHERS, load_base
 from examples.toy_world.seeds import spread
+from examples.toy_world.specialists import LORA_NAME
+from examples.toy_world.study.rows import ROWS
 from examples.toy_world.study.states import gaps
-from examples.toy_world.world import TASKS
+from examples.toy_world.world import MORE_TASKS, TASKS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -22,43 +25,50 @@ TABLES = {
     "Noise level": ["kl_noise_0", "kl_noise_0.3", "kl_noise_0.7", "kl_noise_1.0"],
     "On-policy, off-policy, samples": ["opd_short", "off_policy_short", "sft_short"],
     "One teacher at a time": ["opd_short", *(f"only_{task}" for task in TASKS)],
+    "One to six teachers": ["teachers_1", "teachers_2", "opd_short", "teachers_4", "teachers_5", "teachers_6"],
 }
 PROMPTS = 120
 
 
 def levels(output_dir: Path) -> dict[str, dict[str, Any]]:
-    """Scores and gaps of the base and of the teachers, measured once."""
+    """Scores and gaps of the base and of the teachers that there are, each measured once."""
     path = output_dir / "levels.json"
-    if not path.is_file():
-        found = {}
-        for name in ("base", *TASKS):
-            pipeline = load_base()
-            if name != "base":
-                pipeline.load_lora_weights(TEACHERS / name, weight_name="pytorch_lora_weights.safetensors")
-            found[name] = {"scores": evaluate(pipeline, PROMPTS), "gaps": gaps(pipeline)}
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    loras = {"base": None} | {task: TEACHERS / task for task in TASKS}
+    loras |= {task: output_dir / "specialists" / task for task in MORE_TASKS}
+    for name, lora in loras.items():
+        if name in found or (lora and not (lora / LORA_NAME).is_file()):
+            continue
+        pipeline = load_base()
+        if lora:
+            pipeline.load_lora_weights(lora, weight_name=LORA_NAME)
+        found[name] = {"scores": evaluate(pipeline, PROMPTS, tasks=(*TASKS, *MORE_TASKS)), "gaps": gaps(pipeline)}
         output_dir.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=2))
-    return json.loads(path.read_text())
+    return found
 
 
-def way(scores: dict[str, float], reference: dict[str, dict[str, Any]]) -> float:
-    """Mean over the tasks of how far from the base (0) to the task's own teacher (1) a model went."""
+def way(scores: dict[str, float], reference: dict[str, dict[str, Any]], tasks: Sequence[str] = TASKS) -> float:
+    """Mean over `tasks` of how far from the base (0) to the task's own teacher (1) a model went."""
     ways = []
-    for task in TASKS:
+    for task in tasks:
         base, teacher = reference["base"]["scores"][task], reference[task]["scores"][task]
         ways.append((scores[task] - base) / (teacher - base))
     return statistics.mean(ways)
 
 
 def table(names: list[str], results: dict[str, list[dict[str, Any]]], reference: dict[str, Any]) -> list[str]:
-    head = ["row", "seeds", *TASKS, "way", "gap: teacher states", "real states", "own states", "evaluations", "seconds"]
+    """`"way"` is over the tasks that a row has learnt."""
+    tasks = tuple(dict.fromkeys(task for name in names for task in (*TASKS, *ROWS[name].tasks) if task in reference))
+    head = ["row", "seeds", *tasks, "way", "gap: teacher states", "real states", "own states", "evaluations", "seconds"]
     lines = [f"| {' | '.join(head)} |", "|---|" + "---|" * (len(head) - 1)]
-    known = [(name, [reference[name]]) for name in ("base", *TASKS)]
+    known = [(name, [reference[name]]) for name in ("base", *tasks)]
     for name, runs in known + [(name, results.get(name, [])) for name in names]:
         if not runs:
             continue
-        cells = [spread([run["scores"][task] for run in runs]) for task in TASKS]
-        cells.append(spread([way(run["scores"], reference) for run in runs], 2))
+        cells = [spread([run["scores"][task] for run in runs]) if task in runs[0]["scores"] else "" for task in tasks]
+        learnt = ROWS[name].tasks if name in ROWS else TASKS
+        cells.append(spread([way(run["scores"], reference, learnt) for run in runs], 2))
         for origin in ("teacher", "real", "own"):
             cells.append(spread([statistics.mean(run["gaps"][origin].values()) for run in runs], 4))
         seeds = " ".join(str(run["seed"]) for run in runs) if "seed" in runs[0] else ""
@@ -78,13 +88,13 @@ def plot(results: dict[str, list[dict[str, Any]]], reference: dict[str, Any], pa
     names = list(dict.fromkeys(names))
     figure, axis = plt.subplots(figsize=(8, 0.4 * len(names) + 1.2))
     for height, name in enumerate(reversed(names)):
-        ways = [way(run["scores"], reference) for run in results[name]]
+        ways = [way(run["scores"], reference, ROWS[name].tasks) for run in results[name]]
         axis.plot(ways, [height] * len(ways), "o", color="tab:blue", alpha=0.7)
         axis.plot(statistics.mean(ways), height, "|", color="black", markersize=14)
     axis.axvline(1, linestyle="--", color="grey", linewidth=1)
     axis.axvline(0, linestyle=":", color="grey", linewidth=1)
     axis.set_yticks(range(len(names)), list(reversed(names)))
-    axis.set_xlabel("of the way from the base (0) to each task's teacher (1), mean of the tasks")
+    axis.set_xlabel("of the way from the base (0) to each task's teacher (1), mean of its tasks")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

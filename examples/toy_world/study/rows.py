@@ -14,11 +14,11 @@ from diffusers import StableDiffusion3Pipeline
 from examples.toy_world.demo import BATCH_SIZE, MAX_STEPS, distil
 from examples.toy_world.pipeline import SAMPLING, load_base
 from examples.toy_world.rewards import reinforce
-from examples.toy_world.specialists import GRPO, NFT
+from examples.toy_world.specialists import GRPO, LORA_NAME, NFT, train_specialist
 from examples.toy_world.specialists import MAX_STEPS as SPECIALIST_STEPS
 from examples.toy_world.study import cost
 from examples.toy_world.study.baselines import OffPolicyTrainer, finetune_on_samples, fused
-from examples.toy_world.world import TASKS, Task
+from examples.toy_world.world import MORE_TASKS, TASKS, Task
 
 STEPS = SAMPLING["num_inference_steps"]
 LEARNT = STEPS - 1
@@ -34,20 +34,30 @@ TOTAL = STAGE_1 + MAX_STEPS * OPD_COST
 
 @dataclass
 class Row:
-    """One line of a table: `train(folder, seed)` leaves a student in `folder` and returns its pipeline."""
+    """One line of a table: `train(folder, seed)` leaves a student of `tasks` in `folder` and returns its pipeline."""
 
     train: Callable[[Path, int], StableDiffusion3Pipeline]
     evaluations: float
     settings: dict[str, Any] = field(default_factory=dict)
+    tasks: tuple[Task, ...] = TASKS
 
 
 def opd(max_steps: int, tasks: tuple[Task, ...] = TASKS, **settings: Any) -> Row:
     def train(folder: Path, seed: int) -> StableDiffusion3Pipeline:
-        return distil(folder, seed, max_steps, tasks, num_scored=0, **settings)[0].pipeline
+        specialists = {task: further_specialist(task, folder.parents[1]) for task in tasks if task not in TASKS}
+        return distil(folder, seed, max_steps, tasks, num_scored=0, specialists=specialists, **settings)[0].pipeline
 
     batch = settings.get("per_device_train_batch_size", BATCH_SIZE)
     sizes = cost.Sizes(len(tasks) * batch, STEPS, LEARNT)
-    return Row(train, max_steps * cost.distillation(sizes), settings | {"max_steps": max_steps})
+    return Row(train, max_steps * cost.distillation(sizes), settings | {"max_steps": max_steps}, tasks)
+
+
+def further_specialist(task: Task, output_dir: Path) -> Path:
+    """The folder of a specialist that is not shipped: trained by the first row that needs it, the same for all."""
+    folder = output_dir / "specialists" / task
+    if not (folder / LORA_NAME).is_file():
+        train_specialist(task, folder)
+    return folder
 
 
 def rl(algorithm: str, budget: float, **settings: Any) -> Row:
@@ -68,7 +78,7 @@ def opd_nft_text() -> Row:
 
     def train(folder: Path, seed: int) -> StableDiffusion3Pipeline:
         specialist = folder / "text"
-        if not (specialist / "pytorch_lora_weights.safetensors").is_file():
+        if not (specialist / LORA_NAME).is_file():
             reinforce("nft", ["text"], specialist, seed, max_steps=steps, **NFT)
         return distil(folder, seed, MAX_STEPS, num_scored=0, specialists={"text": specialist})[0].pipeline
 
@@ -84,7 +94,7 @@ def cascade(budget: float, order: tuple[Task, ...]) -> Row:
         model = load_base()
         for task in order:
             stage = folder / task
-            if not (stage / "pytorch_lora_weights.safetensors").is_file():
+            if not (stage / LORA_NAME).is_file():
                 reinforce("nft", [task], stage, seed, model=model, rank=32, max_steps=max_steps, **NFT)
                 model.unload_lora_weights()
             model = fused(stage, model)
@@ -126,4 +136,6 @@ ROWS: dict[str, Row] = {
     "sft_short": sft(SHORT * OPD_COST, samples=200, batch_size=24, peak_lr=2e-3),
     # One teacher alone, with all prompts of a step for it
     **{f"only_{task}": opd(SHORT, (task,), per_device_train_batch_size=len(TASKS) * BATCH_SIZE) for task in TASKS},
+    # Up to six teachers, eight prompts a step for each; three are `opd_short`
+    **{f"teachers_{n}": opd(SHORT, (*TASKS, *MORE_TASKS)[:n]) for n in (1, 2, 4, 5, 6)},
 }

@@ -1,0 +1,80 @@
+"""What accelerate's engines are told so that they suit a denoiser: FSDP2's settings, and torch.compile."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from accelerate.utils import DynamoBackend, FullyShardedDataParallelPlugin, TorchDynamoPlugin
+from torch import nn
+
+from .config import DiffusionConfig
+
+GRAPHS_PER_PARTY = 8  # with and without gradient, and for a few shapes
+
+
+def settle_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Sets what a denoiser needs of FSDP.
+
+    Raises:
+        ValueError: if the plugin is of version 1, or checkpoints activations itself.
+    """
+    if plugin.fsdp_version == 1:
+        raise ValueError(
+            "FSDP version 1 flattens frozen and trained parameters into one; set `fsdp_version: 2` (as "
+            "`diffusion_opd/accelerate_configs/fsdp2.yaml` does)."
+        )
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "`fsdp_activation_checkpointing` renames the modules that are saved; leave it out, and set "
+            "`activation_checkpointing` of the training arguments."
+        )
+    plugin.cpu_ram_efficient_loading = False  # every process has loaded, and asked, the whole model
+    if plugin.mixed_precision_policy is not None:
+        # accelerate's own would round the timesteps, and add up the gradients of all learnt steps in bfloat16;
+        # its autocast casts what is to be cast
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy,
+            reduce_dtype=torch.float32,
+            output_dtype=None,
+            cast_forward_inputs=False,
+        )
+
+
+def take_compilation(plugin: TorchDynamoPlugin, args: DiffusionConfig) -> dict[str, Any] | None:
+    """Takes torch.compile out of accelerate's hands, whose compiled wrapper would leave those eager who ask the
+    denoiser itself: the arguments for [`compile_blocks`], or `None` if nothing is to be compiled."""
+    asked, backend = None, plugin.backend
+    if args.torch_compile:
+        asked = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+    elif backend != DynamoBackend.NO:
+        asked = plugin.to_kwargs()
+    plugin.backend = DynamoBackend.NO
+    return asked
+
+
+def compile_blocks(denoiser: nn.Module, num_parties: int, **kwargs: Any) -> None:
+    """Compiles the repeated blocks of a denoiser, in place: a graph for the student, and one for each adapter under
+    which the blocks are asked.
+
+    Args:
+        denoiser (`nn.Module`): As diffusers makes it.
+        num_parties (`int`): The student and its teachers, for torch's limit of graphs.
+        kwargs: For [`~torch.nn.Module.compile`].
+
+    Raises:
+        ValueError: if the denoiser does not name its blocks.
+    """
+    # At its limit of graphs torch would go on without compiling, and say so once
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, GRAPHS_PER_PARTY * num_parties)
+    # As `ModelMixin.compile_repeated_blocks`, for the denoisers too (SD3's) that name no blocks for it
+    names = denoiser._repeated_blocks or denoiser._no_split_modules or []
+    blocks = [module for module in denoiser.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise ValueError(
+            f"`torch_compile` compiles the repeated blocks of a denoiser, and {type(denoiser).__name__} names "
+            "none; leave it out."
+        )
+    for block in blocks:
+        block.compile(**kwargs)

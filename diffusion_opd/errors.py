@@ -1,0 +1,48 @@
+"""What is wrong, in one sentence: for the errors of libraries, and for values that are shown in a message."""
+
+import contextlib
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+
+def brief(value: Any) -> str:
+    """The type and the beginning of a value."""
+    return f"{type(value).__name__}: {textwrap.shorten(repr(value), 80)}"
+
+
+def why_not(error: Exception, revision: str | None, index_name: str) -> str:
+    """Why a repository, or the file `index_name` of it, could not be had, in words."""
+    if isinstance(error, HFValidationError):
+        return "is neither a folder nor the id of a repository on the Hub"
+    if isinstance(error, RevisionNotFoundError):
+        return f"has no revision {revision!r}"
+    if isinstance(error, RemoteEntryNotFoundError):
+        return f"holds no pipeline ({index_name})"
+    if isinstance(error, GatedRepoError):
+        return "is gated; ask for access on its page, then log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "is neither a folder nor a repository on the Hub that you may read (if it is private: `hf auth login`)"
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        return "may not be read with your token; log in anew with `hf auth login`"
+    at = f" at revision {revision!r}" if revision else ""
+    return f"is no folder, is not in the local cache{at}, and the Hub cannot be asked (is this offline?)"
+
+
+@contextlib.contextmanager
+def one_sentence(what: str) -> Iterator[None]:
+    """What libraries raise about files or settings that they cannot use, as a `ValueError` that begins with `what`."""
+    try:
+        yield
+    except Exception as error:
+        kind = f"{type(error).__name__}: " if isinstance(error, (AttributeError, KeyError)) else ""
+        raise ValueError(f"{what}: {kind}{' '.join(str(error).split())}") from error

@@ -1,0 +1,143 @@
+"""The student: its pipeline, loaded, checked, and with the parameters that are trained.
+
+This file knows pipelines and files, and no trainer, loss or data.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import disable_fsdp_ram_efficient_loading
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import cast_training_params
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from peft import LoraConfig
+from torch import nn
+from transformers.integrations import deepspeed as hf_deepspeed
+
+from .config import DiffusionConfig
+from .errors import brief, one_sentence, why_not
+from .policy import denoiser_name, tuner_layers
+from .teachers import INDEX_NAME, STUDENT_ADAPTER, absent_parts, changes_base
+
+logger = get_logger(__name__)
+
+# Of `from_pretrained`: what reading the pipeline's index needs too
+HUB_KWARGS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
+
+
+@contextlib.contextmanager
+def whole_modules() -> Iterator[None]:
+    """Load pipelines inside this: while a ZeRO-3 config lives, transformers builds every model partitioned, and a text
+    encoder without an engine of its own cannot run; with FSDP's RAM-efficient loading it is empty on every process but
+    the first."""
+    disable_fsdp_ram_efficient_loading()
+    config = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = config
+
+
+def load_student(
+    model: str | os.PathLike | DiffusionPipeline, args: DiffusionConfig, peft_config: LoraConfig | None
+) -> DiffusionPipeline:
+    """The student's pipeline with trainable parameters in float32 and everything else frozen, in eval mode.
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]): Hub id or folder (loaded in the mixed-precision dtype, from
+            safetensors unless `model_init_kwargs` say otherwise), or a pipeline (whose frozen modules keep their
+            dtype).
+        args ([`DiffusionConfig`]): For `model_init_kwargs` and the dtype.
+        peft_config ([`~peft.LoraConfig`], *optional*): Trains a LoRA; `None` trains the whole denoiser.
+
+    Raises:
+        ValueError: if the pipeline cannot be loaded, has no single denoiser, carries adapters already, or could not
+            load a LoRA again.
+        TypeError: if `model` or `peft_config` is none of the above.
+    """
+    if not isinstance(peft_config, (LoraConfig, type(None))):
+        raise TypeError(f"`peft_config` must be a `LoraConfig` or None (train in full), got {brief(peft_config)}.")
+    if isinstance(model, DiffusionPipeline):
+        pipeline = model
+    elif not isinstance(model, (str, os.PathLike)):
+        raise TypeError(f"`model` must be a Hub id, a folder or a loaded pipeline, got {brief(model)}.")
+    else:
+        # diffusers falls back on pickles by itself
+        init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})
+        index = _read_index(str(model), {key: init_kwargs[key] for key in HUB_KWARGS & init_kwargs.keys()})
+        init_kwargs = absent_parts(index) | init_kwargs
+        if isinstance(word := init_kwargs.get("dtype"), str):  # from YAML or a flag
+            init_kwargs["dtype"] = getattr(torch, word, word)
+        if not isinstance(init_kwargs.get("dtype"), (torch.dtype, dict, type(None))):
+            raise ValueError(f"`model_init_kwargs`: dtype {word!r} is none of torch's, e.g. 'bfloat16'.")
+        if "dtype" not in init_kwargs and "torch_dtype" not in init_kwargs:
+            name = next((name for name in ("transformer", "unet") if name in index), "transformer")
+            denoiser_dtype = torch.float32 if peft_config is None else args.mixed_dtype
+            init_kwargs["dtype"] = {name: denoiser_dtype, "default": args.mixed_dtype}
+        how = "from safetensors (`model_init_kwargs={'use_safetensors': False}` reads pickles that you trust)"
+        how = how if init_kwargs["use_safetensors"] else "with these `model_init_kwargs`"
+        with whole_modules(), one_sentence(f"the student {str(model)!r} cannot be loaded {how}"):
+            pipeline = DiffusionPipeline.from_pretrained(model, **init_kwargs)
+    name = denoiser_name(pipeline)
+    denoiser = getattr(pipeline, name)
+    if tuner_layers(denoiser):
+        raise ValueError(
+            f"the student's {name} carries adapters already; call `pipeline.fuse_lora()` and "
+            "`pipeline.unload_lora_weights()` first."
+        )
+    for key, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            if missing := [entry for entry, tensor in part.state_dict().items() if tensor.is_meta]:
+                raise ValueError(
+                    f"the student {str(model)!r} lacks {len(missing)} tensors of its {key}, e.g. {missing[0]}; are its "
+                    "files complete?"
+                )
+            part.requires_grad_(False).eval()
+    if peft_config is None:
+        denoiser.requires_grad_(True).to(torch.float32)
+        return pipeline
+    if not hasattr(type(pipeline), "save_lora_weights"):
+        raise ValueError(
+            f"{type(pipeline).__name__} cannot load LoRA weights in plain diffusers; train it in full "
+            "(no `peft_config`)."
+        )
+    if not peft_config.target_modules and not peft_config.target_parameters:  # PEFT would look for `model_type`
+        raise ValueError(
+            "`peft_config` names no `target_modules`; give some, e.g. ['to_q', 'to_k', 'to_v', 'to_out.0']."
+        )
+    if changes_base(peft_config):
+        raise ValueError(
+            f"`peft_config` changes the {name} itself (bias={peft_config.bias!r}, "
+            f"modules_to_save={peft_config.modules_to_save}, init_lora_weights={peft_config.init_lora_weights!r}), "
+            "which LoRA teachers share; leave these at their defaults, or train in full."
+        )
+    if peft_config.lora_dropout > 0:
+        logger.warning(
+            f"lora_dropout={peft_config.lora_dropout} has no effect: the denoiser runs in eval mode, since the rollout "
+            "and the gradient are one pass."
+        )
+    with one_sentence(f"`peft_config` does not fit {type(denoiser).__name__}"):
+        denoiser.add_adapter(peft_config, STUDENT_ADAPTER)
+    cast_training_params(denoiser)
+    return pipeline
+
+
+def _read_index(model: str, hub: dict[str, Any]) -> dict[str, Any]:
+    path = Path(model, INDEX_NAME)
+    if not os.path.isdir(model):
+        try:
+            if os.path.isabs(model):
+                raise HFValidationError
+            path = Path(hf_hub_download(model, INDEX_NAME, **hub))
+        except (HFValidationError, OSError) as error:
+            raise ValueError(f"the student {model!r} {why_not(error, hub.get('revision'), INDEX_NAME)}.") from error
+    with one_sentence(f"the student {model!r} holds no pipeline ({INDEX_NAME})"):
+        return dict(json.loads(path.read_text()))
