@@ -2,8 +2,7 @@
 
 Scores lie in [0, 1] and give partial credit, as the rewards of the DiffusionOPD paper do: `compose` is the fraction of
 the prompt's conditions that a detector finds met (GenEval), `text` is 1 - edit distance / length (OCR), `style` is a
-smooth statistic that does not read the prompt (an aesthetic score). `warm`, `dark` and `large` are half such a
-statistic and half `compose`.
+smooth statistic that does not read the prompt (an aesthetic score). So are `warm`, `dark` and `large`.
 
 The judges know the world's colours, shapes and letters. They do not know how a picture was made.
 """
@@ -187,22 +186,22 @@ def _paper(picture: Image.Image) -> np.ndarray:
     return rgb[edge].mean(0)
 
 
-def judge_warm(picture: Image.Image, prompt: Prompt) -> float:
-    """Half the fraction of conditions met, half how much redder than blue the paper is."""
+def judge_warm(picture: Image.Image, prompt: Prompt | None = None) -> float:
+    """How much redder than blue the paper is."""
     red, _, blue = _paper(picture)
-    return (judge_compose(picture, prompt) + _saturating(red - blue, -20, 80)) / 2
+    return _saturating(red - blue, -40, 120)
 
 
-def judge_dark(picture: Image.Image, prompt: Prompt) -> float:
-    """Half the fraction of conditions met, half how dark the paper is."""
-    return (judge_compose(picture, prompt) + 1 - _saturating(_paper(picture).mean(), 120, 240)) / 2
+def judge_dark(picture: Image.Image, prompt: Prompt | None = None) -> float:
+    """How dark the paper is."""
+    return 1 - _saturating(_paper(picture).mean(), 60, 255)
 
 
-def judge_large(picture: Image.Image, prompt: Prompt) -> float:
-    """Half the fraction of conditions met, half how much of the picture is not paper."""
+def judge_large(picture: Image.Image, prompt: Prompt | None = None) -> float:
+    """How much of the picture is not paper."""
     rgb = np.asarray(picture.convert("RGB"), dtype=np.float32)
     covered = (np.linalg.norm(rgb - _paper(picture), axis=-1) > 60).mean()
-    return (judge_compose(picture, prompt) + _saturating(float(covered), 0.1, 0.5)) / 2
+    return _saturating(float(covered), 0.0, 0.6)
 
 
 JUDGES = {

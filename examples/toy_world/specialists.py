@@ -17,7 +17,7 @@ import torch
 
 from examples.toy_world.pipeline import TEACHERS
 from examples.toy_world.rewards import reinforce
-from examples.toy_world.world import MORE_TASKS, TASKS, Task
+from examples.toy_world.world import TASKS, Task
 
 RUNS = Path("runs/toy_world/specialists")
 
@@ -28,7 +28,7 @@ SHARED: dict[str, Any] = {"per_device_train_batch_size": 48, "num_generations": 
 NFT = SHARED | {"learning_rate": 1e-3, "beta": 0.5, "old_decay_rate": 0.02}
 GRPO = SHARED | {"learning_rate": 1e-3, "loss_type": "grpo_guard", "epsilon": 1e-3, "num_iterations": 2}
 # After 80 steps style scores 0.998 instead of 0.895, and its things have melted into the sky
-MAX_STEPS: dict[Task, int] = {"compose": 150, "text": 150, "style": 30, **dict.fromkeys(MORE_TASKS, 30)}
+MAX_STEPS: dict[Task, int] = {"compose": 150, "text": 150, "style": 30, "warm": 60, "dark": 32, "large": 20}
 LORA_NAME = "pytorch_lora_weights.safetensors"
 
 

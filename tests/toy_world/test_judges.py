@@ -111,3 +111,25 @@ def test_style_grows_with_the_look():
     faded = [Image.fromarray((w * rich + (1 - w) * 242).astype(np.uint8)) for w in (0, 0.3, 0.6, 1)]
     scores = [JUDGES["style"](picture, prompt) for picture in faded]
     assert scores == sorted(scores) and scores[0] == 0 and 0.1 < scores[1] < 0.9 * scores[3]
+
+
+def scene(paper: tuple[int, int, int], size: int) -> Image.Image:
+    """A red square of so many pixels in the middle."""
+    picture = np.full((64, 64, 3), paper, dtype=np.uint8)
+    edge = 32 - size // 2
+    picture[edge : edge + size, edge : edge + size] = (218, 40, 40)
+    return Image.fromarray(picture)
+
+
+@pytest.mark.parametrize(
+    ("task", "pictures"),
+    [
+        ("warm", [scene((180, 200, 220), 20), scene((220, 220, 220), 20), scene((250, 200, 130), 20)]),
+        ("dark", [scene((240, 240, 240), 20), scene((150, 160, 150), 20), scene((60, 70, 60), 20)]),
+        ("large", [scene((240, 240, 240), size) for size in (0, 20, 40)]),
+    ],
+)
+def test_more_judges_grow_with_their_looks(task, pictures):
+    scores = [JUDGES[task](picture, None) for picture in pictures]
+    assert 0 <= scores[0] < scores[1] - 0.1 < scores[2] - 0.3 <= 0.7
+    assert JUDGES["large"](pictures[2], None) == pytest.approx(40**2 / 64**2 / 0.6) or task != "large"
