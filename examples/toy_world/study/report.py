@@ -25,7 +25,10 @@ TABLES = {
     "Noise level": ["kl_noise_0", "kl_noise_0.3", "kl_noise_0.7", "kl_noise_1.0"],
     "On-policy, off-policy, samples": ["opd_short", "off_policy_short", "sft_short"],
     "One teacher at a time": ["opd_short", *(f"only_{task}" for task in TASKS)],
-    "One to six teachers": ["teachers_1", "teachers_2", "opd_short", "teachers_4", "teachers_5", "teachers_6"],
+    "One to six teachers": [
+        *("teachers_1", "teachers_2", "opd_short", "teachers_4", "teachers_5", "teachers_6"),
+        *("opd", "teachers_6_long"),
+    ],
 }
 PROMPTS = 120
 

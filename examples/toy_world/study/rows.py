@@ -138,4 +138,5 @@ ROWS: dict[str, Row] = {
     **{f"only_{task}": opd(SHORT, (task,), per_device_train_batch_size=len(TASKS) * BATCH_SIZE) for task in TASKS},
     # Up to six teachers, eight prompts a step for each; three are `opd_short`
     **{f"teachers_{n}": opd(SHORT, (*TASKS, *MORE_TASKS)[:n]) for n in (1, 2, 4, 5, 6)},
+    "teachers_6_long": opd(MAX_STEPS, TASKS + MORE_TASKS),
 }
