@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -20,14 +21,14 @@ def brief(value: Any) -> str:
     return f"{type(value).__name__}: {textwrap.shorten(repr(value), 80)}"
 
 
-def why_not(error: Exception, revision: str | None, index_name: str) -> str:
-    """Why a repository, or the file `index_name` of it, could not be had, in words."""
+def why_not(error: Exception, revision: str | None) -> str:
+    """Why a repository, or the index of a pipeline in it, could not be had, in words."""
     if isinstance(error, HFValidationError):
         return "is neither a folder nor the id of a repository on the Hub"
     if isinstance(error, RevisionNotFoundError):
         return f"has no revision {revision!r}"
     if isinstance(error, RemoteEntryNotFoundError):
-        return f"holds no pipeline ({index_name})"
+        return f"holds no pipeline ({DiffusionPipeline.config_name})"
     if isinstance(error, GatedRepoError):
         return "is gated; ask for access on its page, then log in with `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):

@@ -138,6 +138,6 @@ def _read_index(model: str, hub: dict[str, Any]) -> dict[str, Any]:
                 raise HFValidationError
             path = Path(hf_hub_download(model, INDEX_NAME, **hub))
         except (HFValidationError, OSError) as error:
-            raise ValueError(f"the student {model!r} {why_not(error, hub.get('revision'), INDEX_NAME)}.") from error
+            raise ValueError(f"the student {model!r} {why_not(error, hub.get('revision'))}.") from error
     with one_sentence(f"the student {model!r} holds no pipeline ({INDEX_NAME})"):
         return dict(json.loads(path.read_text()))

@@ -159,7 +159,7 @@ def _locate(teacher: Teacher) -> tuple[Path, str | None]:
             raise HFValidationError
         snapshot = Path(snapshot_download(path, revision=teacher.revision, allow_patterns=patterns))
     except (HFValidationError, OSError) as error:
-        raise ValueError(f"teacher {teacher.id!r}: {path!r} {why_not(error, teacher.revision, INDEX_NAME)}.") from error
+        raise ValueError(f"teacher {teacher.id!r}: {path!r} {why_not(error, teacher.revision)}.") from error
     return snapshot / (teacher.subfolder or ""), snapshot.name
 
 

@@ -132,4 +132,7 @@ def scene(paper: tuple[int, int, int], size: int) -> Image.Image:
 def test_more_judges_grow_with_their_looks(task, pictures):
     scores = [JUDGES[task](picture, None) for picture in pictures]
     assert 0 <= scores[0] < scores[1] - 0.1 < scores[2] - 0.3 <= 0.7
-    assert JUDGES["large"](pictures[2], None) == pytest.approx(40**2 / 64**2 / 0.6) or task != "large"
+
+
+def test_large_is_the_share_of_the_picture_that_is_covered():
+    assert JUDGES["large"](scene((240, 240, 240), 40), None) == pytest.approx(40**2 / 64**2 / 0.6)
