@@ -43,6 +43,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
@@ -52,6 +53,7 @@ from .engines import compile_blocks, settle_fsdp, take_compilation
 from .errors import brief, one_sentence
 from .policy import Policy, PromptMemo, Routed, Step, denoiser_name, is_flow, tuner_layers
 from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, seed_of
+from .shards import local_shards, reshard, shards_changed, zero3_unseen
 from .stopwatch import Stopwatch
 from .teachers import LORA_NAME, STUDENT_ADAPTER
 from .transitions import TRANSITIONS, Kernel
@@ -129,12 +131,12 @@ class _EveryStep(TrainerCallback):
             self.trainer.forget_metrics()
 
     def on_train_end(self, args: DiffusionConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        ema = self.trainer.ema
-        if ema is not None:
-            if state.global_step % args.ema_update_every and state.best_model_checkpoint is None:
-                ema.step(self.trainer.trainable_parameters)  # or a short run would end where it began
-            # What `pipeline`, `save_model` and the Hub carry from here on
-            ema.copy_to(self.trainer.trainable_parameters)
+        if self.trainer.ema is not None:
+            with self.trainer.trained_shards() as shards:
+                if state.global_step % args.ema_update_every and state.best_model_checkpoint is None:
+                    self.trainer.ema.step(shards)  # or a short run would end where it began
+                # What `pipeline`, `save_model` and the Hub carry from here on
+                self.trainer.ema.copy_to(shards)
         drawn = args.image_steps and state.global_step % args.image_steps == 0 and state.best_model_checkpoint is None
         if args.image_steps != 0 and not drawn:
             self.trainer.log_images()
@@ -201,6 +203,8 @@ class DiffusionTrainer(_BaseTrainer):
             args._n_gpu = 1
         _check_helpers(**{key: value for key, value in kwargs.items() if key in ("callbacks", "optimizers")})
         super().__init__(model=model, args=args, data_collator=identity, **kwargs)
+        # Whether the engine leaves each process a part of the trained denoiser only
+        self.shards_parameters = self.is_fsdp_enabled or hf_deepspeed.is_deepspeed_zero3_enabled()
         if self.is_fsdp_enabled:
             settle_fsdp(self.accelerator.state.fsdp_plugin)
         self._compile_kwargs = take_compilation(self.accelerator.state.dynamo_plugin, args)
@@ -222,12 +226,7 @@ class DiffusionTrainer(_BaseTrainer):
                 "LoRA is added here, after it was built); name it in `optim` instead."
             )
         self._compile(model)
-        self.ema = None
-        if args.ema_decay is not None:
-            if hf_deepspeed.is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
-                raise ValueError("`ema_decay` does not work with sharded parameters (ZeRO-3, FSDP); use ZeRO-2 or DDP.")
-            self.ema = EMAModel(self.trainable_parameters, decay=args.ema_decay)
-            self.ema.to(device)
+        self.ema: EMAModel | None = None  # from the start of `train` on, of this process's shards
         self._ema_is_in_place = False
         self._metrics: dict[str, list[Any]] = defaultdict(list)
         self._kept: dict[str, int] = {}
@@ -243,6 +242,22 @@ class DiffusionTrainer(_BaseTrainer):
     def trainable_parameters(self) -> list[nn.Parameter]:
         """As they are now: FSDP puts others in their place."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @contextlib.contextmanager
+    def trained_shards(self) -> Iterator[list[nn.Parameter]]:
+        """What this process holds of the trained parameters, to be read and written. Entered on every process."""
+        reshard(self.model)
+        parameters = self.trainable_parameters
+        with zero3_unseen():
+            yield local_shards(parameters)
+        shards_changed(parameters)
+
+    def shard(self, denoiser: nn.Module) -> None:
+        """Shards a frozen denoiser as the engine does the trained one, if it has not yet."""
+        if self.is_fsdp_enabled:
+            prepare_fsdp(denoiser, self.accelerator)
+        elif not hasattr(next(denoiser.parameters()), "ds_id"):
+            prepare_deepspeed(denoiser, self.accelerator)
 
     def autocast(self, module: nn.Module) -> contextlib.AbstractContextManager:
         """Mixed precision for a `module` that is called past the trained wrapper. accelerate's own context does nothing
@@ -471,7 +486,8 @@ class DiffusionTrainer(_BaseTrainer):
     def after_optimizer_step(self) -> None:
         """Updates what follows the trained weights."""
         if self.ema is not None and self.state.global_step % self.args.ema_update_every == 0:
-            self.ema.step(self.trainable_parameters)
+            with self.trained_shards() as shards:
+                self.ema.step(shards)
 
     # The moving average
 
@@ -481,13 +497,15 @@ class DiffusionTrainer(_BaseTrainer):
         if self.ema is None or self._ema_is_in_place:
             yield
             return
-        self.ema.store(self.trainable_parameters)
-        self.ema.copy_to(self.trainable_parameters)
+        with self.trained_shards() as shards:
+            self.ema.store(shards)
+            self.ema.copy_to(shards)
         self._ema_is_in_place = True
         try:
             yield
         finally:
-            self.ema.restore(self.trainable_parameters)
+            with self.trained_shards() as shards:
+                self.ema.restore(shards)
             self._ema_is_in_place = False
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -642,10 +660,37 @@ class DiffusionTrainer(_BaseTrainer):
             self._save(output_dir, self._gathered_state())
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-        if self.ema is not None and is_checkpoint(output_dir) and self.args.should_save:
-            raw = {f"raw.{i}": p.detach() for i, p in enumerate(self.trainable_parameters)}
-            averaged = {f"ema.{i}": p for i, p in enumerate(self.ema.shadow_params)}
-            save_file({key: value.contiguous() for key, value in (raw | averaged).items()}, Path(output_dir, EMA_NAME))
+        if self.ema is not None and is_checkpoint(output_dir):
+            with self.trained_shards() as shards:
+                raw = {f"raw.{i}": shard for i, shard in enumerate(shards)}
+                averaged = {f"ema.{i}": shadow for i, shadow in enumerate(self.ema.shadow_params)}
+                self.save_shards(raw | averaged, Path(output_dir), EMA_NAME)
+
+    def save_shards(self, tensors: dict[str, Tensor], folder: Path, name: str) -> None:
+        """Saves what follows the trained parameters: where these are sharded, a file for each process."""
+        if self.args.should_save or self.shards_parameters:
+            folder.mkdir(parents=True, exist_ok=True)  # the first process may not have come that far
+            save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, folder / self._own(name))
+
+    def load_shards(self, folder: Path, name: str) -> dict[str, Tensor]:
+        """What [`save_shards`] saved.
+
+        Raises:
+            ValueError: if the trained parameters were sharded in another way.
+        """
+        path = folder / self._own(name)
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} has no {path.name}; resume it with the engine and the number of processes that it was saved "
+                "with."
+            )
+        return load_file(path, device=str(self.accelerator.device))
+
+    def _own(self, name: str) -> str:
+        if not self.shards_parameters:
+            return name
+        stem, rank, world = Path(name).stem, self.accelerator.process_index, self.accelerator.num_processes
+        return f"{stem}_{rank + 1}_of_{world}.safetensors"
 
     def _gathered_state(self) -> dict[str, Tensor] | None:
         """The weights of a sharded student (of a LoRA the trained ones alone; Trainer would gather the frozen backbone
@@ -767,39 +812,41 @@ class DiffusionTrainer(_BaseTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif self.ema is None:
+        elif self.args.ema_decay is None:
             self.load_weights(resume_from_checkpoint)
 
     def _load_ema(self, checkpoint: str) -> None:
-        path = Path(checkpoint, EMA_NAME)
-        if not path.is_file():
-            raise ValueError(f"{checkpoint} was saved without `ema_decay`; resume it without.")
-        state = load_file(path)
-        with torch.no_grad():
-            for index, (parameter, shadow) in enumerate(
-                zip(self.trainable_parameters, self.ema.shadow_params, strict=True)
-            ):
+        state = self.load_shards(Path(checkpoint), EMA_NAME)
+        with torch.no_grad(), self.trained_shards() as shards:
+            for index, (shard, shadow) in enumerate(zip(shards, self.ema.shadow_params, strict=True)):
                 shadow.copy_(state[f"ema.{index}"])
-                parameter.copy_(state[f"raw.{index}"])
+                shard.copy_(state[f"raw.{index}"])
         self.ema.optimization_step = self.state.global_step // self.args.ema_update_every
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        averages = self.args.ema_decay is not None
         if resume_from_checkpoint is not None:
-            if self.ema is not None:
-                self._load_ema(resume_from_checkpoint)
-            elif Path(resume_from_checkpoint, EMA_NAME).is_file():
-                raise ValueError(f"{resume_from_checkpoint} was saved with `ema_decay`; resume it with.")
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            averaged = any(Path(resume_from_checkpoint).glob(f"{Path(EMA_NAME).stem}*"))
+            if averages != averaged:
+                before = "with" if averaged else "without"
+                raise ValueError(f"{resume_from_checkpoint} was saved {before} `ema_decay`; resume it {before}.")
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if averages and self.ema is None:
+            with self.trained_shards() as shards:
+                self.ema = EMAModel(shards, decay=self.args.ema_decay)
+            self.ema.to(self.accelerator.device, torch.float32)
+        if averages and resume_from_checkpoint is not None:
+            self._load_ema(resume_from_checkpoint)
+        return prepared
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or hf_deepspeed.is_deepspeed_zero3_enabled():
-            super()._load_best_model()
-            return
-        self.load_weights(self.state.best_model_checkpoint)
+        best = self.state.best_model_checkpoint
         if self.ema is not None:
-            with torch.no_grad():
-                for parameter, shadow in zip(self.trainable_parameters, self.ema.shadow_params, strict=True):
-                    shadow.copy_(parameter)
+            self._load_ema(best)  # `on_train_end` puts the average in place
+        elif self.shards_parameters:
+            super()._load_best_model()
+        else:
+            self.load_weights(best)
 
     # Publishing: Trainer copies transformers' file names, i.e. uploads no weights
 

@@ -19,11 +19,11 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig
 from torch import nn
-from transformers.integrations import deepspeed as hf_deepspeed
 
 from .config import DiffusionConfig
 from .errors import brief, one_sentence, why_not
 from .policy import denoiser_name, tuner_layers
+from .shards import zero3_unseen
 from .teachers import INDEX_NAME, STUDENT_ADAPTER, absent_parts, changes_base
 
 logger = get_logger(__name__)
@@ -34,16 +34,11 @@ HUB_KWARGS = {"revision", "token", "cache_dir", "local_files_only", "force_downl
 
 @contextlib.contextmanager
 def whole_modules() -> Iterator[None]:
-    """Load pipelines inside this: while a ZeRO-3 config lives, transformers builds every model partitioned, and a text
-    encoder without an engine of its own cannot run; with FSDP's RAM-efficient loading it is empty on every process but
-    the first."""
+    """Load pipelines inside this: a text encoder that ZeRO-3 partitions cannot run without an engine of its own; with
+    FSDP's RAM-efficient loading it is empty on every process but the first."""
     disable_fsdp_ram_efficient_loading()
-    config = hf_deepspeed._hf_deepspeed_config_weak_ref
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
+    with zero3_unseen():
         yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def load_student(

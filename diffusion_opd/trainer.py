@@ -22,9 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput, set_seed
-from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
 from . import objectives
 from .base_trainer import CHECK_PROMPTS, DiffusionTrainer, whole_cycles
@@ -180,16 +178,12 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                 part.to(self.accelerator.device)
         if denoiser is self.model or placement != "sharded":
             return
-        if self.is_fsdp_enabled:
-            prepare_fsdp(denoiser, self.accelerator)
-        elif is_deepspeed_zero3_enabled():
-            if not hasattr(next(denoiser.parameters()), "ds_id"):  # one copy hosts all LoRA teachers
-                prepare_deepspeed(denoiser, self.accelerator)
-        else:
+        if not self.shards_parameters:
             raise ValueError(
                 "`teacher_placement='sharded'` needs an engine that shards parameters (FSDP2 or ZeRO-3), and this run "
                 f"is {self.accelerator.distributed_type.value}; use 'cpu', or start it with such a config."
             )
+        self.shard(denoiser)
 
     @contextlib.contextmanager
     def _present(self, task: str) -> Iterator[None]:

@@ -20,6 +20,7 @@ parser.add_argument("--family", default="sd3")
 parser.add_argument("--transition", default="ode")
 parser.add_argument("--teacher_placement", default="device")
 parser.add_argument("--resume", help="a checkpoint")
+parser.add_argument("--best", action="store_true", help="end with the weights of the best checkpoint, the first")
 parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--sync_each_batch", action="store_true")
 parser.add_argument("--activation_checkpointing", action="store_true")
@@ -87,6 +88,8 @@ settings = dict(
     learning_rate=1e-3,
     max_grad_norm=1.0,
     num_inference_steps=4,
+    ema_decay=0.9,
+    ema_update_every=1,
     disable_tqdm=True,
     activation_checkpointing=options.activation_checkpointing,
     accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": options.sync_each_batch}},
@@ -103,6 +106,9 @@ if options.method == "opd":
     judges = {"a": str(lora), "b": BUILDERS[options.family](2)}
     if options.images:
         settings |= dict(eval_strategy="steps", eval_steps=3)
+    if options.best:
+        settings |= dict(eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
+        settings |= dict(metric_for_best_model="kl", greater_is_better=True)
 else:
     # Groups of eight over two micro-batches of four; two optimizer steps on each rollout
     settings |= dict(num_generations=8, gradient_accumulation_steps=4, num_iterations=2, beta=0.1)
@@ -125,7 +131,7 @@ trainer = trainer_class(
     judges,
     args,
     train_dataset=prompts,
-    eval_dataset=prompts if options.images else None,
+    eval_dataset=prompts if options.images or options.best else None,
     callbacks=[counted := Count()],
     peft_config=LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
     if options.mode == "lora"

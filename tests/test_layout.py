@@ -14,12 +14,14 @@ MAY_IMPORT = {
     "policy": {"transitions"},
     "errors": set(),
     "teachers": {"config", "errors", "policy"},
-    "student": {"config", "errors", "policy", "teachers"},
+    "student": {"config", "errors", "policy", "shards", "teachers"},
     "checkpoints": set(),
+    "shards": set(),
     "engines": {"config"},
     "stopwatch": set(),
     "base_trainer": {
-        *("checkpoints", "config", "engines", "errors", "policy", "sampling", "stopwatch", "teachers", "transitions"),
+        *("checkpoints", "config", "engines", "errors", "policy", "sampling", "shards", "stopwatch", "teachers"),
+        "transitions",
     },
     "trainer": {
         *("base_trainer", "config", "errors", "objectives", "policy", "sampling", "student", "teachers"),
@@ -37,7 +39,7 @@ MAY_IMPORT = {
         *("rl.config", "rl.objectives", "rl.trainer"),
     },
     "rl.nft_trainer": {
-        *("objectives", "policy", "teachers", "transitions"),
+        *("objectives", "policy", "shards", "teachers", "transitions"),
         *("rl.config", "rl.objectives", "rl.trainer"),
     },
     "rl.__init__": {"rl.config", "rl.grpo_trainer", "rl.nft_trainer"},

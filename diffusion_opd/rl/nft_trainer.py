@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..objectives import velocity
 from ..policy import Step
+from ..shards import local_shards, reshard, shards_changed
 from ..teachers import STUDENT_ADAPTER
 from ..transitions import Schedule, denoised, noised
 from .config import DiffusionNFTConfig
@@ -87,19 +86,8 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
     }
 
     def _prepare(self) -> None:
-        if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
-            raise ValueError(
-                "DiffusionNFT's old policy follows the trained parameters one by one, which does not work where they "
-                "are sharded (ZeRO-3, FSDP); use ZeRO-2 or DDP."
-            )
         self.old = self._frozen_policy(OLD_ADAPTER, torch.float32)
-        if self.trains_lora:
-            trained = {id(parameter) for parameter in self.trainable_parameters}
-            pairs = zip(self._adapter(STUDENT_ADAPTER), self._adapter(OLD_ADAPTER), strict=True)
-            self._old_pairs = [(new, old) for new, old in pairs if id(new) in trained]
-        else:
-            twins = dict(self.old.denoiser.named_parameters())
-            self._old_pairs = [(p, twins[key]) for key, p in self.model.named_parameters() if p.requires_grad]
+        self._old_weights: list[Tensor] = []
 
     def _roll_out(
         self, task: str, prompts: list[str], generators: list[torch.Generator]
@@ -153,22 +141,38 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         return min(args.old_decay_rate * max(rollout - args.old_decay_start, 0), args.old_decay_max)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._follow(0.0)  # also after `load_weights`
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            state = self.load_shards(Path(resume_from_checkpoint), OLD_NAME)
+            for index, old in enumerate(self._old_weights):
+                old.copy_(state[str(index)])
+            self._follow(1.0)
+        return prepared
+
+    @property
+    def _old_parameters(self) -> list[nn.Parameter]:
+        """The old policy's, in the order of the trained ones."""
+        reshard(self.old.denoiser)
+        if self.trains_lora:
+            pairs = zip(self._adapter(STUDENT_ADAPTER), self._adapter(OLD_ADAPTER), strict=True)
+        else:
+            pairs = zip(self.model.parameters(), self.old.denoiser.parameters(), strict=True)
+        return [old for new, old in pairs if new.requires_grad]
 
     @torch.no_grad()
     def _follow(self, decay: float) -> None:
-        for new, old in self._old_pairs:
-            old.lerp_(new.to(old.dtype), 1 - decay)
+        parameters = self._old_parameters
+        asked = local_shards(parameters)
+        if not self._old_weights:  # where an engine keeps the policy that is asked in less than float32, a copy
+            self._old_weights = [shard.detach().float() for shard in asked]
+        with self.trained_shards() as shards:
+            for old, shard in zip(self._old_weights, shards, strict=True):
+                old.lerp_(shard.to(old.dtype), 1 - decay)
+        for shard, old in zip(asked, self._old_weights, strict=True):
+            shard.copy_(old)
+        shards_changed(parameters)
 
     def _save_state(self, folder: Path) -> None:
         super()._save_state(folder)
-        if self.args.should_save:
-            save_file({str(i): old.contiguous() for i, (_, old) in enumerate(self._old_pairs)}, folder / OLD_NAME)
-
-    def _load_state(self, folder: Path) -> None:
-        super()._load_state(folder)
-        state = load_file(folder / OLD_NAME)
-        with torch.no_grad():
-            for index, (_, old) in enumerate(self._old_pairs):
-                old.copy_(state[str(index)])
+        self.save_shards({str(index): old for index, old in enumerate(self._old_weights)}, folder, OLD_NAME)

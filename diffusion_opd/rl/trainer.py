@@ -22,7 +22,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 
 from ..base_trainer import DiffusionTrainer, is_checkpoint, whole_cycles
@@ -137,14 +136,11 @@ class DiffusionRLTrainer(DiffusionTrainer):
                     twin.data = parameter.detach().clone()
                     twin.requires_grad_(False)
             return Policy(pipeline, args.num_inference_steps, args.pipeline_kwargs, self.memo, adapter)
-        if hf_deepspeed.is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
-            raise ValueError(
-                "a fully trained denoiser is copied as the policy to compare with, which does not work with sharded "
-                "parameters (ZeRO-3, FSDP); train a LoRA, or use ZeRO-2 or DDP."
-            )
         pipeline = copy.copy(pipeline)
         denoiser = copy.deepcopy(self.model).requires_grad_(False).to(dtype)
         vars(pipeline)[self.denoiser_name] = denoiser
+        if self.shards_parameters:
+            self.shard(denoiser)
         return Policy(pipeline, args.num_inference_steps, args.pipeline_kwargs, self.memo)
 
     def _adapter(self, name: str) -> list[nn.Parameter]:
