@@ -684,7 +684,7 @@ class DiffusionTrainer(_BaseTrainer):
                 f"{folder} has no {path.name}; resume it with the engine and the number of processes that it was saved "
                 "with."
             )
-        return load_file(path, device=str(self.accelerator.device))
+        return load_file(path)
 
     def _own(self, name: str) -> str:
         if not self.shards_parameters:

@@ -5,6 +5,7 @@ test_durable.py calls `run` in processes of its own, or starts this file with to
 """
 
 import argparse
+import io
 import math
 import os
 import resource
@@ -20,15 +21,18 @@ from tests import conftest  # noqa: F401  (no network, one thread)
 # isort: split
 import numpy as np
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback, TrainerState
 
 import diffusion_opd
 from diffusion_opd.checkpoints import FILES_NAME
-from tests.cpu_engines import leave
+from tests.cpu_engines import fsdp_on_cpu, leave
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS
 
+CONFIGS = Path(diffusion_opd.__file__).with_name("accelerate_configs")
 DEATH = 4  # the optimizer step of it
 TASKS = ("a", "b")
 
@@ -38,8 +42,23 @@ def redness(images, prompts, **kwargs):
     return (pictures[..., 0] - pictures[..., 2]).mean((1, 2)) / 255
 
 
-def halve(path: str | os.PathLike) -> None:
+def halve(path: str | os.PathLike | io.IOBase) -> None:
+    if isinstance(path, io.IOBase):
+        path.flush()
+        path = path.name
     os.truncate(path, os.path.getsize(path) // 2)
+
+
+def enter(engine: str) -> None:
+    """Tells this process what `accelerate launch` would with the config that the package ships."""
+    command = ["--config_file", str(CONFIGS / f"{engine}.yaml"), "--num_processes", "2", __file__]
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    if engine.startswith("zero"):
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        os.environ.update(prepare_deepspeed_cmd_env(args)[1], DS_ACCELERATOR="cpu")
+    else:
+        os.environ.update(prepare_multi_gpu_env(args))
+        fsdp_on_cpu()
 
 
 class Die(TrainerCallback):
@@ -55,9 +74,14 @@ class Die(TrainerCallback):
         self.countdown, self.end_with, self.of_all = int(number or 1), end_with, of_all
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        hooks = {"rollout": model.register_forward_hook, "optimizer": optimizer.optimizer.register_step_post_hook}
-        if self.place in hooks:
-            hooks[self.place](lambda *_: self.count() if state.global_step == DEATH - 1 else None)
+        def count(*_):
+            if state.global_step == DEATH - 1:
+                self.count()
+
+        if self.place == "rollout":
+            model.register_forward_hook(count)
+        if self.place == "optimizer":
+            optimizer.optimizer.register_step_post_hook(count)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step != DEATH:
@@ -72,8 +96,8 @@ class Die(TrainerCallback):
             shutil.rmtree = lambda path, **_: (Path(path, "scheduler.pt").unlink(), self.count())
 
     def torn(self, function: Callable, path_of: Callable) -> Callable:
-        def wrapped(*args):
-            result = function(*args)
+        def wrapped(*args, **kwargs):
+            result = function(*args, **kwargs)
             if path := path_of(*args):
                 self.count(lambda: halve(path))
             return result
@@ -140,11 +164,15 @@ def run(
     resume: bool | str | None = None,
     poisoned: tuple[int, tuple[int, ...]] | None = None,
     end: bool = False,
+    engine: str | None = None,
     **settings,
 ) -> None:
     if rank is not None:  # as torchrun would
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), **address)
+    if engine is not None:
+        enter(engine)
+        settings = dict(use_cpu=False, ddp_backend="gloo" if engine.startswith("zero") else None) | settings
     rank = int(os.environ.get("RANK", 0))
     call = dict(CALL["sd3"])
     settings = (
@@ -200,11 +228,13 @@ def run(
     except Exception:
         (out / f"error_{rank}.txt").write_text(traceback.format_exc())
         raise
+    with trainer.trained_shards() as shards:
+        pass
     seen = {
         "begins_at": watch.begins_at,
         "ends_at": trainer.state.global_step,
         "prompts": watch.prompts,
-        "weights": [p.detach() for p in trainer.trainable_parameters],
+        "weights": [shard.detach().clone() for shard in shards],
         "average": [p.detach() for p in trainer.ema.shadow_params],
         "log": [
             {key: value for key, value in entry.items() if not key.startswith("time/") and "per_second" not in key}
