@@ -873,6 +873,8 @@ class DiffusionTrainer(_BaseTrainer):
         data = ModelCardData(
             library_name="diffusers",
             base_model=base,
+            # A tag of the Hub's, which else guesses from the files
+            base_model_relation=None if base is None else "adapter" if self.trains_lora else "finetune",
             model_name=name,
             datasets=dataset_name,
             pipeline_tag="text-to-video" if makes_video else "text-to-image",
