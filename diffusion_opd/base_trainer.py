@@ -811,6 +811,10 @@ class DiffusionTrainer(_BaseTrainer):
         ):
             super().init_hf_repo(token=token, private=private)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._finish_current_push()  # with `save_total_limit=1` the last checkpoint may be deleted
+        return super()._finalize_training(*args, **kwargs)
+
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
         self._warn_of_failed_pushes()
@@ -827,8 +831,10 @@ class DiffusionTrainer(_BaseTrainer):
                 job.jobs = [other for other in job.jobs if other is not upload]
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # An upload that still runs reads these very files: the next one waits for it, or is left out as Trainer does
-        if self.args.hub_always_push:
+        # An upload that still runs reads these very files: the next one waits for it, or is left out as Trainer does,
+        # unless the files may be deleted in a moment
+        with_checkpoint = self.args.hub_strategy in ("checkpoint", "all_checkpoints")
+        if self.args.hub_always_push or (with_checkpoint and self.args.save_total_limit):
             self._finish_current_push()
         else:
             self._warn_of_failed_pushes()

@@ -468,9 +468,9 @@ lora = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_v"])
 settings = dict(push_to_hub=True, hub_always_push=True, max_steps=2, save_steps=1, num_inference_steps=4)
 settings |= dict(learning_rate=1e-2, call_kwargs=call, per_device_train_batch_size=2, report_to="none", use_cpu=True)
 
-def make(output_dir, model="acme/base", teachers=Teacher("acme/bare"), **more):
+def make(output_dir, model="acme/base", teachers=Teacher("acme/bare"), eval_dataset=None, **more):
     args = DiffusionOPDConfig(output_dir, **(settings | more))
-    return DiffusionOPDTrainer(model, teachers, args, prompts, peft_config=lora)
+    return DiffusionOPDTrainer(model, teachers, args, prompts, eval_dataset, peft_config=lora)
 """
 
 PICTURE = """
@@ -612,6 +612,32 @@ def test_an_upload_that_breaks_off_is_told_of_and_finished_by_the_next(hub: HubS
     assert [request for request in uploads if request.endswith("400")]
     done = [request for request in uploads if request.endswith("200")]
     assert len(done) == len(set(done)), "nothing goes up twice"
+
+
+ROTATED = """
+rotated = dict(hub_always_push=False, hub_strategy="all_checkpoints", save_total_limit=1)
+make("rotated", **rotated).train()
+# Nothing is learnt, so the first checkpoint stays the best, and the last one goes at the end
+best = dict(eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, learning_rate=0.0)
+make("best", eval_dataset=prompts, **rotated, **best).train()
+result = open("warnings.txt").read()
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_deleted_after_its_upload(hub: HubServer, tmp_path):
+    hub.seconds_an_upload = 0.5  # longer than a step
+    try:
+        warnings = client(hub, tmp_path, COMMON + MAKE + ROTATED)
+    finally:
+        hub.seconds_an_upload = 0.0
+    assert "An upload" not in warnings
+    for name, kept in (("rotated", "checkpoint-2"), ("best", "checkpoint-1")):
+        assert [folder.name for folder in (tmp_path / name).glob("checkpoint-*")] == [kept]
+        files = hub.repositories[f"models/me/{name}"].at("main").files
+        of_one = {path.relative_to(tmp_path / name / kept).as_posix() for path in (tmp_path / name / kept).rglob("*")}
+        for checkpoint in ("checkpoint-1", "checkpoint-2"):
+            assert {f"{checkpoint}/{file}" for file in of_one} <= files.keys(), checkpoint
 
 
 STUDENTS_AND_TOKENS = """
