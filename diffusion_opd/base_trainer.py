@@ -87,6 +87,14 @@ def whole_cycles(args: DiffusionConfig, tasks: Sequence[str]) -> None:
         )
 
 
+def check_best_metric(args: DiffusionConfig, names: Sequence[str]) -> None:
+    """Refuses a `metric_for_best_model` that is none of the metrics of evaluation; Trainer would do so after the first
+    one."""
+    metric = args.metric_for_best_model
+    if metric is not None and args.eval_strategy != "no" and metric.removeprefix("eval_") not in names:
+        raise ValueError(f"`metric_for_best_model` must be one of {list(names)}, got {metric!r}.")
+
+
 def _check_helpers(callbacks: Any = None, optimizers: Any = (None, None)) -> None:
     """Refuses what `transformers.Trainer` would trip over later."""
     listed = callbacks or []
