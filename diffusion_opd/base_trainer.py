@@ -89,6 +89,14 @@ def whole_cycles(args: DiffusionConfig, tasks: Sequence[str]) -> None:
         )
 
 
+def check_best_metric(args: DiffusionConfig, names: Sequence[str]) -> None:
+    """Refuses a `metric_for_best_model` that is none of the metrics of evaluation; Trainer would do so after the first
+    one."""
+    metric = args.metric_for_best_model
+    if metric is not None and args.eval_strategy != "no" and metric.removeprefix("eval_") not in names:
+        raise ValueError(f"`metric_for_best_model` must be one of {list(names)}, got {metric!r}.")
+
+
 def _check_helpers(callbacks: Any = None, optimizers: Any = (None, None)) -> None:
     """Refuses what `transformers.Trainer` would trip over later."""
     listed = callbacks or []
@@ -858,6 +866,10 @@ class DiffusionTrainer(_BaseTrainer):
         ):
             super().init_hf_repo(token=token, private=private)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._finish_current_push()  # with `save_total_limit=1` the last checkpoint may be deleted
+        return super()._finalize_training(*args, **kwargs)
+
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
         self._warn_of_failed_pushes()
@@ -874,8 +886,10 @@ class DiffusionTrainer(_BaseTrainer):
                 job.jobs = [other for other in job.jobs if other is not upload]
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # An upload that still runs reads these very files: the next one waits for it, or is left out as Trainer does
-        if self.args.hub_always_push:
+        # An upload that still runs reads these very files: the next one waits for it, or is left out as Trainer does,
+        # unless the files may be deleted in a moment
+        with_checkpoint = self.args.hub_strategy in ("checkpoint", "all_checkpoints")
+        if self.args.hub_always_push or (with_checkpoint and self.args.save_total_limit):
             self._finish_current_push()
         else:
             self._warn_of_failed_pushes()
@@ -920,6 +934,8 @@ class DiffusionTrainer(_BaseTrainer):
         data = ModelCardData(
             library_name="diffusers",
             base_model=base,
+            # A tag of the Hub's, which else guesses from the files
+            base_model_relation=None if base is None else "adapter" if self.trains_lora else "finetune",
             model_name=name,
             datasets=dataset_name,
             pipeline_tag="text-to-video" if makes_video else "text-to-image",

@@ -4,10 +4,12 @@ import json
 import math
 import os
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
+from accelerate.utils import DynamoBackend
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
@@ -202,10 +204,18 @@ class DiffusionConfig(_BaseConfig):
                 raise TypeError(f"`{name}` must be a dict, or JSON of one, got {getattr(self, name)!r}.")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if (backend := self.torch_compile_backend) is not None:
+            # Those that torch has and accelerate knows
+            known = {each.value.lower() for each in DynamoBackend} & set(torch._dynamo.list_backends(None))
+            if backend not in known:
+                raise ValueError(f"`torch_compile_backend` must be one of {sorted(known)}, got {backend!r}.")
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
         if self.greater_is_better is None and metric.split("/")[0] in ("kl", "loss"):
             self.greater_is_better = False  # transformers: True for any name that does not end in "loss"
         super().__post_init__()
+        for path in (Path(self.output_dir), *Path(self.output_dir).parents):
+            if path.is_file():
+                raise ValueError(f"`output_dir={self.output_dir!r}` cannot be a folder: {str(path)!r} is a file.")
         self.call_kwargs = self.call_kwargs or {}
         check_call_kwargs(
             self.call_kwargs, {k: getattr(self, k) for k in ("guidance_scale", "height", "width")}, type(self).__name__

@@ -67,6 +67,11 @@ def load_student(
     else:
         # diffusers falls back on pickles by itself
         init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})
+        if init_kwargs.get("revision") is not None and os.path.isdir(model):
+            raise ValueError(
+                f"the student {str(model)!r} is a folder and has no revision {init_kwargs['revision']!r}; leave it out "
+                "of `model_init_kwargs`."
+            )
         index = _read_index(str(model), {key: init_kwargs[key] for key in HUB_KWARGS & init_kwargs.keys()})
         init_kwargs = absent_parts(index) | init_kwargs
         if isinstance(word := init_kwargs.get("dtype"), str):  # from YAML or a flag

@@ -105,7 +105,8 @@ def name_teachers(teachers: Any) -> list[Teacher]:
     unique ids.
 
     Raises:
-        ValueError: for no teacher, an id that is blank or given twice, or two ids for one teacher.
+        ValueError: for no teacher, an id that is blank or given twice, two ids for one teacher, or a field that
+            nobody would read.
         TypeError: for anything that is none of the above, and fields of other types.
     """
     if isinstance(teachers, Mapping):
@@ -127,6 +128,13 @@ def name_teachers(teachers: Any) -> list[Teacher]:
             parts = Path(teacher.source).parts if isinstance(teacher.path, (str, os.PathLike)) else ("teacher",)
             teacher.id = next((p for p in reversed(parts) if p not in ("lora", "transformer", "unet")), "teacher")
         check_types(teacher, f"teacher {teacher.id!r}: ")
+        if isinstance(teacher.path, DiffusionPipeline):
+            what, unread = "a loaded pipeline", ("subfolder", "revision", "weight_name")
+        else:
+            what, unread = f"the folder {str(teacher.path)!r}", ("revision",) if os.path.isdir(teacher.path) else ()
+        for name in unread:
+            if (value := getattr(teacher, name)) is not None:
+                raise ValueError(f"teacher {teacher.id!r}: {what} has no `{name}`, got {value!r}; leave it out.")
         if not teacher.id.strip():
             raise ValueError(f"the id of a teacher must not be blank, got {teacher.id!r} for {teacher.source!r}.")
     ids = [teacher.id for teacher in named]

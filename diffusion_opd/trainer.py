@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 
 from . import objectives
-from .base_trainer import CHECK_PROMPTS, DiffusionTrainer, whole_cycles
+from .base_trainer import CHECK_PROMPTS, DiffusionTrainer, check_best_metric, whole_cycles
 from .config import DiffusionOPDConfig, check_call_kwargs
 from .errors import one_sentence
 from .policy import Policy, Step, denoiser_name
@@ -128,6 +128,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             train_dataset = routed_dataset(train_dataset, ids, "train_dataset")
         if eval_dataset is not None:
             eval_dataset = routed_dataset(eval_dataset, ids, "eval_dataset", need_all=False)
+            evaluated = eval_dataset.unique(TEACHER) if isinstance(eval_dataset, Dataset) else ids
+            check_best_metric(args, ["loss", "kl", *(f"kl/{key}" for key in ids if key in evaluated)])
         args = copy.copy(args)  # what a run sets in them must not reach the next one
         whole_cycles(args, ids)
 

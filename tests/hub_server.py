@@ -6,7 +6,8 @@
 
 A repository has branches of commits, a commit has files, and a file has the id that git or LFS would give it. Whoever
 writes, or reads what is private, needs `TOKEN`. huggingface_hub reads its endpoint when it is imported, so clients run
-in processes of their own, and without Xet, which is another protocol. This file knows the standard library only.
+in processes of their own, and without Xet, which is another protocol. Beside card_rules.py this file knows the standard
+library only.
 """
 
 import base64
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.card_rules import check_card
+
 TOKEN = "hf_test"
 USER = "me"
 DATE = "2026-01-01T00:00:00.000Z"
@@ -31,7 +34,7 @@ LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".parquet", ".png")
 class HubError(Exception):
     """An answer of the kind that huggingface_hub turns into an exception of its own."""
 
-    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None, **body: str):
+    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None, **body: Any):
         super().__init__(message)
         self.status, self.body = status, {"error": message, **body}
         self.headers = {"X-Error-Code": code, "X-Error-Message": message, **(headers or {})}
@@ -162,7 +165,10 @@ def whoami(call: Call) -> dict:
 
 @route("POST", "/api/validate-yaml")
 def validate_yaml(call: Call) -> dict:
-    return {"errors": [], "warnings": []}
+    errors, warnings = ([{"message": text} for text in texts] for texts in check_card(call.json["content"]))
+    if errors:
+        raise HubError(400, "", errors[0]["message"], errors=errors, warnings=warnings)
+    return {"errors": [], "warnings": warnings}
 
 
 @route("POST", "/api/repos/create")

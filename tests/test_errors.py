@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import random
+import re
 import shutil
 import traceback
 from collections.abc import Callable
@@ -49,6 +50,10 @@ def stream(*examples: dict) -> IterableDataset:
 
 def brightness(prompts, images, **columns):
     return [float(index) for index in range(len(images))]
+
+
+def darkness(prompts, images, **columns):
+    return [-score for score in brightness(prompts, images)]
 
 
 def halve(path: Path) -> None:
@@ -161,7 +166,7 @@ A_TEACHER = "a teacher is a Hub id, a folder, a `Teacher` of one of these or a l
 
 
 def opd(**kwargs: Any) -> DiffusionOPDConfig:
-    return DiffusionOPDConfig("out", **kwargs)
+    return DiffusionOPDConfig(**({"output_dir": "out"} | kwargs))
 
 
 def nft(**kwargs: Any) -> DiffusionNFTConfig:
@@ -169,7 +174,7 @@ def nft(**kwargs: Any) -> DiffusionNFTConfig:
 
 
 def grpo(**kwargs: Any) -> DiffusionGRPOConfig:
-    return DiffusionGRPOConfig("out", **kwargs)
+    return DiffusionGRPOConfig(**({"output_dir": "out"} | kwargs))
 
 
 class Late(TrainerCallback):
@@ -241,6 +246,48 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
         lambda w: grpo(sde_window_range=["a", 2]),
         TypeError,
         r"`sde_window_range` must be a list of wh",
+    ),
+    "a file for all output": (
+        lambda w: opd(output_dir=str(w.folder / "file")),
+        ValueError,
+        r"`output_dir='(.*/file)'` cannot be a folder: '\2' is a file\.$",
+    ),
+    "a folder in a file": (
+        lambda w: grpo(output_dir=str(w.folder / "file" / "out")),
+        ValueError,
+        r"`output_dir='(.*/file)/out'` cannot be a folder: '\2' is a file\.$",
+    ),
+    "a compiler of no name": (
+        lambda w: opd(torch_compile_backend="tensor"),
+        ValueError,
+        r"`torch_compile_backend` must be one of \[.*'inductor'.*\], got 'tensor'\.$",
+    ),
+    "a compiler that accelerate spells otherwise": (
+        lambda w: opd(torch_compile_backend="INDUCTOR"),
+        ValueError,
+        r"`torch_compile_backend` must be one of \[.*'inductor'.*\], got 'INDUCTOR'\.$",
+    ),
+    "the best by an unknown metric": (
+        lambda w: w.opd(eval_dataset=PROMPTS, eval_strategy="epoch", metric_for_best_model="accuracy"),
+        ValueError,
+        r"`metric_for_best_model` must be one of \['loss', 'kl', 'kl/.*'\], got 'accuracy'\.$",
+    ),
+    "the best by a teacher who is not asked": (
+        lambda w: w.opd(
+            teachers=TWO,
+            data=rows(prompt=["a", "b"], teacher_id=["a", "b"]),
+            eval_dataset=rows(prompt=["a"], teacher_id=["a"]),
+            eval_strategy="epoch",
+            metric_for_best_model="eval_kl/b",
+        ),
+        ValueError,
+        r"`metric_for_best_model` must be one of \['loss', 'kl', 'kl/a'\], got 'eval_kl/b'\.$",
+    ),
+    "the best by a loss of rewards": (
+        lambda w: w.rl(eval_dataset=PROMPTS, eval_strategy="epoch", metric_for_best_model="loss"),
+        ValueError,
+        r"`metric_for_best_model` must be one of \['reward', 'reward_std', 'rewards/brightness/mean', "
+        r"'rewards/brightness/std'\], got 'loss'\.$",
     ),
     "args of another trainer": (
         lambda w: w.opd(args=grpo()),
@@ -387,6 +434,16 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
         lambda w: w.opd(teachers=Teacher("a", subfolder=1)),
         TypeError,
         r"teacher .*`subfold",
+    ),
+    "a revision of a folder": (
+        lambda w: w.opd(teachers=Teacher(w.lora, revision="v1")),
+        ValueError,
+        r"teacher 'lora|teacher '.*': the folder '.*/lora' has no `revision`, got 'v1'; leave it out\.$",
+    ),
+    "a file name of a loaded pipeline": (
+        lambda w: w.opd(teachers=Teacher(w.sd3, weight_name="style.safetensors")),
+        ValueError,
+        r"teacher 'teacher': a loaded pipeline has no `weight_name`, got 'style\.safetensors'; leave it out\.$",
     ),
     "guidance that is text": (
         lambda w: w.opd(teachers=Teacher("a", guidance_scale="4")),
@@ -538,6 +595,11 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
         lambda w: w.opd(model=w.lora),
         ValueError,
         r"the student '.*' holds no pipeline \(model_i",
+    ),
+    "a revision of the student's folder": (
+        lambda w: w.opd(model_init_kwargs={"revision": "v1"}),
+        ValueError,
+        r"the student '.*/base' is a folder and has no revision 'v1'; leave it out of `model_init_kwargs`\.$",
     ),
     "half a student": (
         lambda w: w.opd(model=w.copy("base", lambda f: halve(f / DENOISER))),
@@ -727,6 +789,31 @@ def test_a_hostile_value_is_refused_by_its_name_or_means_something(cls: type):
             assert all(math.isfinite(v) for v in vars(made).values() if isinstance(v, float)) or kwargs == {
                 "max_grad_norm": math.inf
             }
+
+
+# Metrics by which a checkpoint is the best
+
+
+def offered(make: Callable[..., Any], **kwargs: Any) -> set[str]:
+    """By the refusal of an unknown one."""
+    with pytest.raises(ValueError, match="`metric_for_best_model` must be one of") as refusal:
+        make(eval_strategy="epoch", metric_for_best_model="x", **kwargs)
+    return set(re.findall(r"'([^']+)'", str(refusal.value).partition(", got")[0]))
+
+
+@pytest.mark.slow
+def test_the_metrics_that_are_offered_are_those_of_evaluation(world: World):
+    data = rows(prompt=["a", "b"], task=["x", "y"], teacher_id=["x", "y"])
+    teachers = {"x": str(world.lora), "y": str(world.diffusers_lora)}
+    funcs = {"x": brightness, "y": [brightness, darkness]}
+    of_the_run = {"runtime", "samples_per_second", "steps_per_second", "epoch"}
+    for make, given in ((world.opd, {"teachers": teachers}), (world.rl, {"funcs": funcs})):
+        for evaluated in (data, data.select([0])):
+            given |= {"data": data, "eval_dataset": evaluated}
+            metrics = {name.removeprefix("eval_") for name in make(**given).evaluate()} - of_the_run
+            assert offered(make, **given) == metrics
+        for metric in (f"eval_{min(metrics)}", max(metrics)):
+            make(**given, eval_strategy="epoch", metric_for_best_model=metric)
 
 
 # Checkpoints of another run

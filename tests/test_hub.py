@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load
 
+from tests.card_rules import check_card
 from tests.hub_server import TOKEN, HubServer
 from tests.test_teachers import save_diffusers, save_peft
 from tests.tiny_pipelines import BUILDERS, CALL
@@ -100,6 +101,62 @@ result = {
     "errors": errors,
 }
 """
+
+
+CARD = {
+    "library_name": "diffusers",
+    "base_model": "acme/base",
+    "base_model_relation": "adapter",
+    "pipeline_tag": "text-to-image",
+    "tags": ["lora"],
+    "widget": [{"text": "a cat", "output": {"url": "images/00.png"}}],
+}
+SPOILT = {
+    '"base_model" with value "./my models/base" is not valid': {"base_model": "./my models/base"},
+    '"base_model" with value "a/b/c" is not valid': {"base_model": ["acme/base", "a/b/c"]},
+    '"base_model_relation" must be one of': {"base_model_relation": "student"},
+    '"tags" must be an array': {"tags": "lora"},
+    '"tags" must be a string': {"tags": ["lora", 3]},
+    '"pipeline_tag" must be a string': {"pipeline_tag": ["text-to-image"]},
+    '"widget" must be an array': {"widget": {"text": "a cat"}},
+    '"widget[0].text" must be a string': {"widget": [{"output": {"url": "a.png"}}]},
+    '"widget[0].output.url" must be a string': {"widget": [{"text": "a cat"}]},
+    '"datasets" with value "my prompts" is not valid': {"datasets": ["me/prompts", "my prompts"]},
+    '"license" must be one of the published ones, not "free"': {"license": "free"},
+}
+DOUBTFUL = {
+    'the pipeline tag "text-2-image" is not in the official list': {"pipeline_tag": "text-2-image"},
+    '"license_name" is missing beside "other"': {"license": "other"},
+}
+
+VALIDATE = """
+import warnings
+from huggingface_hub import CardData, HfApi, RepoCard  # a `ModelCard` would mend some of it
+
+def said(check):
+    with warnings.catch_warnings(record=True) as told:
+        try:
+            check()
+        except ValueError as error:
+            return str(error)
+    return "".join(str(warning.message) for warning in told)
+
+result = []
+for metadata in cards:
+    card = RepoCard(f"---\\n{CardData(**metadata).to_yaml()}\\n---\\n# A card")
+    before_a_commit = lambda: HfApi()._validate_yaml(card.content)
+    result.append([said(card.validate), said(before_a_commit)])
+"""
+
+
+def test_the_server_refuses_a_spoilt_card(tmp_path):
+    changes = {"": {}, **SPOILT, **DOUBTFUL}
+    with HubServer() as hub:
+        answers = client(hub, tmp_path, f"cards = {[CARD | change for change in changes.values()]!r}\n{VALIDATE}")
+    assert answers.pop(0) == ["", ""]
+    for words, (of_card, of_commit) in zip([*SPOILT, *DOUBTFUL], answers, strict=True):
+        assert words in of_commit and of_commit.startswith("Invalid" if words in SPOILT else "Warnings")
+        assert (words in json.loads(of_card)["error"]) if words in SPOILT else (of_card == "")
 
 
 # A world of repositories
@@ -216,10 +273,12 @@ torch.save(draw(full), "student-full.pt")
 result = {}
 for name in ("student-lora", "student-full"):
     card = ModelCard.load(f"me/{name}")
+    card.validate()
     assert ModelCardData(**card.data.to_dict()).to_dict() == card.data.to_dict()
     scope = {}
     exec(re.search("```python\\n(.*?)```", card.text, re.DOTALL)[1], scope)  # as it says there
     result[name] = {"data": card.data.to_dict(), "text": card.text, "size": scope["image"].size}
+    result[name]["content"] = card.content
 """
 
 
@@ -250,6 +309,8 @@ def test_cards_say_where_a_student_comes_from(student: str, hub: HubServer, load
         "acme/base",
         "text-to-image",
     )
+    assert data["base_model_relation"] == ("adapter" if student == "student-lora" else "finetune")
+    assert check_card(card["content"]) == ([], [])
     assert {"trl", "diffusion-opd"} <= set(data["tags"]) and ("lora" in data["tags"]) == (student == "student-lora")
     files = hub.repositories[f"models/me/{student}"].at("main").files
     assert len(data["widget"]) == 5  # one picture a teacher
@@ -407,9 +468,9 @@ lora = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_v"])
 settings = dict(push_to_hub=True, hub_always_push=True, max_steps=2, save_steps=1, num_inference_steps=4)
 settings |= dict(learning_rate=1e-2, call_kwargs=call, per_device_train_batch_size=2, report_to="none", use_cpu=True)
 
-def make(output_dir, model="acme/base", teachers=Teacher("acme/bare"), **more):
+def make(output_dir, model="acme/base", teachers=Teacher("acme/bare"), eval_dataset=None, **more):
     args = DiffusionOPDConfig(output_dir, **(settings | more))
-    return DiffusionOPDTrainer(model, teachers, args, prompts, peft_config=lora)
+    return DiffusionOPDTrainer(model, teachers, args, prompts, eval_dataset, peft_config=lora)
 """
 
 PICTURE = """
@@ -449,6 +510,7 @@ for name in names:
     pipe.load_lora_weights(f"me/{name}")
     result[name] = picture(pipe)
 card = ModelCard.load("me/by-rewards")
+card.validate()
 assert ModelCardData(**card.data.to_dict()).to_dict() == card.data.to_dict()
 result["card"] = card.content
 """
@@ -503,6 +565,7 @@ def test_the_picture_is_the_trainers(hub: HubServer, pushed: dict, tmp_path):
     for name, picture in pushed.items():
         assert pulled[name] == picture != pulled["base"], name
     assert "library_name: diffusers" in pulled["card"] and "`dark`" in pulled["card"]
+    assert check_card(pulled["card"]) == ([], [])
 
 
 RESUME = """
@@ -549,6 +612,32 @@ def test_an_upload_that_breaks_off_is_told_of_and_finished_by_the_next(hub: HubS
     assert [request for request in uploads if request.endswith("400")]
     done = [request for request in uploads if request.endswith("200")]
     assert len(done) == len(set(done)), "nothing goes up twice"
+
+
+ROTATED = """
+rotated = dict(hub_always_push=False, hub_strategy="all_checkpoints", save_total_limit=1)
+make("rotated", **rotated).train()
+# Nothing is learnt, so the first checkpoint stays the best, and the last one goes at the end
+best = dict(eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, learning_rate=0.0)
+make("best", eval_dataset=prompts, **rotated, **best).train()
+result = open("warnings.txt").read()
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_deleted_after_its_upload(hub: HubServer, tmp_path):
+    hub.seconds_an_upload = 0.5  # longer than a step
+    try:
+        warnings = client(hub, tmp_path, COMMON + MAKE + ROTATED)
+    finally:
+        hub.seconds_an_upload = 0.0
+    assert "An upload" not in warnings
+    for name, kept in (("rotated", "checkpoint-2"), ("best", "checkpoint-1")):
+        assert [folder.name for folder in (tmp_path / name).glob("checkpoint-*")] == [kept]
+        files = hub.repositories[f"models/me/{name}"].at("main").files
+        of_one = {path.relative_to(tmp_path / name / kept).as_posix() for path in (tmp_path / name / kept).rglob("*")}
+        for checkpoint in ("checkpoint-1", "checkpoint-2"):
+            assert {f"{checkpoint}/{file}" for file in of_one} <= files.keys(), checkpoint
 
 
 STUDENTS_AND_TOKENS = """

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from diffusion_opd import DiffusionGRPOConfig, DiffusionGRPOTrainer, DiffusionNFTConfig, DiffusionNFTTrainer
 from diffusion_opd.sampling import seed_of
+from tests.card_rules import check_card
 from tests.test_trainer import guided_by_hand, history, latents, lora, trained
 from tests.tiny_pipelines import BUILDERS, CALL, denoiser
 
@@ -753,6 +754,7 @@ def test_card(tmp_path, cls, settings, paper):
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "diffusers" and {"diffusion-opd", "trl", "lora"} <= set(card.data.tags)
+    assert check_card(card.content) == ([], [])
     assert [item["text"] for item in card.data.widget] == trainer.image_prompts
     for text in (
         paper,

@@ -22,6 +22,7 @@ from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, Teacher
 from diffusion_opd.base_trainer import EMA_NAME
 from diffusion_opd.config import OBJECTIVES
 from diffusion_opd.student import whole_modules
+from tests.card_rules import check_card
 from tests.test_policy import Momentum, Plain, of
 from tests.test_teachers import save_peft
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS, denoiser
@@ -797,6 +798,7 @@ def test_card(tmp_path):
     trainer.create_model_card(dataset_name="me/prompts", tags="mine")
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "diffusers" and card.data.datasets == "me/prompts"
+    assert check_card(card.content) == ([], [])
     assert {"diffusion-opd", "trl", "lora", "mine"} <= set(card.data.tags)
     assert [item["text"] for item in card.data.widget] == trainer.image_prompts
     assert all((tmp_path / item["output"]["url"]).is_file() for item in card.data.widget)
@@ -933,6 +935,7 @@ def test_the_card_of_a_video_student(tmp_path):
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.pipeline_tag == "text-to-video" and ".frames[0]" in card.text
+    assert check_card(card.content) == ([], [])
 
 
 def test_evaluation_is_not_charged_to_training(tmp_path):

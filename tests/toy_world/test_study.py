@@ -165,6 +165,13 @@ def test_fused_student_draws_what_its_lora_draws(tmp_path):
         assert gap.abs().max() <= 2
 
 
+def test_a_row_that_is_not_there_is_refused_with_those_that_are(capsys):
+    with pytest.raises(SystemExit):
+        study.parse(["opd", "odp", "--seeds", "0"])
+    assert capsys.readouterr().err.endswith(f"no row is called 'odp'; choose from {', '.join(study.ROWS)}\n")
+    assert study.parse(["--report"]).rows == [] and study.parse(["opd"]).rows == ["opd"]
+
+
 @pytest.mark.slow
 def test_a_row_runs_once_and_is_reported(tmp_path, monkeypatch, capsys):
     calls = []

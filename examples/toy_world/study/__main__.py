@@ -49,13 +49,20 @@ def run(name: str, seed: int, output_dir: Path) -> None:
     )
 
 
-if __name__ == "__main__":
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Run rows of the study.")
-    parser.add_argument("rows", nargs="*", choices=[[], *ROWS], metavar="ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output-dir", type=Path, default=Path("runs/study"))
     parser.add_argument("--report", action="store_true", help="print the tables of what has run, draw the plots")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.rows if name not in ROWS]:
+        parser.error(f"no row is called {unknown[0]!r}; choose from {', '.join(ROWS)}")
+    return options
+
+
+if __name__ == "__main__":
+    options = parse()
     for seed in options.seeds:
         for name in options.rows:
             run(name, seed, options.output_dir)
