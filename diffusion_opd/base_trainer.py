@@ -89,14 +89,6 @@ def whole_cycles(args: DiffusionConfig, tasks: Sequence[str]) -> None:
         )
 
 
-def check_best_metric(args: DiffusionConfig, names: Sequence[str]) -> None:
-    """Refuses a `metric_for_best_model` that is none of the metrics of evaluation; Trainer would do so after the first
-    one."""
-    metric = args.metric_for_best_model
-    if metric is not None and args.eval_strategy != "no" and metric.removeprefix("eval_") not in names:
-        raise ValueError(f"`metric_for_best_model` must be one of {list(names)}, got {metric!r}.")
-
-
 def _check_helpers(callbacks: Any = None, optimizers: Any = (None, None)) -> None:
     """Refuses what `transformers.Trainer` would trip over later."""
     listed = callbacks or []
@@ -245,6 +237,13 @@ class DiffusionTrainer(_BaseTrainer):
         self._save_and_stop = _SaveAndStop(listener) if listener is not None else None
         if self._save_and_stop is not None:
             self.add_callback(self._save_and_stop)
+
+    def _check_best_metric(self, args: DiffusionConfig, names: Sequence[str], callbacks: Any) -> None:
+        """Refuses a `metric_for_best_model` that is none of the metrics of evaluation; Trainer would do so after the
+        first one. A callback, or a subclass, may add its own to them."""
+        metric, adds = args.metric_for_best_model, callbacks or type(self).__module__.partition(".")[0] != __package__
+        if metric is not None and args.eval_strategy != "no" and metric.removeprefix("eval_") not in names and not adds:
+            raise ValueError(f"`metric_for_best_model` must be one of {list(names)}, got {metric!r}.")
 
     @property
     def trainable_parameters(self) -> list[nn.Parameter]:

@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 
 from . import objectives
-from .base_trainer import CHECK_PROMPTS, DiffusionTrainer, check_best_metric, whole_cycles
+from .base_trainer import CHECK_PROMPTS, DiffusionTrainer, whole_cycles
 from .config import DiffusionOPDConfig, check_call_kwargs
 from .errors import one_sentence
 from .policy import Policy, Step, denoiser_name
@@ -129,7 +129,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         if eval_dataset is not None:
             eval_dataset = routed_dataset(eval_dataset, ids, "eval_dataset", need_all=False)
             evaluated = eval_dataset.unique(TEACHER) if isinstance(eval_dataset, Dataset) else ids
-            check_best_metric(args, ["loss", "kl", *(f"kl/{key}" for key in ids if key in evaluated)])
+            metrics = ["loss", "kl", *(f"kl/{key}" for key in ids if key in evaluated)]
+            self._check_best_metric(args, metrics, callbacks)
         args = copy.copy(args)  # what a run sets in them must not reach the next one
         whole_cycles(args, ids)
 

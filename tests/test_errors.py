@@ -438,7 +438,7 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
     "a revision of a folder": (
         lambda w: w.opd(teachers=Teacher(w.lora, revision="v1")),
         ValueError,
-        r"teacher 'lora|teacher '.*': the folder '.*/lora' has no `revision`, got 'v1'; leave it out\.$",
+        r"teacher '.*': the folder '.*/lora' has no `revision`, got 'v1'; leave it out\.$",
     ),
     "a file name of a loaded pipeline": (
         lambda w: w.opd(teachers=Teacher(w.sd3, weight_name="style.safetensors")),
@@ -814,6 +814,16 @@ def test_the_metrics_that_are_offered_are_those_of_evaluation(world: World):
             assert offered(make, **given) == metrics
         for metric in (f"eval_{min(metrics)}", max(metrics)):
             make(**given, eval_strategy="epoch", metric_for_best_model=metric)
+
+
+def test_a_callback_and_a_subclass_may_add_metrics(world: World):
+    class Judged(DiffusionOPDTrainer):
+        pass
+
+    settings = dict(eval_strategy="epoch", metric_for_best_model="taste")
+    world.opd(eval_dataset=PROMPTS, callbacks=[Late()], **settings)
+    args = config(world.folder / "out", **settings)
+    Judged(str(world.base), str(world.lora), args, PROMPTS, eval_dataset=PROMPTS, peft_config=lora())
 
 
 # Checkpoints of another run

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 
-from ..base_trainer import DiffusionTrainer, check_best_metric, is_checkpoint, whole_cycles
+from ..base_trainer import DiffusionTrainer, is_checkpoint, whole_cycles
 from ..policy import BACKBONE, Policy, Step
 from ..sampling import PROMPT, TASK, check_no_splits, is_prompt, routed_dataset, stream_columns, tasks_in
 from ..student import load_student
@@ -100,7 +100,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
             evaluated = eval_dataset.unique(TASK) if isinstance(eval_dataset, Dataset) else tasks
             funcs = dict.fromkeys(name for task in evaluated for name in self.rewards.names(task))
             metrics = ["reward", "reward_std", *(f"reward/{task}" for task in evaluated if len(tasks) > 1)]
-            check_best_metric(args, [*metrics, *(f"rewards/{name}/{of}" for name in funcs for of in ("mean", "std"))])
+            metrics += [f"rewards/{name}/{of}" for name in funcs for of in ("mean", "std")]
+            self._check_best_metric(args, metrics, callbacks)
         for dataset in (train_dataset, eval_dataset):
             if isinstance(dataset, Dataset):
                 self.rewards.check_columns([PROMPT, TASK] if args.remove_unused_columns else dataset.column_names)
