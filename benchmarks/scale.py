@@ -129,6 +129,15 @@ class Run:
         return trained + (frozen + adapters) / (n if self.shards else 1) + waiting
 
     @property
+    def gathers(self) -> int:
+        """How often the weights of a whole denoiser come together in an optimizer step: for each forward and each
+        backward pass if the student's are sharded, and for each question to a LoRA teacher, which lives in them, or to
+        a sharded one."""
+        student = 2 if self.shards else 0
+        lives_in_shards = self.shards and not self.full and not self.whole_teachers
+        return self.backwards * (student + (lives_in_shards or self.placement == "sharded"))
+
+    @property
     def sent(self) -> float:
         """Bytes that one process sends in an optimizer step, with ring algorithms: `(n - 1) / n` of a tensor for an
         all-gather or a reduce-scatter, twice that for an all-reduce."""
@@ -139,15 +148,7 @@ class Run:
         total = share * gradients * reductions[self.engine]
         if self.engine in ("zero1", "zero2"):
             total += share * 4 * self.trained  # the updated weights
-        if self.shards:
-            # The student's weights come together for the forward and for the backward pass, and for a LoRA teacher
-            weights = 2 * self.denoiser.parameters
-            total += share * self.backwards * 2 * weights
-            if not self.full and not self.whole_teachers:
-                total += share * self.backwards * weights
-        if self.placement == "sharded":
-            total += share * self.backwards * 2 * self.denoiser.parameters
-        return total
+        return total + share * self.gathers * 2 * self.denoiser.parameters
 
     @property
     def seconds(self) -> float:

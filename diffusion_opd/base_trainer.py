@@ -209,6 +209,8 @@ class DiffusionTrainer(_BaseTrainer):
             settle_fsdp(self.accelerator.state.fsdp_plugin)
         self._compile_kwargs = take_compilation(self.accelerator.state.dynamo_plugin, args)
         device = self.accelerator.device
+        if args.fp16 and device.type == "cpu":  # accelerate would leave it out without a word
+            raise ValueError("`fp16` needs a GPU; on a CPU use `bf16`.")
         for part in pipeline.components.values():  # under DeepSpeed the denoiser too: Trainer leaves it where it is
             if isinstance(part, nn.Module):
                 part.to(device)
@@ -225,7 +227,6 @@ class DiffusionTrainer(_BaseTrainer):
                 f"the optimizer in `optimizers` holds {len(given)} parameters, none of which the student trains (a "
                 "LoRA is added here, after it was built); name it in `optim` instead."
             )
-        self._compile(model)
         self.ema: EMAModel | None = None  # from the start of `train` on, of this process's shards
         self._ema_is_in_place = False
         self._metrics: dict[str, list[Any]] = defaultdict(list)
@@ -275,6 +276,7 @@ class DiffusionTrainer(_BaseTrainer):
         return self.accelerator.autocast()
 
     def _compile(self, denoiser: nn.Module) -> None:
+        """To be called when all checks are done: their batches have another size, i.e. other graphs."""
         if self._compile_kwargs is not None:
             compile_blocks(denoiser, len(self.tasks) + 1, **self._compile_kwargs)
 
@@ -841,7 +843,7 @@ class DiffusionTrainer(_BaseTrainer):
         if averages and self.ema is None:
             with self.trained_shards() as shards:
                 self.ema = EMAModel(shards, decay=self.args.ema_decay)
-            self.ema.to(self.accelerator.device, torch.float32)
+            self.ema.to(dtype=torch.float32)
         if averages and resume_from_checkpoint is not None:
             self._load_ema(resume_from_checkpoint)
         return prepared

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate.utils import DynamoBackend, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .config import DiffusionConfig
 
@@ -42,13 +43,22 @@ def settle_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
 
 def take_compilation(plugin: TorchDynamoPlugin, args: DiffusionConfig) -> dict[str, Any] | None:
     """Takes torch.compile out of accelerate's hands, whose compiled wrapper would leave those eager who ask the
-    denoiser itself: the arguments for [`compile_blocks`], or `None` if nothing is to be compiled."""
+    denoiser itself: the arguments for [`compile_blocks`], or `None` if nothing is to be compiled.
+
+    Raises:
+        ValueError: under ZeRO-3, whose graphs would break at each layer.
+    """
     asked, backend = None, plugin.backend
     if args.torch_compile:
         asked = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
     elif backend != DynamoBackend.NO:
         asked = plugin.to_kwargs()
     plugin.backend = DynamoBackend.NO
+    if asked is not None and is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "`torch_compile` does not work with ZeRO-3, whose hooks gather the weights of each layer within a block; "
+            "leave it out, or use FSDP2."
+        )
     return asked
 
 

@@ -168,9 +168,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         }
         self._micro_step = 0
         self._check_parties(copies)
-        for denoiser in {id(teacher.denoiser): teacher.denoiser for teacher in self.teachers.values()}.values():
-            if denoiser is not self.model:
-                self._compile(denoiser)
+        for denoiser in {self.model, *(teacher.denoiser for teacher in self.teachers.values())}:
+            self._compile(denoiser)
 
     # Where teachers wait
 

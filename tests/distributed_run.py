@@ -1,6 +1,7 @@
-"""One small run in however many processes it is started with; rank 0 writes what it saw as JSON.
+"""Small runs in however many processes this is started with; rank 0 writes what it saw as JSON.
 
-Started by test_distributed.py: `accelerate launch ... distributed_run.py OUT --engine ddp --batch 2 --mode lora`.
+Started by test_distributed.py for one run, `accelerate launch ... distributed_run.py OUT --engine ddp --batch 2`, or
+for many that launched.py hands over: `accelerate launch ... distributed_run.py --engine ddp --serve FOLDER`.
 """
 
 import argparse
@@ -10,28 +11,11 @@ from pathlib import Path
 
 from tests import conftest  # noqa: F401  (no network, one thread)
 
-parser = argparse.ArgumentParser()
-parser.add_argument("out", type=Path)
-parser.add_argument("--method", choices=["opd", "nft", "grpo"], default="opd")
-parser.add_argument("--engine", choices=["none", "ddp", "zero1", "zero2", "zero3", "fsdp2"], default="none")
-parser.add_argument("--batch", type=int, required=True)
-parser.add_argument("--mode", choices=["lora", "full"], default="lora")
-parser.add_argument("--family", default="sd3")
-parser.add_argument("--transition", default="ode")
-parser.add_argument("--teacher_placement", default="device")
-parser.add_argument("--resume", help="a checkpoint")
-parser.add_argument("--best", action="store_true", help="end with the weights of the best checkpoint, the first")
-parser.add_argument("--bf16", action="store_true")
-parser.add_argument("--sync_each_batch", action="store_true")
-parser.add_argument("--activation_checkpointing", action="store_true")
-parser.add_argument("--images", action="store_true", help="draw, and evaluate, at the end")
-options = parser.parse_args()
-uses_deepspeed = options.engine.startswith("zero")
-if uses_deepspeed:
-    os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["DS_ACCELERATOR"] = "cpu"
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from accelerate.utils import is_deepspeed_available  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from torch import nn  # noqa: E402
@@ -39,12 +23,34 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 import diffusion_opd  # noqa: E402
+from diffusion_opd.base_trainer import DiffusionTrainer  # noqa: E402
 from tests.cpu_engines import Wire, fsdp_on_cpu, leave  # noqa: E402
+from tests.launched import serve  # noqa: E402
 from tests.test_teachers import save_peft  # noqa: E402
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS  # noqa: E402
 
-if options.engine == "fsdp2":
-    fsdp_on_cpu()
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--serve", type=Path, metavar="FOLDER", help="run what comes there instead")
+    parser.add_argument("--client", type=int, help="the process that it comes from")
+    parser.add_argument("--method", choices=["opd", "nft", "grpo"], default="opd")
+    parser.add_argument("--engine", choices=["none", "ddp", "zero1", "zero2", "zero3", "fsdp2"], default="none")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--mode", choices=["lora", "full"], default="lora")
+    parser.add_argument("--family", default="sd3")
+    parser.add_argument("--transition", default="ode")
+    parser.add_argument("--teacher_placement", default="device")
+    parser.add_argument("--resume", help="a checkpoint")
+    parser.add_argument("--best", action="store_true", help="end with the weights of the best checkpoint, the first")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--compile", help="a backend of torch.compile")
+    parser.add_argument("--sync_each_batch", action="store_true")
+    parser.add_argument("--activation_checkpointing", action="store_true")
+    parser.add_argument("--gather_each_time", action="store_true", help="ZeRO-3, as it does with a big model")
+    parser.add_argument("--images", action="store_true", help="draw, and evaluate, at the end")
+    return parser.parse_args(arguments)
 
 
 class Count(TrainerCallback):
@@ -73,84 +79,100 @@ def whole(parameter: nn.Parameter) -> torch.Tensor:
     return parameter.detach()
 
 
-student = BUILDERS[options.family](0)
-if options.bf16:  # loaded from a folder, its frozen parts are in half precision
-    folder = options.out / f"student-{os.environ.get('RANK', 0)}"
-    student.save_pretrained(folder)
-    student = str(folder)
-settings = dict(
-    per_device_train_batch_size=options.batch,
-    per_device_eval_batch_size=options.batch,
-    max_steps=3,
-    logging_steps=1,
-    save_steps=1,
-    report_to="none",
-    learning_rate=1e-3,
-    max_grad_norm=1.0,
-    num_inference_steps=4,
-    ema_decay=0.9,
-    ema_update_every=1,
-    disable_tqdm=True,
-    activation_checkpointing=options.activation_checkpointing,
-    accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": options.sync_each_batch}},
-    image_steps=3 if options.images else 0,
-    use_cpu=options.engine in ("none", "ddp"),
-    ddp_backend="gloo" if uses_deepspeed else None,
-)
-if options.method == "opd":
-    settings |= dict(transition=options.transition, teacher_placement=options.teacher_placement)
-    settings |= dict(call_kwargs=CALL[options.family])
-    config_class, trainer_class = diffusion_opd.DiffusionOPDConfig, diffusion_opd.DiffusionOPDTrainer
-    # One of each kind: an adapter of the student's denoiser (or of a copy of it), and a denoiser of its own
-    lora = save_peft(options.out / f"teacher-{os.environ.get('RANK', 0)}", options.family)
-    judges = {"a": str(lora), "b": BUILDERS[options.family](2)}
-    if options.images:
-        settings |= dict(eval_strategy="steps", eval_steps=3)
-    if options.best:
-        settings |= dict(eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
-        settings |= dict(metric_for_best_model="kl", greater_is_better=True)
-else:
-    # Groups of eight over two micro-batches of four; two optimizer steps on each rollout
-    settings |= dict(num_generations=8, gradient_accumulation_steps=4, num_iterations=2, beta=0.1)
-    call = {key: value for key, value in CALL[options.family].items() if key != "guidance_scale"}
-    settings |= dict(guidance_scale=1.0, call_kwargs=call)
-    name = {"nft": "DiffusionNFT", "grpo": "DiffusionGRPO"}[options.method]
-    config_class, trainer_class = (getattr(diffusion_opd, f"{name}{part}") for part in ("Config", "Trainer"))
-
-    def redness(images, prompts, **kwargs):
-        pictures = np.stack([np.asarray(image, dtype=float) for image in images])
-        return (pictures[..., 0] - pictures[..., 2]).mean((1, 2)) / 255
-
-    judges = {"a": redness, "b": redness}
-args = config_class(str(options.out / "run"), **settings)
-if options.bf16:  # transformers refuses it on a CPU unless told `use_cpu`, which DeepSpeed does not take
-    args.bf16, args.mixed_precision = True, "bf16"
-prompts = {task: Dataset.from_dict({"prompt": [f"{task} {i}" for i in range(12)]}) for task in ("a", "b")}
-trainer = trainer_class(
-    student,
-    judges,
-    args,
-    train_dataset=prompts,
-    eval_dataset=prompts if options.images or options.best else None,
-    callbacks=[counted := Count()],
-    peft_config=LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
-    if options.mode == "lora"
-    else None,
-)
-trainer.train(resume_from_checkpoint=options.resume)
-
-weights = torch.cat([whole(p).float().flatten() for p in trainer.trainable_parameters])
-everyone = trainer.accelerator.gather(weights[None])
-
-
 def num_sharded(denoiser: nn.Module) -> int:
     return sum(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in denoiser.parameters())
 
 
-history = [entry for entry in trainer.state.log_history if "loss" in entry]
-teachers = trainer.teachers.values() if options.method == "opd" else []
-judged = "kl/a" if options.method == "opd" else "reward/a"
-if trainer.is_world_process_zero():
+def num_parameters(module: nn.Module) -> int:
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+
+
+def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
+    student = BUILDERS[options.family](0)
+    if options.bf16:  # loaded from a folder, its frozen parts are in half precision
+        folder = options.out / f"student-{os.environ.get('RANK', 0)}"
+        student.save_pretrained(folder)
+        student = str(folder)
+    settings = dict(
+        per_device_train_batch_size=options.batch,
+        per_device_eval_batch_size=options.batch,
+        max_steps=3,
+        logging_steps=1,
+        save_steps=1,
+        report_to="none",
+        learning_rate=1e-3,
+        max_grad_norm=1.0,
+        num_inference_steps=4,
+        ema_decay=0.9,
+        ema_update_every=1,
+        disable_tqdm=True,
+        activation_checkpointing=options.activation_checkpointing,
+        torch_compile=options.compile is not None,
+        torch_compile_backend=options.compile,
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": options.sync_each_batch}},
+        image_steps=3 if options.images else 0,
+        use_cpu=options.engine in ("none", "ddp"),
+        ddp_backend="gloo" if options.engine.startswith("zero") else None,
+    )
+    if options.method == "opd":
+        settings |= dict(transition=options.transition, teacher_placement=options.teacher_placement)
+        settings |= dict(call_kwargs=CALL[options.family])
+        config_class, trainer_class = diffusion_opd.DiffusionOPDConfig, diffusion_opd.DiffusionOPDTrainer
+        # One of each kind: an adapter of the student's denoiser (or of a copy of it), and a denoiser of its own
+        lora = save_peft(options.out / f"teacher-{os.environ.get('RANK', 0)}", options.family)
+        judges = {"a": str(lora), "b": BUILDERS[options.family](2)}
+        if options.images:
+            settings |= dict(eval_strategy="steps", eval_steps=3)
+        if options.best:
+            settings |= dict(eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
+            settings |= dict(metric_for_best_model="kl", greater_is_better=True)
+    else:
+        # Groups of eight over two micro-batches of four; two optimizer steps on each rollout
+        settings |= dict(num_generations=8, gradient_accumulation_steps=4, num_iterations=2, beta=0.1)
+        call = {key: value for key, value in CALL[options.family].items() if key != "guidance_scale"}
+        settings |= dict(guidance_scale=1.0, call_kwargs=call)
+        name = {"nft": "DiffusionNFT", "grpo": "DiffusionGRPO"}[options.method]
+        config_class, trainer_class = (getattr(diffusion_opd, f"{name}{part}") for part in ("Config", "Trainer"))
+
+        def redness(images, prompts, **kwargs):
+            pictures = np.stack([np.asarray(image, dtype=float) for image in images])
+            return (pictures[..., 0] - pictures[..., 2]).mean((1, 2)) / 255
+
+        judges = {"a": redness, "b": redness}
+    args = config_class(str(options.out / "run"), **settings)
+    if options.bf16:  # transformers refuses it on a CPU unless told `use_cpu`, which DeepSpeed does not take
+        args.bf16, args.mixed_precision = True, "bf16"
+    if options.gather_each_time:  # by default 1e9 parameters may stay gathered: all of a small model
+        limits = "max_live_parameters max_reuse_distance param_persistence_threshold prefetch_bucket_size".split()
+        args.deepspeed_plugin.deepspeed_config["zero_optimization"] |= {f"stage3_{name}": 0 for name in limits}
+    prompts = {task: Dataset.from_dict({"prompt": [f"{task} {i}" for i in range(12)]}) for task in ("a", "b")}
+    return trainer_class(
+        student,
+        judges,
+        args,
+        train_dataset=prompts,
+        eval_dataset=prompts if options.images or options.best else None,
+        callbacks=[] if options.compile else [counted],  # torch compiles nothing under a dispatch mode
+        peft_config=LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+        if options.mode == "lora"
+        else None,
+    )
+
+
+def report(options: argparse.Namespace, trainer: DiffusionTrainer, counted: Count) -> None:
+    weights = torch.cat([whole(p).float().flatten() for p in trainer.trainable_parameters])
+    everyone = trainer.accelerator.gather(weights[None])
+    if not trainer.is_world_process_zero():
+        return
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    teachers = trainer.teachers.values() if options.method == "opd" else []
+    judged = "kl/a" if options.method == "opd" else "reward/a"
     result = {
         "distributed_type": str(trainer.accelerator.distributed_type),
         "num_processes": trainer.accelerator.num_processes,
@@ -162,10 +184,34 @@ if trainer.is_world_process_zero():
         "weights": weights.tolist(),
         "names": [name for name, p in trainer.model.named_parameters() if p.requires_grad],
         "ranks_agree": bool((everyone == everyone[0]).all()),
+        "num_parameters": num_parameters(trainer.model),
+        "num_parameters_of_blocks": num_parameters(trainer.model.transformer_blocks) if options.images else None,
         "num_sharded": num_sharded(trainer.model),
         "num_sharded_of_teachers": [num_sharded(teacher.denoiser) for teacher in teachers],
+        "optimizer": type(innermost(trainer.optimizer)).__name__,
         "wire": counted.steps,
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+        "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
     }
     (options.out / "result.json").write_text(json.dumps(result))
-trainer.end()
-leave()
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.engine == "fsdp2":
+        fsdp_on_cpu()
+    counted = Count()
+    trainer = make(options, counted)
+    trainer.train(resume_from_checkpoint=options.resume)
+    report(options, trainer, counted)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    options = parse()
+    if options.serve is None:
+        run(options)
+    else:
+        if options.engine.startswith("zero") and is_deepspeed_available():
+            import deepspeed  # noqa: F401  (once for all runs)
+        serve(options.serve, options.client, lambda arguments: run(parse(arguments)))
+    leave()

@@ -788,6 +788,21 @@ def test_bare_defaults_run_on_a_laptop(tmp_path, monkeypatch, cls):
     assert list((tmp_path / "out" / "images" / "step_000001").glob("*.png"))
 
 
+@pytest.mark.slow
+def test_the_frozen_copies_of_a_full_student_are_compiled_too(tmp_path):
+    runs = []
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        runs.append(trainer_of(DiffusionNFTTrainer, tmp_path, full=True, beta=0.1, **settings))
+        runs[-1].train()
+    assert history(runs[0], "loss") == pytest.approx(history(runs[1], "loss"), rel=1e-5)
+    kinds = 2  # the last block of SD3 is of another shape
+    # One of the student, with gradient; the old and the first policy share one, without
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 * kinds
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 @BOTH
 def test_checkpointing_of_activations_changes_nothing(tmp_path, cls):
     runs = [trainer_of(cls, tmp_path, gradient_checkpointing=value, beta=0.1) for value in (False, True)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset, IterableDataset
 from diffusers import DDIMScheduler, DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 from huggingface_hub import ModelCard
@@ -21,6 +22,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_
 from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, Teacher
 from diffusion_opd.base_trainer import EMA_NAME
 from diffusion_opd.config import OBJECTIVES
+from diffusion_opd.engines import take_compilation
 from diffusion_opd.student import whole_modules
 from tests.card_rules import check_card
 from tests.test_policy import Momentum, Plain, of
@@ -960,28 +962,49 @@ def test_guidance_that_depends_on_the_step_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager"])
-def test_compiled_blocks_learn_the_same_with_one_graph_a_party(tmp_path, backend):
-    """Two LoRA teachers are adapters of the student's blocks, the third has blocks of its own."""
+@pytest.mark.parametrize(
+    ("backend", "bf16", "checkpointing"),
+    [("inductor", False, False), ("inductor", False, True), ("aot_eager", True, False)],
+)
+def test_compiled_blocks_learn_the_same_with_one_graph_a_party(tmp_path, backend, bf16, checkpointing):
+    """Two LoRA teachers are adapters of the student's blocks, the third has blocks of its own; activations are
+    recomputed after a teacher's adapter was active."""
     teachers = {name: str(save_peft(tmp_path / name, seed=seed)) for seed, name in enumerate("ab", start=1)}
     teachers["c"] = BUILDERS["sd3"](3)
     rows = Dataset.from_dict({"prompt": [f"{i}" for i in range(12)], "teacher_id": ["a", "b", "c"] * 4})
     trainers = []
-    for name, compiles in {"plain": {}, "compiled": {"torch_compile": True, "torch_compile_backend": backend}}.items():
-        args = config(tmp_path / name, max_steps=2, transition="flow_sde", gradient_accumulation_steps=3, **compiles)
-        trainers.append(DiffusionOPDTrainer(BUILDERS["sd3"](0), teachers, args, rows, peft_config=lora()))
+    compiles = {"torch_compile": True, "torch_compile_backend": backend, "activation_checkpointing": checkpointing}
+    for name, settings in {"plain": {}, "compiled": compiles}.items():
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
+        args = config(tmp_path / name, per_device_train_batch_size=4, transition="flow_sde", bf16=bf16, **settings)
+        trainers.append(DiffusionOPDTrainer(BUILDERS["sd3"](0), teachers, args, rows, peft_config=lora()))
         trainers[-1].train()
         trainers[-1].save_model()
     kinds = 2  # the last block of SD3 is of another shape
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4 * kinds
     assert not torch._dynamo.utils.counters["graph_break"]
     plain, compiled = trainers
+    assert compiled.model.is_gradient_checkpointing == checkpointing
     assert history(compiled, "loss") == pytest.approx(history(plain, "loss"), rel=1e-5)
     saved = [load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("plain", "compiled")]
     assert saved[0].keys() == saved[1].keys()
     assert all(torch.allclose(saved[0][key], saved[1][key], atol=1e-5) for key in saved[0])
+
+
+def test_compiling_under_zero3_is_refused(tmp_path):
+    pytest.importorskip("deepspeed")
+    live = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    assert live.is_zero3()
+    for plugin, settings in [("no", {"torch_compile": True}), ("inductor", {})]:
+        with pytest.raises(ValueError, match="`torch_compile` does not work with ZeRO-3"):
+            take_compilation(TorchDynamoPlugin(backend=plugin), config(tmp_path, **settings))
+    assert take_compilation(TorchDynamoPlugin(backend="no"), config(tmp_path)) is None
+
+
+def test_fp16_without_a_gpu_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`fp16` needs a GPU; on a CPU use `bf16`"):
+        trainer_of(tmp_path, fp16=True)
 
 
 def test_a_dtype_that_torch_does_not_have_is_refused(tmp_path):

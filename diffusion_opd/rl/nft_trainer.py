@@ -168,7 +168,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
             self._old_weights = [shard.detach().float() for shard in asked]
         with self.trained_shards() as shards:
             for old, shard in zip(self._old_weights, shards, strict=True):
-                old.lerp_(shard.to(old.dtype), 1 - decay)
+                old.lerp_(shard.to(old), 1 - decay)
         for shard, old in zip(asked, self._old_weights, strict=True):
             shard.copy_(old)
         shards_changed(parameters)

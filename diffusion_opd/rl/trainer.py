@@ -126,6 +126,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         self.base = self._frozen_policy(BACKBONE, args.mixed_dtype) if args.beta > 0 else None
         self._prepare()
         del self._first_step
+        self._compile(self.model)
 
     def _prepare(self) -> None:
         """What a trainer adds at the end of `__init__`."""
@@ -146,6 +147,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         vars(pipeline)[self.denoiser_name] = denoiser
         if self.shards_parameters:
             self.shard(denoiser)
+        self._compile(denoiser)
         return Policy(pipeline, args.num_inference_steps, args.pipeline_kwargs, self.memo)
 
     def _adapter(self, name: str) -> list[nn.Parameter]:
