@@ -148,7 +148,7 @@ def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
     args = config_class(str(options.out / "run"), **settings)
     if options.bf16:  # transformers refuses it on a CPU unless told `use_cpu`, which DeepSpeed does not take
         args.bf16, args.mixed_precision = True, "bf16"
-    if options.gather_each_time:  # by default 1e9 parameters may stay gathered: all of a small model
+    if options.gather_each_time:  # by default what is small, or soon used again, stays gathered: all of a small model
         limits = "max_live_parameters max_reuse_distance param_persistence_threshold prefetch_bucket_size".split()
         args.deepspeed_plugin.deepspeed_config["zero_optimization"] |= {f"stage3_{name}": 0 for name in limits}
     prompts = {task: Dataset.from_dict({"prompt": [f"{task} {i}" for i in range(12)]}) for task in ("a", "b")}
