@@ -699,7 +699,7 @@ class DiffusionTrainer(_BaseTrainer):
         if not self.shards_parameters:
             return name
         stem, rank, world = Path(name).stem, self.accelerator.process_index, self.accelerator.num_processes
-        return f"{stem}_{rank + 1}_of_{world}.safetensors"
+        return f"{stem}_{rank}_of_{world}.safetensors"
 
     def _gathered_state(self) -> dict[str, Tensor] | None:
         """The weights of a sharded student (of a LoRA the trained ones alone; Trainer would gather the frozen backbone

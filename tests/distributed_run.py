@@ -199,6 +199,8 @@ def report(options: argparse.Namespace, trainer: DiffusionTrainer, counted: Coun
 def run(options: argparse.Namespace) -> None:
     if options.engine == "fsdp2":
         fsdp_on_cpu()
+    if options.bf16:  # as `accelerate launch --mixed_precision bf16`
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     counted = Count()
     trainer = make(options, counted)
     trainer.train(resume_from_checkpoint=options.resume)

@@ -31,7 +31,7 @@ WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPSD3Transformer2DMode
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
 LAUNCHES: dict[tuple, Launch] = {}  # the last used is the last
-AT_ONCE = 3  # that wait in memory for another run
+AT_ONCE = 6  # that wait in memory for another run: all but those with options of their own
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -258,8 +258,7 @@ def test_mixed_precision(tmp_path, one_process, engine, tolerance):
     for mode in ("lora", "full"):
         options = ["--mode", mode, "--bf16"]
         _, one = one_process(*options)
-        launcher = ("--mixed_precision", "bf16")
-        two = run(tmp_path / mode, "--batch", "2", *options, engine=engine, launcher=launcher)
+        two = run(tmp_path / mode, "--batch", "2", *options, engine=engine)
         assert two["wrapper"] == WRAPPERS.get(engine, "DeepSpeedEngine") and two["ranks_agree"]
         assert two["losses"] == pytest.approx(one["losses"], rel=tolerance)
         assert two["grad_norms"] == pytest.approx(one["grad_norms"], rel=max(tolerance, 0.01))
