@@ -36,8 +36,8 @@ def reshard(module: nn.Module) -> None:
 
 
 def local_shards(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """What this process holds of each parameter, sharing its memory. Between steps alone, after [`reshard`]; call
-    [`shards_changed`] after writing into them."""
+    """What this process holds of each parameter, sharing its memory; parameters too, since diffusers averages nothing
+    else. Between steps alone, after [`reshard`]; call [`shards_changed`] after writing into them."""
     return [nn.Parameter(_shard(parameter.detach(), parameter)) for parameter in parameters]
 
 

@@ -1006,6 +1006,40 @@ def test_fp16_without_a_gpu_is_refused(tmp_path):
         trainer_of(tmp_path, fp16=True)
 
 
+def in_fp16(trainer: DiffusionOPDTrainer, scale: float) -> DiffusionOPDTrainer:
+    """What accelerate does on a GPU. Only accelerate refuses a CPU; torch's autocast and loss scaler are there too."""
+    trainer.args.fp16, accelerator = True, trainer.accelerator
+    accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return trainer
+
+
+def test_fp16_learns_what_fp32_does_and_resumes(tmp_path):
+    """The gradients of all learnt steps add up under one scale; a LoRA teacher's adapter is active between a forward
+    pass and its recomputation."""
+    teachers = {"a": str(save_peft(tmp_path / "a", seed=1)), "b": BUILDERS["sd3"](2)}
+    settings = dict(teachers=teachers, max_steps=3, learning_rate=1e-3)
+    plain = trainer_of(tmp_path / "plain", **settings)
+    plain.train()
+    saved = dict(save_strategy="steps", save_steps=2, activation_checkpointing=True)
+    half = in_fp16(trainer_of(tmp_path / "half", **settings, **saved), 2.0**10)
+    half.train()
+    for key, tolerance in (("loss", 2e-3), ("kl/a", 1e-2), ("kl/b", 1e-2), ("grad_norm", 1e-2)):
+        assert history(half, key) == pytest.approx(history(plain, key), rel=tolerance), key
+        assert history(half, key) != history(plain, key)
+    assert (trained(half) - trained(plain)).norm() < 1e-3 * trained(plain).norm()
+    resumed = in_fp16(trainer_of(tmp_path / "resumed", **settings, **saved), 2.0**5)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-2"))
+    assert torch.equal(trained(resumed), trained(half)) and resumed.accelerator.scaler.get_scale() == 2.0**10
+
+
+def test_the_loss_scaler_leaves_out_a_step_that_overflows(tmp_path):
+    trainer = in_fp16(trainer_of(tmp_path, max_steps=3, learning_rate=1e-3), 2.0**40)
+    before = trained(trainer).clone()
+    trainer.train()
+    assert trainer.accelerator.scaler.get_scale() == 2.0**37 and torch.equal(trained(trainer), before)
+
+
 def test_a_dtype_that_torch_does_not_have_is_refused(tmp_path):
     BUILDERS["sd3"](0).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="dtype 'bf17' is none of torch's"):
