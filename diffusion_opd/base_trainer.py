@@ -15,7 +15,7 @@ import shutil
 import textwrap
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,11 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
-from .checkpoints import last_checkpoint, remove_half_written, seal, unseal, what_is_torn
-from .config import DiffusionConfig
+from .checkpoints import give_ordinary_mode, last_checkpoint, remove_half_written, seal, unseal, what_is_torn
+from .config import DiffusionConfig, computes_in_bf16
 from .engines import compile_blocks, settle_fsdp, take_compilation
 from .errors import brief, one_sentence
-from .policy import Policy, PromptMemo, Routed, Step, denoiser_name, is_flow, tuner_layers
+from .policy import Policy, PromptMemo, Step, denoiser_name, is_flow, tuner_layers
 from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, seed_of
 from .shards import local_shards, reshard, shards_changed, zero3_unseen
 from .stopwatch import Stopwatch
@@ -113,20 +113,22 @@ class _Config(FrozenDict):
 
 
 class _EveryStep(TrainerCallback):
-    """Updates what follows the trained weights and draws the sample images, before the trainer evaluates or saves, and
-    before the trackers close."""
+    """Updates what follows the trained weights before the trainer evaluates or saves, and draws the sample pictures of
+    an optimizer step when all that is done, and before the trackers close."""
 
     def __init__(self, trainer: "DiffusionTrainer"):
         self.trainer = trainer
+        self.pictured: int | None = None  # the optimizer step
 
     def on_step_begin(self, args: DiffusionConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Also when a run is resumed here, which may have been killed before it drew them
+        if args.image_steps and state.global_step and state.global_step % args.image_steps == 0:
+            self.picture(state)
         self.trainer.keep_loss()
 
     def on_step_end(self, args: DiffusionConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.after_optimizer_step()
         self.trainer.keep_metrics()
-        if args.image_steps and state.global_step % args.image_steps == 0:
-            self.trainer.log_images()
         if args.logging_strategy == "no":
             self.trainer.forget_metrics()
 
@@ -137,9 +139,14 @@ class _EveryStep(TrainerCallback):
                     self.trainer.ema.step(shards)  # or a short run would end where it began
                 # What `pipeline`, `save_model` and the Hub carry from here on
                 self.trainer.ema.copy_to(shards)
-        drawn = args.image_steps and state.global_step % args.image_steps == 0 and state.best_model_checkpoint is None
-        if args.image_steps != 0 and not drawn:
-            self.trainer.log_images()
+        # A best model that was loaded differs from the last; who is told to stop has no time
+        if args.image_steps != 0 and not self.trainer.was_told_to_stop:
+            if self.pictured != state.global_step or state.best_model_checkpoint is not None:
+                self.picture(state)
+
+    def picture(self, state: TrainerState) -> None:
+        self.pictured = state.global_step
+        self.trainer.log_images()
 
 
 class _SaveAndStop(TrainerCallback):
@@ -209,18 +216,25 @@ class DiffusionTrainer(_BaseTrainer):
             settle_fsdp(self.accelerator.state.fsdp_plugin)
         self._compile_kwargs = take_compilation(self.accelerator.state.dynamo_plugin, args)
         device = self.accelerator.device
-        if args.fp16 and device.type == "cpu":  # accelerate would leave it out without a word
-            raise ValueError("`fp16` needs a GPU; on a CPU use `bf16`.")
+        if device.type == "cuda" and args.mixed_dtype == torch.float32 and not computes_in_bf16():
+            logger.warning(
+                f"{torch.cuda.get_device_name(device)} does not compute in bfloat16, so this run is in float32; "
+                "`fp16=True` takes half the memory and is faster."
+            )
         for part in pipeline.components.values():  # under DeepSpeed the denoiser too: Trainer leaves it where it is
             if isinstance(part, nn.Module):
                 part.to(device)
         self.stopwatch = Stopwatch(device)
         self.memo = PromptMemo(partial(self.stopwatch.section, "encode"))
-        self.student = Policy(pipeline, args.num_inference_steps, args.pipeline_kwargs, self.memo)
-        with self.autocast(model):
-            self._freeze_unused()
-            self._first_step = self.student.self_check(CHECK_PROMPTS, args.num_learnt_steps)[0]
-            self._warn_of_cut_prompts()
+        self.student = self.policy_of(pipeline)
+        self._check_began = time.perf_counter()
+        self._check_prompts = self._first_prompts()
+        logger.warning(
+            f"Checking that this run fits together, on a batch of {len(self._check_prompts)}, before it starts."
+        )
+        self._freeze_unused()
+        self._first_step = self.student.self_check(self._check_prompts, args.num_learnt_steps)[0]
+        self._warn_of_cut_prompts()
         given = {id(p) for group in getattr(self.optimizer, "param_groups", ()) for p in group["params"]}
         if given and not given & {id(parameter) for parameter in self.trainable_parameters}:
             raise ValueError(
@@ -247,6 +261,11 @@ class DiffusionTrainer(_BaseTrainer):
             raise ValueError(f"`metric_for_best_model` must be one of {list(names)}, got {metric!r}.")
 
     @property
+    def was_told_to_stop(self) -> bool:
+        """Whether the run ends early because it was told to save and stop (`enable_jit_checkpoint`)."""
+        return self._save_and_stop is not None and self._save_and_stop.agreed
+
+    @property
     def trainable_parameters(self) -> list[nn.Parameter]:
         """As they are now: FSDP puts others in their place."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -267,9 +286,23 @@ class DiffusionTrainer(_BaseTrainer):
         elif not hasattr(next(denoiser.parameters()), "ds_id"):
             prepare_deepspeed(denoiser, self.accelerator)
 
-    def autocast(self, module: nn.Module) -> contextlib.AbstractContextManager:
-        """Mixed precision for a `module` that is called past the trained wrapper. accelerate's own context does nothing
-        under DeepSpeed, whose engine casts what it trains and nothing else."""
+    def policy_of(
+        self, pipeline: DiffusionPipeline, adapter: str | None = None, call_kwargs: dict[str, Any] | None = None
+    ) -> Policy:
+        """A party of this run: a pipeline that is called as the student's is, under the run's mixed precision, with
+        `call_kwargs` of its own over the student's."""
+        denoiser = getattr(pipeline, denoiser_name(pipeline))
+        return Policy(
+            pipeline,
+            self.args.num_inference_steps,
+            {**self.args.pipeline_kwargs, **(call_kwargs or {})},
+            self.memo,
+            adapter,
+            partial(self._autocast, denoiser),
+        )
+
+    def _autocast(self, module: nn.Module) -> contextlib.AbstractContextManager:
+        # accelerate's own context does nothing under DeepSpeed, whose engine casts what it trains and nothing else
         dtype = self.args.mixed_dtype
         if self.is_deepspeed_enabled and dtype not in (torch.float32, next(module.parameters()).dtype):
             return torch.autocast(self.accelerator.device.type, dtype)
@@ -280,6 +313,24 @@ class DiffusionTrainer(_BaseTrainer):
         if self._compile_kwargs is not None:
             compile_blocks(denoiser, len(self.tasks) + 1, **self._compile_kwargs)
 
+    def _first_prompts(self) -> list[str]:
+        """A batch of the user's own for the start-up check: two prompts, since samples of a batch may meet, or one
+        where a batch of two would take more memory than training does."""
+        count = min(2, self.args.per_device_train_batch_size)
+        data = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        if isinstance(data, Mapping):
+            data = next(iter(data.values()))
+        if data is None:
+            return CHECK_PROMPTS[:count]
+        prompts = [example[PROMPT] for example in data.take(count)]
+        return [prompts[index % len(prompts)] for index in range(count)]
+
+    def _report_check(self) -> None:
+        """Ends the start-up check."""
+        logger.warning(f"Everything fits together ({time.perf_counter() - self._check_began:.1f} s).")
+        self.memo.clear()
+        del self._first_step, self._check_prompts, self._check_began
+
     def _freeze_unused(self) -> None:
         """Freezes parameters that no gradient reaches (Qwen-Image's last block has six): DDP would wait for them."""
 
@@ -287,8 +338,8 @@ class DiffusionTrainer(_BaseTrainer):
             step.prediction.float().square().mean().backward()
             return step.sample
 
-        generators = [torch.Generator().manual_seed(seed) for seed in range(len(CHECK_PROMPTS))]
-        self.student.rollout(CHECK_PROMPTS, generators, differentiate, num_steps=1)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(self._check_prompts))]
+        self.student.rollout(self._check_prompts, generators, differentiate, num_steps=1)
         unused = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
         for name in unused:
             self.model.get_parameter(name).requires_grad_(False)
@@ -298,12 +349,14 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _warn_of_cut_prompts(self) -> None:
         """Of twelve families five cut a prompt that is too long for their encoders without a word."""
-        if not isinstance(self.train_dataset, Dataset):
+        encoders = [name for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)]
+        # Without encoders a pipeline looks prompts up, and knows those of the data alone
+        if not isinstance(self.train_dataset, Dataset) or set(encoders) <= {self.denoiser_name, "vae"}:
             return
         longest, step = max(self.train_dataset[PROMPT], key=len).rstrip(), self._first_step
         with torch.no_grad():
             whole, without_end = (
-                self.student.predict(step.sample, step.timestep, [prompt] * len(CHECK_PROMPTS))
+                self.student.predict(step.sample, step.timestep, [prompt] * len(self._check_prompts))
                 for prompt in (longest, longest[:-1])
             )
         if torch.equal(whole, without_end):
@@ -518,8 +571,14 @@ class DiffusionTrainer(_BaseTrainer):
             self._ema_is_in_place = False
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        before = len(self.state.log_history)
         with self.ema_weights(), self.stopwatch.paused():
-            return super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(*args, **kwargs)
+        # Trainer logs before it asks `on_evaluate`, where callbacks may add theirs
+        logged = {key for entry in self.state.log_history[before:] for key in entry}
+        if added := {key: value for key, value in metrics.items() if key not in logged}:
+            self.log(added)
+        return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("`predict` has no meaning for a diffusion model; use `evaluate` or `sample_images`.")
@@ -600,46 +659,59 @@ class DiffusionTrainer(_BaseTrainer):
 
     @torch.no_grad()
     def _draw(self, prompts: Sequence[str]) -> list[Any]:
-        """An image, or a list of frames, for each prompt."""
+        """An image, or a list of frames, for each prompt. What the pipeline raises on one process is raised on all."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         per_process = -(-len(prompts) // world)
         # Every process draws equally many: sharded weights are gathered by all
         mine = [min(index, len(prompts) - 1) for index in range(rank * per_process, (rank + 1) * per_process)]
+        if not mine:
+            return []
         pipeline = copy.copy(self.pipeline)
         pipeline.set_progress_bar_config(disable=True)
         self.model.eval()
-
-        def denoise(*args: Any, **kwargs: Any) -> Any:
-            with self.autocast(self.model):  # not around the whole call: a VAE may ask for float32
-                return self.model(*args, **kwargs)
-
-        vars(pipeline)[self.denoiser_name] = Routed(self.model, denoise)
-        with self.ema_weights():
-            output = pipeline(
-                prompt=[prompts[index] for index in mine],
-                num_inference_steps=self.args.image_num_inference_steps or self.args.num_inference_steps,
-                generator=[torch.Generator().manual_seed(seed_of(self.args.seed, index)) for index in mine],
-                output_type="pil",
-                **self.args.pipeline_kwargs,
-            )
-        drawn = output.images if hasattr(output, "images") else output.frames
-        return gather_object(drawn)[: len(prompts)] if world > 1 else drawn
+        drawn, error = [], None
+        try:
+            with self.ema_weights():
+                output = pipeline(
+                    prompt=[prompts[index] for index in mine],
+                    num_inference_steps=self.args.image_num_inference_steps or self.args.num_inference_steps,
+                    generator=[torch.Generator().manual_seed(seed_of(self.args.seed, index)) for index in mine],
+                    output_type="pil",
+                    **self.args.pipeline_kwargs,
+                )
+            drawn = list(output.images if hasattr(output, "images") else output.frames)
+        except Exception as own:
+            error = own
+        if world > 1:  # or those that could draw would wait for the one that could not
+            errors = gather_object([None if error is None else brief(error)])
+            drawn = gather_object(drawn)
+            if error is None and any(errors):
+                error = RuntimeError(f"another process could not draw: {next(filter(None, errors))}")
+        if error is not None:
+            raise error
+        return drawn[: len(prompts)]
 
     def log_images(self) -> None:
-        """Draws the sample images and hands them to `output_dir/images/step_...` and the trackers in use."""
-        prompts = self.image_prompts
-        if not prompts:
-            return
-        drawn = self._draw(prompts)
-        if not self.is_world_process_zero():
-            return
+        """Draws the sample images and hands them to `output_dir/images/step_...` and the trackers in use. What fails on
+        the way is a warning: a picture is not worth a run."""
+        try:
+            drawn = self._draw(self.image_prompts)
+            if drawn and self.is_world_process_zero():
+                self._show(drawn)
+        except Exception as error:
+            logger.warning(
+                f"The sample pictures of optimizer step {self.state.global_step} could not be drawn or shown "
+                f"({brief(error)}); the run goes on."
+            )
+
+    def _show(self, drawn: list[Any]) -> None:
         images = [_middle_frame(one) for one in drawn]
         step = self.state.global_step
         folder = Path(self.args.output_dir, IMAGES_DIR, f"step_{step:06d}")
         folder.mkdir(parents=True, exist_ok=True)
-        captions = self.image_captions(drawn)
         for index, image in enumerate(images):
             image.save(folder / f"{index:02d}.png")
+        captions = self.image_captions(drawn)
         (folder / "captions.json").write_text(json.dumps(captions, indent=2) + "\n")
         grid = make_image_grid(images, rows=1, cols=len(images))
         for callback in self.callback_handler.callbacks:
@@ -680,6 +752,7 @@ class DiffusionTrainer(_BaseTrainer):
         if self.args.should_save or self.shards_parameters:
             folder.mkdir(parents=True, exist_ok=True)  # the first process may not have come that far
             save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, folder / self._own(name))
+            give_ordinary_mode(folder / self._own(name))
 
     def load_shards(self, folder: Path, name: str) -> dict[str, Tensor]:
         """What [`save_shards`] saved.
@@ -735,6 +808,8 @@ class DiffusionTrainer(_BaseTrainer):
                     self.pipeline.save_pretrained(output_dir)
             finally:
                 model.__dict__.pop("state_dict", None)
+        folders = [Path(output_dir, name) for name in self.pipeline.components]
+        give_ordinary_mode(Path(output_dir, LORA_NAME), *(file for f in folders for file in f.glob("*.safetensors")))
         torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -839,7 +914,16 @@ class DiffusionTrainer(_BaseTrainer):
             if averages != averaged:
                 before = "with" if averaged else "without"
                 raise ValueError(f"{resume_from_checkpoint} was saved {before} `ema_decay`; resume it {before}.")
+        own_forward = vars(self.model).get("forward")
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # Under mixed precision accelerate has made the denoiser itself answer in float32, which a half-precision VAE
+        # cannot take. `Policy` does so for those who train, and the pipeline stays one that plain diffusers runs.
+        # `unwrap_model(keep_fp32_wrapper=False)` takes diffusers' own decorators off too, see
+        # https://github.com/huggingface/accelerate/pull/4255
+        if vars(self.model).pop("_original_forward", None) is not None:
+            del self.model.forward
+            if own_forward is not None:
+                self.model.forward = own_forward
         if averages and self.ema is None:
             with self.trained_shards() as shards:
                 self.ema = EMAModel(shards, decay=self.args.ema_decay)

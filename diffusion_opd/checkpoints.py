@@ -60,6 +60,16 @@ def remove_half_written(output_dir: str | os.PathLike) -> list[str]:
     return torn
 
 
+def give_ordinary_mode(*files: Path) -> None:
+    """Lets others read these files as they read any other file of this user: safetensors writes them for the user alone
+    (https://github.com/safetensors/safetensors/issues/782)."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in files:
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
+
+
 def _read(path: Path) -> Any:
     """JSON; `None` if there is none, or not all of it."""
     try:

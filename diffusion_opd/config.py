@@ -71,6 +71,14 @@ def _is_a(kind: Any, value: Any) -> bool:
     return isinstance(value, {list: (list, tuple), str: (str, os.PathLike)}.get(kind, get_origin(kind) or kind))
 
 
+def computes_in_bf16() -> bool:
+    """Whether there is an accelerator that computes in bfloat16 itself. NVIDIA's before Ampere and Apple's first ones
+    emulate it, slower than float32, and count as supporting it in torch and transformers."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return not torch.backends.mps.is_available() and is_torch_bf16_gpu_available()
+
+
 def parse_json(name: str, value: Any) -> Any:
     """What a flag says, read here because an error of `json` would not name the flag."""
     if not isinstance(value, str):
@@ -145,9 +153,10 @@ class DiffusionConfig(_BaseConfig):
             Denoising steps of the sample images, drawn with the pipeline's own scheduler. `None`:
             `num_inference_steps`.
 
-    Defaults that differ from TRL's: `learning_rate` (3e-4), `bf16` (on where the accelerator supports it, off on a
-    CPU), `gradient_checkpointing` (off: the graph of one denoising step lives at a time), `logging_nan_inf_filter`
-    (off: a NaN is shown).
+    Defaults that differ from TRL's: `learning_rate` (3e-4), `bf16` (on where the hardware computes in it, which
+    excludes NVIDIA before Ampere, Apple's mps and CPUs: these train in float32 unless told otherwise),
+    `gradient_checkpointing` (off: the graph of one denoising step lives at a time), `logging_nan_inf_filter` (off: a
+    NaN is shown).
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "call_kwargs"]
@@ -190,7 +199,7 @@ class DiffusionConfig(_BaseConfig):
     )
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "Mixed precision in bfloat16. None: on where the accelerator supports it and fp16 is off."},
+        metadata={"help": "Mixed precision in bfloat16. None: on where the hardware computes in it and fp16 is off."},
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN and Inf in the logged loss. Off: they are shown."}
@@ -203,7 +212,7 @@ class DiffusionConfig(_BaseConfig):
             if not isinstance(getattr(self, name), (dict, type(None))):
                 raise TypeError(f"`{name}` must be a dict, or JSON of one, got {getattr(self, name)!r}.")
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+            self.bf16 = not self.fp16 and not self.use_cpu and computes_in_bf16()
         if (backend := self.torch_compile_backend) is not None:
             # Those that torch has and accelerate knows
             known = {each.value.lower() for each in DynamoBackend} & set(torch._dynamo.list_backends(None))
@@ -213,6 +222,11 @@ class DiffusionConfig(_BaseConfig):
         if self.greater_is_better is None and metric.split("/")[0] in ("kl", "loss"):
             self.greater_is_better = False  # transformers: True for any name that does not end in "loss"
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":  # accelerate would leave it out without a word
+            raise ValueError(
+                "`fp16=True` needs a GPU; on a CPU give `fp16=False` (float32), or `fp16=False, bf16=True, "
+                "use_cpu=True`."
+            )
         for path in (Path(self.output_dir), *Path(self.output_dir).parents):
             if path.is_file():
                 raise ValueError(f"`output_dir={self.output_dir!r}` cannot be a folder: {str(path)!r} is a file.")

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import convert_to_fp32
 from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -303,6 +304,8 @@ class Policy:
         memo ([`PromptMemo`], *optional*): Shared by the parties of one batch. `None`: its own.
         adapter (`str`, *optional*): PEFT adapter of the denoiser that this policy is, or [`BACKBONE`]; by default
             whatever is active.
+        autocast (`Callable`, *optional*): A context manager for each call of the denoiser, and for nothing else of the
+            pipeline: a VAE may ask for float32. Under mixed precision what the denoiser predicts is float32.
 
     Raises:
         ValueError: if the pipeline lacks a seam, or `call_kwargs` holds a key that its `__call__` does not take.
@@ -315,6 +318,7 @@ class Policy:
         call_kwargs: dict[str, Any] | None = None,
         memo: PromptMemo | None = None,
         adapter: str | None = None,
+        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
         self.denoiser_name = denoiser_name(pipeline)
         check_seams(pipeline)
@@ -326,7 +330,7 @@ class Policy:
             )
         self.num_inference_steps, self.adapter = num_inference_steps, adapter
         self.memo = memo or PromptMemo()
-        self._pipeline = pipeline
+        self._pipeline, self._autocast = pipeline, autocast
         self.denoiser = getattr(pipeline, self.denoiser_name)
         self._layers = tuner_layers(self.denoiser) if adapter is not None else []
         self._encoders = _encoders(pipeline)
@@ -335,13 +339,22 @@ class Policy:
         self._field_scheduler = own_scheduler(pipeline.scheduler)
         self._scratch_generator: torch.Generator | None = None
 
+    def _denoise(self, denoiser: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._autocast():
+            output = denoiser(*args, **kwargs)
+            mixed = torch.is_autocast_enabled(next(self.denoiser.parameters()).device.type)
+        # As accelerate does it: guidance, kernel and loss are differences of nearly equal numbers
+        return convert_to_fp32(output) if mixed else output
+
     @contextlib.contextmanager
-    def _copy(self, seat: _Seat) -> Iterator[DiffusionPipeline]:
+    def _copy(self, seat: _Seat, denoiser: Callable[..., Any] | None) -> Iterator[DiffusionPipeline]:
         pipeline = copy.copy(self._pipeline)
         pipeline.set_progress_bar_config(disable=True)
         # Past `DiffusionPipeline.__setattr__`, which writes into the config
         encode_prompt = functools.partial(self.memo.encode, pipeline, self._encoders)
         vars(pipeline).update(scheduler=seat, encode_prompt=encode_prompt)
+        denoise = functools.partial(self._denoise, self.denoiser if denoiser is None else denoiser)
+        vars(pipeline)[self.denoiser_name] = Routed(self.denoiser, denoise)
         try:
             yield pipeline
         finally:
@@ -388,9 +401,7 @@ class Policy:
             The final latents (`Tensor`), images or videos, as the pipeline returns them.
         """
         seat = _RolloutSeat(self._rollout_scheduler, on_step, num_steps)
-        with self._copy(seat) as pipeline:
-            if denoiser is not None:
-                vars(pipeline)[self.denoiser_name] = Routed(self.denoiser, denoiser)
+        with self._copy(seat, denoiser) as pipeline:
             output = self._call(pipeline, prompts, generators, output_type)
         if seat.index != len(seat.timesteps):
             raise ValueError(
@@ -405,7 +416,7 @@ class Policy:
         seat = _FieldSeat(self._field_scheduler, timestep)
         if self._scratch_generator is None:  # its own, so that the global generator is left alone
             self._scratch_generator = torch.Generator(x.device)
-        with self._copy(seat) as pipeline:
+        with self._copy(seat, denoiser) as pipeline:
             prepare_latents = pipeline.prepare_latents
 
             def given_latents(*args: Any, **kwargs: Any) -> Any:
@@ -414,8 +425,6 @@ class Policy:
                 return (x, *prepared[1:]) if isinstance(prepared, tuple) else x
 
             vars(pipeline)["prepare_latents"] = given_latents
-            if denoiser is not None:
-                vars(pipeline)[self.denoiser_name] = Routed(self.denoiser, denoiser)
             self._call(pipeline, prompts, self._scratch_generator)
         return seat.prediction
 

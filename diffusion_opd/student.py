@@ -4,10 +4,12 @@ This file knows pipelines and files, and no trainer, loss or data.
 """
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from .config import DiffusionConfig
 from .errors import brief, one_sentence, why_not
@@ -60,6 +63,7 @@ def load_student(
     """
     if not isinstance(peft_config, (LoraConfig, type(None))):
         raise TypeError(f"`peft_config` must be a `LoraConfig` or None (train in full), got {brief(peft_config)}.")
+    own_dtypes = False
     if isinstance(model, DiffusionPipeline):
         pipeline = model
     elif not isinstance(model, (str, os.PathLike)):
@@ -78,7 +82,8 @@ def load_student(
             init_kwargs["dtype"] = getattr(torch, word, word)
         if not isinstance(init_kwargs.get("dtype"), (torch.dtype, dict, type(None))):
             raise ValueError(f"`model_init_kwargs`: dtype {word!r} is none of torch's, e.g. 'bfloat16'.")
-        if "dtype" not in init_kwargs and "torch_dtype" not in init_kwargs:
+        own_dtypes = "dtype" not in init_kwargs and "torch_dtype" not in init_kwargs
+        if own_dtypes:
             name = next((name for name in ("transformer", "unet") if name in index), "transformer")
             denoiser_dtype = torch.float32 if peft_config is None else args.mixed_dtype
             init_kwargs["dtype"] = {name: denoiser_dtype, "default": args.mixed_dtype}
@@ -102,7 +107,10 @@ def load_student(
                 )
             part.requires_grad_(False).eval()
     if peft_config is None:
+        answers_in = args.mixed_dtype if own_dtypes else denoiser.dtype
         denoiser.requires_grad_(True).to(torch.float32)
+        if {answers_in, args.mixed_dtype} != {torch.float32}:
+            answer_in(denoiser, answers_in, args.mixed_dtype)
         return pipeline
     if not hasattr(type(pipeline), "save_lora_weights"):
         raise ValueError(
@@ -128,6 +136,32 @@ def load_student(
         denoiser.add_adapter(peft_config, STUDENT_ADAPTER)
     cast_training_params(denoiser)
     return pipeline
+
+
+def answer_in(denoiser: nn.Module, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
+    """Lets a denoiser whose weights are float32, as they are trained in full, take part in a pipeline as one of `dtype`
+    would: it computes in `compute_dtype`, and what it answers is of `dtype`, for which the VAE and the scheduler
+    look."""
+
+    @functools.wraps(type(denoiser).forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        weight, compute = next(self.parameters()), contextlib.nullcontext()
+        if weight.dtype == torch.float32:  # DeepSpeed casts what it trains
+            if compute_dtype == torch.float32:
+                args, kwargs = _cast((args, kwargs), torch.float32)
+            else:
+                compute = torch.autocast(weight.device.type, compute_dtype)
+        with compute:
+            return _cast(type(self).forward(self, *args, **kwargs), dtype)
+
+    denoiser.forward = MethodType(forward, denoiser)
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return tree_map(cast, values)
 
 
 def _read_index(model: str, hub: dict[str, Any]) -> dict[str, Any]:

@@ -25,10 +25,10 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 
 from . import objectives
-from .base_trainer import CHECK_PROMPTS, DiffusionTrainer, whole_cycles
+from .base_trainer import DiffusionTrainer, whole_cycles
 from .config import DiffusionOPDConfig, check_call_kwargs
 from .errors import one_sentence
-from .policy import Policy, Step, denoiser_name
+from .policy import Step, denoiser_name
 from .sampling import PROMPT, TEACHER, is_prompt, routed_dataset
 from .student import load_student, whole_modules
 from .teachers import (
@@ -157,14 +157,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             self._place(teacher.pipeline)
         self.loaded_teachers = {teacher.id: teacher for teacher in loaded}
         self.teachers = {
-            teacher.id: Policy(
-                teacher.pipeline,
-                args.num_inference_steps,
-                {**args.pipeline_kwargs, **teacher.spec.overrides},
-                self.memo,
-                teacher.adapter,
-            )
-            for teacher in loaded
+            teacher.id: self.policy_of(teacher.pipeline, teacher.adapter, teacher.spec.overrides) for teacher in loaded
         }
         self._micro_step = 0
         self._check_parties(copies)
@@ -205,19 +198,19 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     def _check_parties(self, copies: set[str]) -> None:
         """Asks everybody once: refuses what does not fit, warns about a teacher with nothing to teach: the `copies` of
         the student, and what predicts as it does."""
-        args, step = self.args, self._first_step
+        args, step, prompts = self.args, self._first_step, self._check_prompts
         needs_noise = args.noise_level > 0 and args.objective != "velocity"
         self.kernel = self.choose_kernel(args.transition, args.noise_level, needs_noise)
         for key, teacher in self.teachers.items():
-            with self._present(key), self.autocast(teacher.denoiser):
+            with self._present(key):
                 source = self.loaded_teachers[key].spec.source
                 with one_sentence(
                     f"teacher {key!r} ({source}) cannot be asked at the student's states of shape "
                     f"{tuple(step.sample.shape)}"
                 ):
-                    teacher.self_check(CHECK_PROMPTS, args.num_learnt_steps)
+                    teacher.self_check(prompts, args.num_learnt_steps)
                     with torch.no_grad():
-                        prediction = teacher.predict(step.sample, step.timestep, CHECK_PROMPTS)
+                        prediction = teacher.predict(step.sample, step.timestep, prompts)
                 if prediction.shape != step.prediction.shape:
                     raise ValueError(
                         f"teacher {key!r} ({source}) predicts {tuple(prediction.shape)} at the student's states, the "
@@ -228,8 +221,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                         f"Teacher {key!r} ({source}) predicts exactly what the untrained student predicts: there is "
                         "nothing to learn from it."
                     )
-        self.memo.clear()
-        del self._first_step
+        self._report_check()
 
     # Algorithm 1
 
@@ -275,10 +267,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Student and teacher at one visited state: the objective and the KL of each sample, the teacher's prediction,
         and the student's next state."""
-        # A loaded pipeline keeps its dtype; the student's states may have another
-        field = self.teachers[task]
-        with torch.no_grad(), self.stopwatch.section("teacher"), self.autocast(field.denoiser):
-            target = field.predict(step.sample, step.timestep, prompts)
+        with torch.no_grad(), self.stopwatch.section("teacher"):
+            target = self.teachers[task].predict(step.sample, step.timestep, prompts)
         student = self.kernel(step.sample, step.prediction, step.schedule, step.index)
         teacher = self.kernel(step.sample, target, step.schedule, step.index)
         next_state = self._next_state(student, teacher, generators).detach()
@@ -361,10 +351,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             kls.append(kl)
             return next_state
 
-        with (
-            self._present(task),
-            self.autocast(self.model),
-        ):  # before the first `train()` the denoiser is not wrapped in it
+        with self._present(task):
             self.student.rollout(prompts, generators, watch, self.args.num_learnt_steps)
         self.memo.clear()
         return torch.stack(losses).mean(0), torch.stack(kls).mean(0)

@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 
 from ..base_trainer import DiffusionTrainer, is_checkpoint, whole_cycles
+from ..checkpoints import give_ordinary_mode
 from ..policy import BACKBONE, Policy, Step
 from ..sampling import PROMPT, TASK, check_no_splits, is_prompt, routed_dataset, stream_columns, tasks_in
 from ..student import load_student
@@ -125,7 +126,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         self._ode = self.choose_kernel("ode", 0.0, needs_noise=False)
         self.base = self._frozen_policy(BACKBONE, args.mixed_dtype) if args.beta > 0 else None
         self._prepare()
-        del self._first_step
+        self._report_check()
         self._compile(self.model)
 
     def _prepare(self) -> None:
@@ -134,21 +135,21 @@ class DiffusionRLTrainer(DiffusionTrainer):
     def _frozen_policy(self, adapter: str, dtype: torch.dtype) -> Policy:
         """The policy as it is now, which does not change with the trained one: another adapter of a LoRA's denoiser
         ([`BACKBONE`]: none), a copy of a fully trained one."""
-        args, pipeline = self.args, self.pipeline
+        pipeline = self.pipeline
         if self.trains_lora:
             if adapter != BACKBONE:
                 add_adapter(self.model, self.model.peft_config[STUDENT_ADAPTER], adapter)
                 for parameter, twin in zip(self._adapter(STUDENT_ADAPTER), self._adapter(adapter), strict=True):
                     twin.data = parameter.detach().clone()
                     twin.requires_grad_(False)
-            return Policy(pipeline, args.num_inference_steps, args.pipeline_kwargs, self.memo, adapter)
+            return self.policy_of(pipeline, adapter)
         pipeline = copy.copy(pipeline)
         denoiser = copy.deepcopy(self.model).requires_grad_(False).to(dtype)
         vars(pipeline)[self.denoiser_name] = denoiser
         if self.shards_parameters:
             self.shard(denoiser)
         self._compile(denoiser)
-        return Policy(pipeline, args.num_inference_steps, args.pipeline_kwargs, self.memo)
+        return self.policy_of(pipeline)
 
     def _adapter(self, name: str) -> list[nn.Parameter]:
         return [parameter for key, parameter in self.model.named_parameters() if f".{name}." in f"{key}."]
@@ -191,14 +192,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
         raise NotImplementedError
 
     def _run(self, policy: Policy, prompts: Sequence[str], generators: list[torch.Generator], visit: Any) -> list[Any]:
-        """Images of a rollout under mixed precision; `visit(step) -> next state`."""
-
-        def denoise(*args: Any, **kwargs: Any) -> Any:
-            with self.autocast(policy.denoiser):  # not around the whole call: a VAE may ask for float32
-                return policy.denoiser(*args, **kwargs)
-
-        output = policy.rollout(prompts, generators, visit, denoiser=denoise, output_type="pil")
-        return list(output)
+        """Images of a rollout; `visit(step) -> next state`."""
+        return list(policy.rollout(prompts, generators, visit, output_type="pil"))
 
     def _advantages(self, task: str, rewards: Tensor) -> Tensor:
         """Advantages of this process's samples from `rewards`, `[micro-batches, batch, functions]`."""
@@ -270,7 +265,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
             with self.stopwatch.section("policy"):
                 prediction = policy.predict(x, timestep, rollout.prompts, denoiser=model)
         else:
-            with torch.no_grad(), self.stopwatch.section("reference"), self.autocast(policy.denoiser):
+            with torch.no_grad(), self.stopwatch.section("reference"):
                 prediction = policy.predict(x, timestep, rollout.prompts)
         self.watch("reference" if model is None else "student", rollout.task, prediction)
         return prediction
@@ -397,6 +392,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
             meta.append([rollout.task, rollout.prompts, rollout.place, list(rollout.schedule)])
         folder.mkdir(parents=True, exist_ok=True)  # another process than the one that saves the weights
         save_file(tensors, folder / self._rollouts_name, metadata={"rollouts": json.dumps(meta)})
+        give_ordinary_mode(folder / self._rollouts_name)
 
     def _load_state(self, folder: Path) -> None:
         if self.state.global_step % self.args.num_iterations == 0:
