@@ -2,6 +2,7 @@
 #
 #   make test                                  all tests
 #   make test-fast                             without those marked slow
+#   make test-nightly                          those that are one more of a kind, and in none of the above
 #   make test PYTEST_ARGS="-n 2 -k sd3"        anything pytest takes
 #   make test VENV=~/envs/diffusion            in a virtual environment you have; its torch is kept
 #   make test TORCH="torch==2.14.0"            another torch; anything `pip install` takes
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 RUN := PATH="$$(cd $(BIN) && pwd):$$PATH"
 INSTALLED := $(VENV)/.diffusion_opd-installed
 
-.PHONY: install test test-fast demo lint format docs docs-serve clean
+.PHONY: install test test-fast test-nightly demo lint format docs docs-serve clean
 
 install: $(INSTALLED)
 
@@ -30,10 +31,13 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 test: $(INSTALLED)
-	$(RUN) python -m pytest $(PYTEST_ARGS)
+	$(RUN) python -m pytest -m "not nightly" $(PYTEST_ARGS)
 
 test-fast: $(INSTALLED)
 	$(RUN) python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-nightly: $(INSTALLED)
+	$(RUN) python -m pytest -m nightly $(PYTEST_ARGS)
 
 demo: $(INSTALLED)
 	$(RUN) python -m examples.toy_world.demo

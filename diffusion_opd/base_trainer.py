@@ -51,8 +51,8 @@ from .checkpoints import give_ordinary_mode, last_checkpoint, remove_half_writte
 from .config import DiffusionConfig, computes_in_bf16
 from .engines import compile_blocks, settle_fsdp, take_compilation
 from .errors import brief, one_sentence
-from .policy import Policy, PromptMemo, Step, denoiser_name, is_flow, tuner_layers
-from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, seed_of
+from .policy import Policy, PromptMemo, Step, denoiser_name, is_flow, sample_arguments, tuner_layers
+from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, columns_of, seed_of
 from .shards import local_shards, reshard, shards_changed, zero3_unseen
 from .stopwatch import Stopwatch
 from .teachers import LORA_NAME, STUDENT_ADAPTER
@@ -87,6 +87,17 @@ def whole_cycles(args: DiffusionConfig, tasks: Sequence[str]) -> None:
             f"optimizer step must see every task equally often; leave it out, or use "
             f"{len(tasks) * max(1, round(steps / len(tasks)))}."
         )
+
+
+def refuse_unread_columns(pipeline: DiffusionPipeline, **datasets: Any) -> None:
+    """Refuses columns that the pipeline could use and is not given: a picture to be edited, for one."""
+    for name, dataset in datasets.items():
+        if unread := sorted(columns_of(dataset) & sample_arguments(type(pipeline))):
+            raise ValueError(
+                f"{name} has the columns {unread}, which {type(pipeline).__name__} takes for each sample, but which "
+                "are not handed to it yet; remove them, rename what means something else, or give one value for all "
+                "samples in `call_kwargs`."
+            )
 
 
 def _check_helpers(callbacks: Any = None, optimizers: Any = (None, None)) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -274,6 +275,20 @@ def _fresh_containers(value: Any) -> Any:
     if type(value) is dict:
         return {key: _fresh_containers(item) for key, item in value.items()}
     return type(value)(_fresh_containers(item) for item in value) if type(value) in (list, tuple) else value
+
+
+def sample_arguments(pipeline_class: type[DiffusionPipeline]) -> set[str]:
+    """The arguments of a pipeline's `__call__` that say what a sample is made of besides its prompt: further texts,
+    pictures, videos, embeddings. Told by their annotations, which for one value a sample allow a list of texts, a
+    picture or a tensor."""
+    annotations = {name: str(p.annotation) for name, p in inspect.signature(pipeline_class.__call__).parameters.items()}
+    return {
+        name
+        for name, annotation in annotations.items()
+        if re.search(r"[Ll]ist\[str\]|PIL|Tensor|Condition", annotation)
+        and "callback" not in name
+        and name not in ("prompt", "latents", "sigmas")
+    }
 
 
 def tuner_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:

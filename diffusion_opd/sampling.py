@@ -109,6 +109,15 @@ def stream_columns(dataset: IterableDataset) -> list[str]:
     return dataset.column_names or list(next(iter(dataset), {}))
 
 
+def columns_of(dataset: Any) -> set[str]:
+    """The columns of what [`routed_dataset`] takes, or of any of its parts."""
+    if isinstance(dataset, Mapping):
+        return {column for part in dataset.values() for column in columns_of(part)}
+    if isinstance(dataset, IterableDataset):
+        return set(stream_columns(dataset))
+    return set(dataset.column_names) if isinstance(dataset, Dataset) else set()
+
+
 def check_no_splits(dataset: Any, name: str) -> None:
     """Refuses what `load_dataset` returns when it is given no split."""
     if isinstance(dataset, (DatasetDict, IterableDatasetDict)):

@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 
 from . import objectives
-from .base_trainer import DiffusionTrainer, whole_cycles
+from .base_trainer import DiffusionTrainer, refuse_unread_columns, whole_cycles
 from .config import DiffusionOPDConfig, check_call_kwargs
 from .errors import one_sentence
 from .policy import Step, denoiser_name
@@ -124,6 +124,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         for spec in specs:
             check_call_kwargs(spec.call_kwargs, {"guidance_scale": spec.guidance_scale}, f"teacher {spec.id!r}")
         ids = [spec.id for spec in specs]
+        given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         if train_dataset is not None:
             train_dataset = routed_dataset(train_dataset, ids, "train_dataset")
         if eval_dataset is not None:
@@ -136,6 +137,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
         set_seed(args.seed)
         pipeline = load_student(model, args, peft_config)
+        refuse_unread_columns(pipeline, **given)
         with whole_modules():
             loaded = load_teachers(specs, pipeline, peft_config is not None, args.mixed_dtype)
         super().__init__(
@@ -297,6 +299,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         if eval_dataset is not None:
+            refuse_unread_columns(self.pipeline, eval_dataset=eval_dataset)
             eval_dataset = routed_dataset(eval_dataset, list(self.teachers), "eval_dataset", need_all=False)
         return super().evaluate(eval_dataset, *args, **kwargs)
 

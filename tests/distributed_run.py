@@ -17,6 +17,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from accelerate.utils import is_deepspeed_available  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from diffusers import DiffusionPipeline  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
@@ -40,6 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--mode", choices=["lora", "full"], default="lora")
     parser.add_argument("--family", default="sd3")
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--transition", default="ode")
     parser.add_argument("--teacher_placement", default="device")
     parser.add_argument("--resume", help="a checkpoint")
@@ -106,7 +108,7 @@ def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
         logging_steps=1,
         save_steps=1,
         report_to="none",
-        learning_rate=1e-3,
+        learning_rate=options.learning_rate,
         max_grad_norm=1.0,
         num_inference_steps=4,
         ema_decay=0.9,
@@ -165,7 +167,33 @@ def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
     )
 
 
+def picture_gap(options: argparse.Namespace, trainer: DiffusionTrainer) -> float:
+    """How far what `trainer.pipeline` draws, called by every process as anybody calls a pipeline, is from what plain
+    diffusers draws with the saved student: of what training has changed, the part."""
+
+    def picture(pipeline: DiffusionPipeline) -> np.ndarray:
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        call = dict(num_inference_steps=3, generator=generator, output_type="np", **CALL[options.family])
+        return pipeline(["a fox"], **call).images
+
+    rank = os.environ.get("RANK", 0)
+    drawn, saved = picture(trainer.pipeline), options.out / "saved"
+    trainer.save_model(str(saved))
+    trainer.accelerator.wait_for_everyone()
+    base = options.out / f"student-{rank}"
+    plain = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.bfloat16)
+    untrained = picture(plain)
+    if options.mode == "lora":
+        plain.load_lora_weights(saved, weight_name="pytorch_lora_weights.safetensors")
+    else:
+        plain = DiffusionPipeline.from_pretrained(saved, torch_dtype=torch.bfloat16)
+    published = picture(plain)
+    return float(np.abs(drawn - published).mean() / np.abs(untrained - published).mean())
+
+
 def report(options: argparse.Namespace, trainer: DiffusionTrainer, counted: Count) -> None:
+    gap = picture_gap(options, trainer) if options.bf16 else None
     weights = torch.cat([whole(p).float().flatten() for p in trainer.trainable_parameters])
     everyone = trainer.accelerator.gather(weights[None])
     if not trainer.is_world_process_zero():
@@ -189,6 +217,8 @@ def report(options: argparse.Namespace, trainer: DiffusionTrainer, counted: Coun
         "num_sharded": num_sharded(trainer.model),
         "num_sharded_of_teachers": [num_sharded(teacher.denoiser) for teacher in teachers],
         "optimizer": type(innermost(trainer.optimizer)).__name__,
+        "picture_gap": gap,
+        "pictures": len(list((options.out / "run").rglob("*.png"))),
         "wire": counted.steps,
         "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
         "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),

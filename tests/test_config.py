@@ -1,11 +1,14 @@
 """What a user may set, from Python, flags and YAML; what has no meaning is refused before anything is loaded."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from trl import TrlParser
 
 from diffusion_opd import DiffusionGRPOConfig, DiffusionNFTConfig, DiffusionOPDConfig
+from diffusion_opd.config import computes_in_bf16
 
 
 def config(**kwargs) -> DiffusionOPDConfig:
@@ -35,8 +38,36 @@ def test_defaults_are_the_released_recipe():
 
 
 def test_mixed_precision_is_what_frozen_modules_load_in():
-    assert config(bf16=True, use_cpu=True).mixed_dtype == torch.bfloat16
-    assert config(fp16=True).mixed_dtype == torch.float16  # and bf16 stays off
+    half = config(bf16=True, use_cpu=True)
+    assert half.mixed_dtype == torch.bfloat16
+    half.bf16, half.fp16 = False, True  # which the config itself refuses here
+    assert half.mixed_dtype == torch.float16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_fp16_without_a_gpu_is_refused_with_advice_that_works():
+    with pytest.raises(ValueError, match="`fp16=True` needs a GPU; on a CPU give ") as refused:
+        config(fp16=True)
+    float32, bfloat16 = (words for words in str(refused.value).split("`") if words.startswith("fp16=False"))
+    assert eval(f"config({float32})").mixed_dtype == torch.float32
+    assert eval(f"config({bfloat16})").mixed_dtype == torch.bfloat16
+    flags = [word for setting in bfloat16.split(", ") for word in f"--{setting}".split("=")]
+    assert parse("--fp16", "true", *flags).mixed_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("major", "default"), [(7, False), (8, True)])
+def test_a_gpu_that_emulates_bf16_trains_in_float32(monkeypatch, major, default):
+    """A T4 or V100 counts as supporting bfloat16 in torch and transformers, and is slower in it than in float32."""
+    properties = SimpleNamespace(major=major)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert computes_in_bf16() is default
+
+
+def test_a_mac_trains_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert not computes_in_bf16()
 
 
 @pytest.mark.parametrize(

@@ -256,12 +256,16 @@ def test_mixed_precision(tmp_path, one_process, engine, tolerance):
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
     for mode in ("lora", "full"):
-        options = ["--mode", mode, "--bf16"]
+        options = ["--mode", mode, "--bf16", "--images"]
+        if mode == "lora":  # so that a picture shows more of it than rounding
+            options += ["--learning_rate", "1e-2"]
         _, one = one_process(*options)
         two = run(tmp_path / mode, "--batch", "2", *options, engine=engine)
         assert two["wrapper"] == WRAPPERS.get(engine, "DeepSpeedEngine") and two["ranks_agree"]
         assert two["losses"] == pytest.approx(one["losses"], rel=tolerance)
         assert two["grad_norms"] == pytest.approx(one["grad_norms"], rel=max(tolerance, 0.01))
+        assert two["pictures"] == one["pictures"] == 4
+        assert one["picture_gap"] < 0.3 and two["picture_gap"] < 0.3
 
 
 @pytest.mark.slow

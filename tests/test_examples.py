@@ -142,7 +142,9 @@ def files(tmp_path_factory) -> Path:
     return root
 
 
-def run(files: Path, out: Path, *flags: str, launcher: tuple[str, ...] = (), **environment: str) -> list[dict]:
+def run(
+    files: Path, out: Path, *flags: str, launcher: tuple[str, ...] = (), last: int = 2, **environment: str
+) -> list[dict]:
     """Starts the script on the recipe, smaller; returns what it logged."""
     command = [sys.executable, *launcher, SCRIPT, "--config", RECIPE, "--output_dir", out]
     command += ["--model_name_or_path", files / "base", "--teacher_paths", files / "teachers"]
@@ -158,7 +160,7 @@ def run(files: Path, out: Path, *flags: str, launcher: tuple[str, ...] = (), **e
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert f"Student saved to {out}." in done.stdout
-    return json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    return json.loads((out / f"checkpoint-{last}" / "trainer_state.json").read_text())["log_history"]
 
 
 def train_files(files: Path) -> list[str]:
@@ -192,6 +194,20 @@ def one_process(files, tmp_path_factory) -> tuple[Path, list[dict]]:
     out = tmp_path_factory.mktemp("one") / "student"
     flags = ["--use_cpu", "true", "--per_device_train_batch_size", "4", "--image_steps", "1"]
     return out, run(files, out, *train_files(files), *flags)
+
+
+@pytest.mark.slow
+def test_the_recipe_in_half_precision_comes_past_its_first_pictures(files, tmp_path):
+    """It saves, and draws, every 30 steps; what it loads is in half precision."""
+    recipe, out = yaml.safe_load(RECIPE.read_text()), tmp_path / "student"
+    flags = ["--bf16", "true", "--use_cpu", "true", "--max_steps", "31"]
+    for name in ("save_steps", "image_steps", "image_num_inference_steps", "ema_update_every"):
+        flags += [f"--{name}", str(recipe[name])]
+    history = run(files, out, *train_files(files), *flags, last=31)
+    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 32))
+    assert sorted(path.name for path in (out / "images").iterdir()) == ["step_000030", "step_000031"]
+    assert len(list((out / "images").rglob("*.png"))) == 2 * 6 and (out / "checkpoint-30").is_dir()
+    assert_lora_loads(files, out)
 
 
 @pytest.mark.slow

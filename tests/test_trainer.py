@@ -4,13 +4,21 @@ trainers would get silently wrong for a diffusers model has a test each."""
 import json
 import logging
 import math
+import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset, IterableDataset
-from diffusers import DDIMScheduler, DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FluxKontextPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from PIL import Image
@@ -908,6 +916,145 @@ def test_predict_is_refused(tmp_path):
         trainer_of(tmp_path).predict(DATA)
 
 
+# The start
+
+
+def test_the_start_up_check_is_told_of_and_asks_no_larger_batch_than_training(tmp_path, caplog):
+    pipe, sizes = BUILDERS["sd3"](0), []
+
+    def look(module, args, kwargs):
+        sizes.append(len(kwargs["hidden_states"]))
+
+    pipe.transformer.register_forward_pre_hook(look, with_kwargs=True)
+    args = config(tmp_path, per_device_train_batch_size=1)
+    with caplog.at_level(logging.WARNING):
+        trainer = DiffusionOPDTrainer(pipe, {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)}, args, DATA)
+    before, after = [record.getMessage() for record in caplog.records]
+    assert "on a batch of 1" in before and re.search(r"\(\d+\.\d s\)", after)
+    asked = max(sizes)
+    sizes.clear()
+    trainer.train()
+    assert asked == max(sizes) == 2  # with and without the prompt
+
+
+class LooksUp(StableDiffusion3Pipeline):
+    """Prompts were encoded once and for all, and the encoders are not loaded: one of a kind that users of large text
+    encoders write."""
+
+    known: dict[str, tuple] = {}
+
+    def encode_prompt(self, prompt, *args, negative_prompt=None, **kwargs):
+        texts = [[text or "" for text in (given if isinstance(given, list) else [given])] for given in (prompt, "")]
+        texts[1] *= len(texts[0])
+        (embeds, pooled), (negative, negative_pooled) = (
+            [torch.cat(parts) for parts in zip(*[self.known[text] for text in own], strict=True)] for own in texts
+        )
+        return embeds, negative, pooled, negative_pooled
+
+
+def looks_up(seed: int, prompts: list[str]) -> LooksUp:
+    whole = BUILDERS["sd3"](seed)
+    call = dict(prompt_2=None, prompt_3=None, do_classifier_free_guidance=False, max_sequence_length=32)
+    for prompt in (*prompts, ""):
+        embeds, _, pooled, _ = whole.encode_prompt(prompt, **call)
+        LooksUp.known[prompt] = (embeds, pooled)
+    parts = {name: part for name, part in whole.components.items() if "text_encoder" not in name}
+    parts = {name: None if "tokenizer" in name else part for name, part in parts.items()}
+    pipe = LooksUp(**parts, text_encoder=None, text_encoder_2=None, text_encoder_3=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("kind", ["dataset", "stream"])
+def test_a_pipeline_that_looks_up_its_prompts_trains_as_one_that_encodes_them(tmp_path, caplog, kind):
+    """It knows the data's own prompts and no other: neither the check nor a warning may ask for "a cat"."""
+    LooksUp.known.clear()
+    data, images = DATA, dict(image_steps=1, image_prompts=None)
+    if kind == "stream":
+        data = {key: DATA.filter(lambda row, key=key: row["teacher_id"] == key) for key in ("a", "b")}
+        data = {key: part.remove_columns("teacher_id").to_iterable_dataset() for key, part in data.items()}
+    losses = []
+    for pipes in ([looks_up(seed, PROMPTS) for seed in range(3)], [BUILDERS["sd3"](seed) for seed in range(3)]):
+        student, *teachers = pipes
+        out = tmp_path / str(len(losses))
+        trainer = DiffusionOPDTrainer(
+            student, dict(zip("ab", teachers, strict=True)), config(out, **images), data, peft_config=lora()
+        )
+        with caplog.at_level(logging.WARNING):
+            trainer.train()
+        losses.append(history(trainer, "loss"))
+        trainer.save_model()
+        assert len(list((out / "images").rglob("*.png"))) == (8 if kind == "dataset" else 0)
+    assert losses[0] == losses[1] and "could not be drawn" not in caplog.text
+
+
+def kontext(seed: int) -> FluxKontextPipeline:
+    pipe = FluxKontextPipeline(**BUILDERS["flux"](seed).components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("kind", ["dataset", "dict", "stream", "evaluated", "of evaluate"])
+def test_columns_that_the_pipeline_could_use_are_refused_until_they_are(tmp_path, kind):
+    """FLUX.1-Kontext edits pictures; with the pictures dropped it would learn to draw from text, without a word."""
+    pictures = Dataset.from_dict({"prompt": ["at night", "in winter"], "image": ["a.png", "b.png"], "width": [8, 8]})
+    plain = pictures.remove_columns("image")
+    train = {"dict": {"a": pictures}, "stream": pictures.to_iterable_dataset(), "dataset": pictures}.get(kind, plain)
+    evaluated = pictures if kind == "evaluated" else None
+    name = "train_dataset" if train is not plain else "eval_dataset"
+    with pytest.raises(ValueError, match=rf"{name} has the columns \['image'\], which FluxKontextPipeline takes"):
+        trainer = DiffusionOPDTrainer(
+            kontext(0), {"a": kontext(1)}, config(tmp_path, "flux"), train, evaluated, peft_config=lora()
+        )
+        trainer.evaluate(pictures)
+
+
+def test_columns_that_only_another_pipeline_could_use_are_left_alone(tmp_path):
+    DiffusionOPDTrainer(
+        BUILDERS["sd3"](0),
+        BUILDERS["sd3"](1),
+        config(tmp_path),
+        Dataset.from_dict({"prompt": PROMPTS, "image": PROMPTS, "source": PROMPTS}),
+    )
+
+
+def test_a_metric_that_a_callback_adds_in_evaluation_is_logged(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+
+    class Adds(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_mine"] = 10.0 * state.global_step
+
+    trainer = trainer_of(
+        tmp_path,
+        callbacks=[Adds()],
+        eval_dataset=DATA.select(range(4)),
+        eval_strategy="steps",
+        eval_steps=1,
+        report_to="tensorboard",
+    )
+    trainer.train()
+    assert history(trainer, "eval_mine") == [10.0, 20.0] and len(history(trainer, "eval_kl")) == 2
+    logs = EventAccumulator(str(next((tmp_path / "logs").rglob("events*")).parent))
+    logs.Reload()
+    assert [(event.step, event.value) for event in logs.Scalars("eval/mine")] == [(1, 10.0), (2, 20.0)]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_files_have_ordinary_modes(tmp_path, full):
+    """safetensors writes for this user alone, so that a colleague, or a server of another user, reads nothing."""
+    umask = os.umask(0o027)
+    try:
+        trainer = trainer_of(tmp_path / "run", full=full, save_strategy="steps", save_steps=1, ema_decay=0.9)
+        trainer.train()
+        trainer.save_model()
+    finally:
+        os.umask(umask)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} > {".safetensors", ".json", ".pt"}
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o640"}
+
+
 def test_a_dtype_in_words(tmp_path):
     BUILDERS["sd3"](0).save_pretrained(tmp_path / "model")
     args = config(tmp_path, model_init_kwargs={"dtype": "bfloat16"}, bf16=True)
@@ -999,11 +1146,6 @@ def test_compiling_under_zero3_is_refused(tmp_path):
         with pytest.raises(ValueError, match="`torch_compile` does not work with ZeRO-3"):
             take_compilation(TorchDynamoPlugin(backend=plugin), config(tmp_path, **settings))
     assert take_compilation(TorchDynamoPlugin(backend="no"), config(tmp_path)) is None
-
-
-def test_fp16_without_a_gpu_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`fp16` needs a GPU; on a CPU use `bf16`"):
-        trainer_of(tmp_path, fp16=True)
 
 
 def in_fp16(trainer: DiffusionOPDTrainer, scale: float) -> DiffusionOPDTrainer:

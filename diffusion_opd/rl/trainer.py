@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 
-from ..base_trainer import DiffusionTrainer, is_checkpoint, whole_cycles
+from ..base_trainer import DiffusionTrainer, is_checkpoint, refuse_unread_columns, whole_cycles
 from ..checkpoints import give_ordinary_mode
 from ..policy import BACKBONE, Policy, Step
 from ..sampling import PROMPT, TASK, check_no_splits, is_prompt, routed_dataset, stream_columns, tasks_in
@@ -91,8 +91,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
         args = copy.copy(args)  # what a run sets in them must not reach the next one
         self.rewards = Rewards(reward_funcs, args.reward_weights)
         tasks = self.rewards.tasks
+        given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         if tasks is None:
-            given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
             tasks = _tasks_of(*next((item for item in given.items() if item[1] is not None), ("", None)))
         if train_dataset is not None:
             train_dataset = routed_dataset(train_dataset, tasks, "train_dataset", column=TASK, keep_columns=True)
@@ -112,6 +112,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
         set_seed(args.seed)
         pipeline = load_student(model, args, peft_config)
+        refuse_unread_columns(pipeline, **given)
         super().__init__(
             pipeline,
             args,
@@ -277,6 +278,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         if eval_dataset is not None:
+            refuse_unread_columns(self.pipeline, eval_dataset=eval_dataset)
             eval_dataset = self._routed_eval(eval_dataset, self.tasks)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
