@@ -712,7 +712,7 @@ class DiffusionTrainer(_BaseTrainer):
         except Exception as error:
             logger.warning(
                 f"The sample pictures of optimizer step {self.state.global_step} could not be drawn or shown "
-                f"({brief(error)}); the run goes on."
+                f"({type(error).__name__}: {textwrap.shorten(str(error), 200)}); the run goes on."
             )
 
     def _show(self, drawn: list[Any]) -> None:

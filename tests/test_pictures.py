@@ -37,6 +37,8 @@ def trainer_of(
     out, method: str = "opd", pipeline=None, full: bool = False, callbacks=None, reward=brightness, **kwargs
 ):
     trainer_class, config_class, own = METHODS[method]
+    pipeline = pipeline or BUILDERS["sd3"](0)
+    call = dict(CALL["sd3"])
     defaults = dict(
         per_device_train_batch_size=2,
         max_steps=2,
@@ -45,13 +47,14 @@ def trainer_of(
         report_to="none",
         use_cpu=True,
         num_inference_steps=3,
-        call_kwargs=dict(CALL["sd3"]),
+        guidance_scale=call.pop("guidance_scale"),
+        call_kwargs=call,
         learning_rate=1e-2,
         disable_tqdm=True,
     )
     return trainer_class(
-        pipeline or BUILDERS["sd3"](0),
-        BUILDERS["sd3"](1) if method == "opd" else reward,
+        pipeline,
+        BUILDERS["sd3"](1).to(pipeline.dtype) if method == "opd" else reward,
         config_class(str(out), **(defaults | own | kwargs)),
         train_dataset=DATA,
         callbacks=callbacks,
@@ -81,7 +84,7 @@ class Spoil(TrainerCallback):
             (self.out / "images").touch()
 
 
-@pytest.mark.parametrize(("how", "named"), [("vae", "RuntimeError"), ("folder", "FileExistsError")])
+@pytest.mark.parametrize(("how", "named"), [("vae", "RuntimeError"), ("folder", "NotADirectoryError")])
 def test_a_picture_that_fails_is_a_warning_that_names_it(tmp_path, caplog, how, named):
     plain = trainer_of(tmp_path / "plain", image_steps=0)
     plain.train()
