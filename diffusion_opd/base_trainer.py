@@ -129,12 +129,11 @@ class _EveryStep(TrainerCallback):
 
     def __init__(self, trainer: "DiffusionTrainer"):
         self.trainer = trainer
-        self.pictured: int | None = None  # the optimizer step
 
     def on_step_begin(self, args: DiffusionConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Also when a run is resumed here, which may have been killed before it drew them
+        # Those of the step before; also when a run is resumed here, which may have been killed before it drew them
         if args.image_steps and state.global_step and state.global_step % args.image_steps == 0:
-            self.picture(state)
+            self.trainer.log_images()
         self.trainer.keep_loss()
 
     def on_step_end(self, args: DiffusionConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -150,14 +149,8 @@ class _EveryStep(TrainerCallback):
                     self.trainer.ema.step(shards)  # or a short run would end where it began
                 # What `pipeline`, `save_model` and the Hub carry from here on
                 self.trainer.ema.copy_to(shards)
-        # A best model that was loaded differs from the last; who is told to stop has no time
         if args.image_steps != 0 and not self.trainer.was_told_to_stop:
-            if self.pictured != state.global_step or state.best_model_checkpoint is not None:
-                self.picture(state)
-
-    def picture(self, state: TrainerState) -> None:
-        self.pictured = state.global_step
-        self.trainer.log_images()
+            self.trainer.log_images()
 
 
 class _SaveAndStop(TrainerCallback):
