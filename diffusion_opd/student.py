@@ -140,19 +140,21 @@ def load_student(
 
 def answer_in(denoiser: nn.Module, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
     """Lets a denoiser whose weights are float32, as they are trained in full, take part in a pipeline as one of `dtype`
-    would: it computes in `compute_dtype`, and what it answers is of `dtype`, for which the VAE and the scheduler
-    look."""
+    would: it computes in `compute_dtype`, and what it answers is of `dtype`, for which scheduler and VAE look. Under
+    autocast it answers what autocast makes of it."""
 
     @functools.wraps(type(denoiser).forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         weight, compute = next(self.parameters()), contextlib.nullcontext()
-        if weight.dtype == torch.float32:  # DeepSpeed casts what it trains
+        mixed = torch.is_autocast_enabled(weight.device.type)
+        if weight.dtype == torch.float32 and not mixed:  # DeepSpeed casts what it trains
             if compute_dtype == torch.float32:
                 args, kwargs = _cast((args, kwargs), torch.float32)
             else:
                 compute = torch.autocast(weight.device.type, compute_dtype)
         with compute:
-            return _cast(type(self).forward(self, *args, **kwargs), dtype)
+            output = type(self).forward(self, *args, **kwargs)
+        return output if mixed else _cast(output, dtype)
 
     denoiser.forward = MethodType(forward, denoiser)
 

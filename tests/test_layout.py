@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "rl.rewards": {"errors", "sampling"},
     "rl.config": {"config"},
     "rl.trainer": {
-        *("base_trainer", "policy", "sampling", "student", "teachers", "transitions"),
+        *("base_trainer", "checkpoints", "policy", "sampling", "student", "teachers", "transitions"),
         *("rl.config", "rl.objectives", "rl.rewards"),
     },
     "rl.grpo_trainer": {
