@@ -82,9 +82,9 @@ def load_student(
             name = next((name for name in ("transformer", "unet") if name in index), "transformer")
             denoiser_dtype = torch.float32 if peft_config is None else args.mixed_dtype
             init_kwargs["dtype"] = {name: denoiser_dtype, "default": args.mixed_dtype}
-        how = "from safetensors (`model_init_kwargs={'use_safetensors': False}` reads pickles that you trust)"
-        how = how if init_kwargs["use_safetensors"] else "with these `model_init_kwargs`"
-        with whole_modules(), one_sentence(f"the student {str(model)!r} cannot be loaded {how}"):
+        unsafe = " from safetensors (`model_init_kwargs={'use_safetensors': False}` reads pickles that you trust)"
+        unsafe = unsafe if init_kwargs["use_safetensors"] else ""
+        with whole_modules(), one_sentence(f"the student {str(model)!r} cannot be loaded", unsafe):
             pipeline = DiffusionPipeline.from_pretrained(model, **init_kwargs)
     name = denoiser_name(pipeline)
     denoiser = getattr(pipeline, name)

@@ -261,8 +261,8 @@ def _load_module(
 ) -> nn.Module:
     """`from_pretrained` of a model that refuses what it would only warn about, and pickles."""
     with one_sentence(
-        f"teacher {teacher.id!r}: {teacher.source!r} cannot be loaded as a {cls.__name__} (only safetensors are read; "
-        "if you trust other files, load the pipeline yourself and give that)"
+        f"teacher {teacher.id!r}: {teacher.source!r} cannot be loaded as a {cls.__name__}",
+        " (only safetensors are read; if you trust pickles, load the pipeline yourself and give it)",
     ):
         module, info = cls.from_pretrained(
             *where, **kwargs, dtype=dtype, use_safetensors=True, output_loading_info=True

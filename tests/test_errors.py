@@ -31,6 +31,7 @@ from diffusion_opd import (
     DiffusionOPDTrainer,
     Teacher,
 )
+from diffusion_opd.errors import one_sentence
 from tests.test_teachers import save_diffusers, save_peft
 from tests.test_trainer import config, lora
 from tests.tiny_pipelines import BUILDERS, CALL
@@ -147,6 +148,11 @@ def with_nan(folder: Path, file: str = DENOISER) -> None:
     tensors = load_file(folder / file)
     tensors[min(tensors)].fill_(math.nan)
     save_file(tensors, folder / file)
+
+
+def quantised(folder: Path) -> None:
+    path, own = folder / "transformer/config.json", {"quant_method": "own"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": own}))
 
 
 def without_a_tensor(folder: Path) -> None:
@@ -528,7 +534,7 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
     "half a pipeline": (
         lambda w: w.opd(teachers=w.copy("pipeline", lambda f: halve(f / DENOISER))),
         ValueError,
-        r"teacher '.*': '.*' cannot be loaded as a SD3Transformer2DModel \(only safetensors are read; .*\): Unable",
+        r"teacher '.*': '.*' cannot be loaded as a SD3Transformer2DModel: Unable",
     ),
     "a pointer in a pipeline": (
         lambda w: w.opd(teachers=w.copy("pipeline", lambda f: (f / DENOISER).write_text(POINTER))),
@@ -544,6 +550,17 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
         lambda w: w.opd(teachers=w.copy("pipeline", with_index(transformer=["diffusers", "Own2DModel"]))),
         ValueError,
         r"teacher '.*': the transformer of '.*' is a Own2DModel, which this version of diffusers has not",
+    ),
+    "a pipeline in pickles": (
+        lambda w: w.opd(teachers=w.copy("pipeline", lambda f: as_pickle(f / DENOISER))),
+        ValueError,
+        r"teacher '.*': '.*' cannot be loaded as a SD3Transformer2DModel \(only safetensors are read; if you trust "
+        r"pickles, load the pipeline yourself and give it\): Error no file named",
+    ),
+    "a quantised pipeline": (
+        lambda w: w.opd(teachers=w.copy("pipeline", quantised)),
+        ValueError,
+        r"teacher '.*': '.*' cannot be loaded as a SD3Transformer2DModel: Unknown quantization type, got own",
     ),
     "a pipeline of an unknown class": (
         lambda w: w.opd(teachers=w.copy("pipeline", with_index(_class_name="OwnPipeline"))),
@@ -604,17 +621,27 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
     "half a student": (
         lambda w: w.opd(model=w.copy("base", lambda f: halve(f / DENOISER))),
         ValueError,
-        r"the student '.*' cannot be loaded from safetensors \(.*\): Unable to load weights",
+        r"the student '.*' cannot be loaded: Unable to load weights",
     ),
     "a student that lacks a tensor": (
         lambda w: w.opd(model=w.copy("base", without_a_tensor)),
         ValueError,
         r"the student '.*' lacks 1 tensors of its transformer, e\.g\. context_embedder\.bias; are its files",
     ),
+    "a quantised student": (
+        lambda w: w.opd(model=w.copy("base", quantised)),
+        ValueError,
+        r"the student '.*' cannot be loaded: Unknown quantization type, got own",
+    ),
+    "a quantisation that is no config": (
+        lambda w: w.opd(model_init_kwargs={"quantization_config": {"load_in_4bit": True}}),
+        ValueError,
+        r"the student '.*' cannot be loaded: .*PipelineQuantizationConfig",
+    ),
     "a student of an unknown class": (
         lambda w: w.opd(model=w.copy("base", with_index(_class_name="OwnPipeline"))),
         ValueError,
-        r"the student '.*' cannot be loaded .*OwnPipeline",
+        r"the student '.*' cannot be loaded: .*OwnPipeline",
     ),
     "NaN in the student": (
         lambda w: w.opd(model=w.copy("base", with_nan)),
@@ -629,7 +656,7 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
     "a variant that is not there": (
         lambda w: w.opd(model_init_kwargs={"variant": "fp16"}),
         ValueError,
-        r"the student '.*' cannot be loaded .*variant",
+        r"the student '.*' cannot be loaded: .*variant",
     ),
     # What is trained, and with what
     "a dict for a LoRA": (
@@ -738,6 +765,14 @@ def assert_is_ours(error: BaseException) -> None:
     assert "\n" not in str(error) and type(error) in (TypeError, ValueError)
     raised_in = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     assert raised_in[-1].startswith(str(Path(diffusion_opd.__file__).parent)), raised_in[-1]
+
+
+def test_what_a_library_says_is_cut_in_its_middle():
+    with pytest.raises(ValueError) as refusal, one_sentence("it does not fit"):
+        raise RuntimeError("The files " + "\n  'a.bin'," * 1000 + " are none; pass `variant`.")
+    assert re.fullmatch(r"it does not fit: The files 'a\.bin'.{,250} are none; pass `variant`\.", str(refusal.value))
+    with pytest.raises(ValueError, match="^it does not fit: AssertionError$"), one_sentence("it does not fit"):
+        raise AssertionError
 
 
 # Settings at random
