@@ -463,7 +463,7 @@ def _relative_gap(a: Tensor, b: Tensor) -> float:
 
 
 def check_seams(pipeline: DiffusionPipeline) -> None:
-    """Raises a `ValueError` that names the first seam which the pipeline lacks."""
+    """Raises a `ValueError` that names the first seam which the pipeline lacks, or a part that is offloaded."""
     cls = type(pipeline)
     missing = None
     if not hasattr(cls.__call__, "__wrapped__"):
@@ -476,11 +476,12 @@ def check_seams(pipeline: DiffusionPipeline) -> None:
         missing = "it has no `scheduler` with a `step`"
     if missing:
         raise ValueError(f"{cls.__name__} lacks a seam that on-policy distillation needs: {missing}.")
-    if _is_offloaded(getattr(pipeline, denoiser_name(pipeline))):
-        raise ValueError(
-            f"{cls.__name__} has offload hooks on its {denoiser_name(pipeline)}: they would move it away while its "
-            "graph is needed. Build the pipeline without `enable_*_offload()`."
-        )
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and _is_offloaded(part):
+            raise ValueError(
+                f"{cls.__name__} is offloaded: its {name} has hooks that move it to and fro; build the pipeline "
+                "without `enable_*_offload()` and `device_map`."
+            )
 
 
 def _is_offloaded(module: nn.Module) -> bool:

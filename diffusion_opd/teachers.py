@@ -34,7 +34,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .config import check_types
 from .errors import brief, one_sentence, why_not
-from .policy import denoiser_name, is_flow, own_scheduler, tuner_layers
+from .policy import check_seams, denoiser_name, is_flow, own_scheduler, tuner_layers
 
 MANIFEST_NAME = "teacher_manifest.json"
 STUDENT_ADAPTER = "default"
@@ -229,6 +229,8 @@ def load_teachers(
                 pipeline, adapter = host, f"teacher_{index}"
                 _add_lora(teacher, getattr(host, name), adapter, tensors, config)
         if adapter is None:
+            with one_sentence(f"teacher {teacher.id!r}"):
+                check_seams(pipeline)
             check_compatible(teacher, pipeline, student)
             _share(pipeline, student)
             sha256 = hash_tensors(_denoiser(pipeline).state_dict())

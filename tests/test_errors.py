@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
 from peft import IA3Config
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments
@@ -153,6 +153,24 @@ def with_nan(folder: Path, file: str = DENOISER) -> None:
 def quantised(folder: Path) -> None:
     path, own = folder / "transformer/config.json", {"quant_method": "own"}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": own}))
+
+
+def offloaded(how: str) -> DiffusionPipeline:
+    pipe = BUILDERS["sd3"](1)
+    of_groups = {"onload_device": torch.device("cpu"), "offload_type": "leaf_level"}
+    getattr(pipe, how)(**(of_groups if how == "enable_group_offload" else {"device": "cpu"}))
+    return pipe
+
+
+def on_meta(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    pipe.vae.to("meta")
+    return pipe
+
+
+OFFLOADED = (
+    r"StableDiffusion3Pipeline is offloaded: its \w+ has hooks that move it to and fro; build the pipeline without "
+)
+OFFLOADED += r"`enable_\*_offload\(\)` and `device_map`\.$"
 
 
 def without_a_tensor(folder: Path) -> None:
@@ -642,6 +660,28 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
         lambda w: w.opd(model=w.copy("base", with_index(_class_name="OwnPipeline"))),
         ValueError,
         r"the student '.*' cannot be loaded: .*OwnPipeline",
+    ),
+    "an empty part of a loaded student": (
+        lambda w: w.opd(model=on_meta(BUILDERS["sd3"](0))),
+        ValueError,
+        r"the student 'StableDiffusion3Pipeline' lacks 116 tensors of its vae, e\.g\. encoder\.conv_in\.weight; are",
+    ),
+    **{
+        f"a student under {how}": (lambda w, how=how: w.opd(model=offloaded(how)), ValueError, OFFLOADED)
+        for how in ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
+    },
+    **{
+        f"a teacher under {how}": (
+            lambda w, how=how: w.opd(teachers=offloaded(how)),
+            ValueError,
+            f"teacher 'teacher': {OFFLOADED}",
+        )
+        for how in ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
+    },
+    "a pipeline without seams for a teacher": (
+        lambda w: w.opd(teachers=DDPMPipeline(UNet2DModel(4, block_out_channels=(32,) * 4), DDIMScheduler())),
+        ValueError,
+        r"teacher 'teacher': DDPMPipeline lacks a seam that on-policy distillation needs: it has no `encode_prompt`\.$",
     ),
     "NaN in the student": (
         lambda w: w.opd(model=w.copy("base", with_nan)),

@@ -948,17 +948,17 @@ def test_unknown_arguments_are_refused():
         Policy(built("sd3"), STEPS, {"true_cfg_scale": 4.0, "height": 16, "guidance": 1.0})
 
 
-@pytest.mark.parametrize("family", ["sd3", "sd15"])
+@pytest.mark.parametrize(("family", "part"), [("sd3", "transformer"), ("sd3", "text_encoder_2"), ("sd15", "unet")])
 @pytest.mark.parametrize("how", ["accelerate", "accelerate with hook", "block_level", "leaf_level"])
-def test_offloaded_denoiser_is_refused(family: str, how: str):
+def test_an_offloaded_part_is_refused(family: str, part: str, how: str):
     pipe, cpu = BUILDERS[family](0), torch.device("cpu")
     if how == "accelerate":
-        accelerate.cpu_offload(denoiser(pipe), cpu)
+        accelerate.cpu_offload(getattr(pipe, part), cpu)
     elif how == "accelerate with hook":
-        accelerate.cpu_offload_with_hook(denoiser(pipe), cpu)
+        accelerate.cpu_offload_with_hook(getattr(pipe, part), cpu)
     else:
-        apply_group_offloading(denoiser(pipe), cpu, offload_type=how, num_blocks_per_group=1)
-    with pytest.raises(ValueError, match="offload hooks"):
+        apply_group_offloading(getattr(pipe, part), cpu, offload_type=how, num_blocks_per_group=1)
+    with pytest.raises(ValueError, match=f"Pipeline is offloaded: its {part} has hooks"):
         Policy(pipe, STEPS, CALL[family])
 
 
