@@ -13,6 +13,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from .errors import reason
 from .transitions import Schedule
 
 
@@ -49,6 +51,8 @@ class Step:
 
 OnStep = Callable[[Step], Tensor]
 
+# Arguments of `__call__`; an IP adapter is an option of any pipeline
+PICTURE = re.compile(r"^(?!.*ip_adapter)(\w+_)?(images?|video|audio)$")
 BACKBONE = ""  # as the name of an adapter: none at all
 
 
@@ -119,10 +123,10 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
 class _Seat:
     """Sits in the place of a scheduler: everything is the scheduler's own, its class too, but `step`, which is ours."""
 
-    __slots__ = ("_scheduler",)  # and no `__dict__`: what a pipeline sets lands in the scheduler
+    __slots__ = ("_scheduler", "in_step")  # and no `__dict__`: what a pipeline sets lands in the scheduler
 
     def __init__(self, scheduler: Any):
-        self._scheduler = scheduler
+        self._scheduler, self.in_step = scheduler, False
 
     @property
     def __class__(self) -> type:
@@ -151,11 +155,13 @@ class _RolloutSeat(_Seat):
         return self._scheduler.timesteps[: self._num_steps]
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **kwargs: Any) -> SchedulerOutput:
+        self.in_step = True
         if self._schedule is None:
             self._schedule = read_schedule(self._scheduler)
         if self.index == len(self.timesteps):
             raise ValueError("The pipeline lacks a seam: it calls `scheduler.step` more often than once a timestep.")
         next_sample = self._on_step(Step(self.index, timestep, sample.detach(), model_output, self._schedule))
+        self.in_step = False
         self.index += 1
         self._scheduler._step_index = self.index  # some schedulers' `scale_model_input` reads it
         return SchedulerOutput(next_sample.detach().to(sample.dtype))
@@ -305,7 +311,8 @@ class Policy:
             whatever is active.
 
     Raises:
-        ValueError: if the pipeline lacks a seam, or `call_kwargs` holds a key that its `__call__` does not take.
+        ValueError: if the pipeline lacks a seam, or `call_kwargs` holds a key that its `__call__` does not take; and at
+            the first run, if that `__call__` fails.
     """
 
     def __init__(
@@ -334,6 +341,7 @@ class Policy:
         self._rollout_scheduler = own_scheduler(pipeline.scheduler)
         self._field_scheduler = own_scheduler(pipeline.scheduler)
         self._scratch_generator: torch.Generator | None = None
+        self._has_worked: set[type] = set()  # with which seats
 
     @contextlib.contextmanager
     def _copy(self, seat: _Seat) -> Iterator[DiffusionPipeline]:
@@ -352,16 +360,39 @@ class Policy:
         self, pipeline: DiffusionPipeline, prompts: Sequence[str], generator: Any, output_type: str = "latent"
     ) -> Any:
         switch = contextlib.nullcontext() if self.adapter is None else active_adapter(self._layers, self.adapter)
-        with switch:
-            return type(pipeline).__call__.__wrapped__(
-                pipeline,
-                prompt=list(prompts),
-                num_inference_steps=self.num_inference_steps,
-                generator=generator,
-                output_type=output_type,
-                return_dict=False,
-                **_fresh_containers(self.call_kwargs),
-            )[0]
+        seat = pipeline.scheduler
+        try:
+            with switch:
+                output = type(pipeline).__call__.__wrapped__(
+                    pipeline,
+                    prompt=list(prompts),
+                    num_inference_steps=self.num_inference_steps,
+                    generator=generator,
+                    output_type=output_type,
+                    return_dict=False,
+                    **_fresh_containers(self.call_kwargs),
+                )[0]
+        except Exception as error:
+            if seat.in_step or type(seat) in self._has_worked:  # not the pipeline's, or not for how it is called
+                raise
+            raise ValueError(
+                f"{type(pipeline).__name__} fails in its own `__call__`: {reason(error)}{self._hint()}"
+            ) from error
+        self._has_worked.add(type(seat))
+        return output
+
+    def _hint(self) -> str:
+        """Which arguments without a value a pipeline that fails may need: its required ones, or else its pictures."""
+        parameters = _signature(type(self._pipeline).__call__).parameters.values()
+        required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        pictures = [p.name for p in parameters if p.default is None and PICTURE.search(p.name)]
+        needed = [name for name in required if name not in ("self", "prompt")] or pictures
+        if not (lacking := [name for name in needed if name not in self.call_kwargs]):
+            return ""
+        return (
+            f"; it may need {lacking}: give one for the whole run, `call_kwargs={{{lacking[0]!r}: ...}}`, or use a "
+            "pipeline of text alone"
+        )
 
     def rollout(
         self,

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
-from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, StableDiffusion3Img2ImgPipeline, UNet2DModel
 from peft import IA3Config
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments
@@ -104,7 +104,15 @@ class World:
             **extra,
         )
 
-    def rl(self, funcs: Any = brightness, data: Any = PROMPTS, trainer: str = "GRPO", args: Any = None, **kwargs: Any):
+    def rl(
+        self,
+        funcs: Any = brightness,
+        data: Any = PROMPTS,
+        trainer: str = "GRPO",
+        args: Any = None,
+        model: Any = None,
+        **kwargs: Any,
+    ):
         extra = {name: kwargs.pop(name) for name in ("eval_dataset",) if name in kwargs}
         make, trainer = getattr(diffusion_opd, f"Diffusion{trainer}Config"), f"Diffusion{trainer}Trainer"
         settings = dict(
@@ -121,7 +129,7 @@ class World:
             image_steps=0,
         )
         return getattr(diffusion_opd, trainer)(
-            str(self.base),
+            str(self.base) if model is None else model,
             funcs,
             make(str(self.folder / "rl"), **(settings | kwargs)) if args is None else args,
             train_dataset=data,
@@ -682,6 +690,22 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
         lambda w: w.opd(teachers=DDPMPipeline(UNet2DModel(4, block_out_channels=(32,) * 4), DDIMScheduler())),
         ValueError,
         r"teacher 'teacher': DDPMPipeline lacks a seam that on-policy distillation needs: it has no `encode_prompt`\.$",
+    ),
+    "a size that the student does not draw": (
+        lambda w: w.opd(call_kwargs={"height": 17}),
+        ValueError,
+        r"StableDiffusion3Pipeline fails in its own `__call__`: `height` and `width` .* but are 17 and ",
+    ),
+    "a student of pictures": (
+        lambda w: w.rl(model=StableDiffusion3Img2ImgPipeline(**BUILDERS["sd3"](0).components)),
+        ValueError,
+        r"StableDiffusion3Img2ImgPipeline fails in its own `__call__`: .*; it may need \['image'\]: give one for the "
+        r"whole run, `call_kwargs=\{'image': \.\.\.\}`, or use a pipeline of text alone$",
+    ),
+    "a teacher of pictures": (
+        lambda w: w.opd(teachers=StableDiffusion3Img2ImgPipeline(**BUILDERS["sd3"](1).components)),
+        ValueError,
+        r"teacher 'teacher' \(.*\) cannot be asked .*: StableDiffusion3Img2ImgPipeline fails in its own .*or use a pip",
     ),
     "NaN in the student": (
         lambda w: w.opd(model=w.copy("base", with_nan)),
