@@ -364,8 +364,8 @@ def _read_lora(teacher: Teacher, folder: Path, student: DiffusionPipeline) -> tu
             f"e.g. {_sample(scales)}."
         )
     else:
-        tensors, config = _read_diffusers_lora(teacher, weights, student)
-    if not any(key.endswith("lora_B.weight") for key in tensors):
+        tensors, config = _read_diffusers_lora(teacher, weights, student, tensors)
+    if not _has_lora(tensors):
         raise ValueError(
             f"teacher {teacher.id!r}: no LoRA tensors for a {name} in {teacher.source!r}, e.g. {_sample(tensors)}."
         )
@@ -379,6 +379,10 @@ def _read_lora(teacher: Teacher, folder: Path, student: DiffusionPipeline) -> tu
     return tensors, config
 
 
+def _has_lora(tensors: Iterable[str]) -> bool:
+    return any(key.endswith("lora_B.weight") for key in tensors)
+
+
 def changes_base(config: LoraConfig) -> bool:
     """Whether a LoRA also changes the backbone that a student and its LoRA teachers share."""
     return (
@@ -389,19 +393,34 @@ def changes_base(config: LoraConfig) -> bool:
 
 
 def _read_diffusers_lora(
-    teacher: Teacher, weights: Path, student: DiffusionPipeline
+    teacher: Teacher, weights: Path, student: DiffusionPipeline, keys: Iterable[str]
 ) -> tuple[dict[str, Tensor], LoraConfig]:
-    prefix = denoiser_name(student) + "."
+    name, cls = denoiser_name(student), type(student)
+    prefix = f"{name}."
+
+    def check_read(unread: Sequence[str]) -> None:
+        if unread:
+            raise ValueError(
+                f"teacher {teacher.id!r}: {len(unread)} keys of {teacher.source!r} are in a format that the "
+                f"`lora_state_dict` of {cls.__name__} does not read, e.g. {min(unread)}."
+            )
+
     # As its `load_lora_weights`, which needs the config of a UNet to read names of other trainers
-    of_unet = {"unet_config": student.unet.config} if prefix == "unet." else {}
-    tensors, *rest = type(student).lora_state_dict(
-        str(weights.parent), weight_name=weights.name, return_lora_metadata=True, **of_unet
-    )
+    of_unet = {"unet_config": student.unet.config} if name == "unet" else {}
+    with one_sentence(
+        f"teacher {teacher.id!r}: {weights.name} of {teacher.source!r} is in a format that the `lora_state_dict` of "
+        f"{cls.__name__} does not read, with keys as {min(keys)}"
+    ):
+        tensors, *rest = cls.lora_state_dict(
+            str(weights.parent), weight_name=weights.name, return_lora_metadata=True, **of_unet
+        )
     alphas, metadata = (rest[0] if len(rest) == 2 else None), rest[-1]
-    if foreign := [key for key in tensors if not key.startswith(prefix)]:
+    foreign = [key for key in tensors if not key.startswith(prefix)]
+    check_read([key for key in foreign if key.partition(".")[0] not in {"transformer", "unet", *student.components}])
+    if foreign:
         raise ValueError(
-            f"teacher {teacher.id!r}: {len(foreign)} tensors of {teacher.source!r} are not for the student's "
-            f"{prefix[:-1]}, e.g. {_sample(foreign)}; a teacher may adapt the denoiser only."
+            f"teacher {teacher.id!r}: {len(foreign)} tensors of {teacher.source!r} are not for the student's {name}, "
+            f"e.g. {_sample(foreign)}; a teacher may adapt the denoiser only."
         )
     tensors, alphas, metadata = (
         {key.removeprefix(prefix): value for key, value in (given or {}).items() if key.startswith(prefix)}
@@ -409,6 +428,7 @@ def _read_diffusers_lora(
     )
     if not any("lora_A" in key for key in tensors):  # down and up of other trainers
         tensors, alphas = convert_unet_state_dict_to_peft(tensors), convert_unet_state_dict_to_peft(alphas)
+    check_read([] if _has_lora(tensors) else list(keys))
     if metadata:
         return tensors, LoraConfig(**metadata)
     # Without metadata: ranks from the shapes, alphas from `.alpha` entries, alpha = rank where there are none
@@ -431,26 +451,51 @@ def _add_lora(
     teacher: Teacher, denoiser: nn.Module, adapter: str, tensors: dict[str, Tensor], config: LoraConfig
 ) -> None:
     """Adds a frozen adapter and refuses any tensor that is missing, unexpected or of another shape."""
-    with one_sentence(
-        f"teacher {teacher.id!r}: the LoRA {teacher.source!r} does not fit the student's {type(denoiser).__name__}"
-    ):
-        add_adapter(denoiser, config, adapter)
-    expected = get_peft_model_state_dict(denoiser, adapter_name=adapter)
+    cls, modules = type(denoiser).__name__, {name for name, _ in denoiser.named_modules()}
+    adapted, expected = {_module_of(key) for key in tensors}, {}
+    if adapted & modules:
+        with one_sentence(f"teacher {teacher.id!r}: the LoRA {teacher.source!r} does not fit the student's {cls}"):
+            add_adapter(denoiser, config, adapter)
+        expected = get_peft_model_state_dict(denoiser, adapter_name=adapter)
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    shapes = [
-        f"{key} {tuple(tensors[key].shape)} for {tuple(expected[key].shape)}"
-        for key in expected.keys() & tensors.keys()
+    shapes = {
+        key: (tuple(tensors[key].shape), tuple(expected[key].shape))
+        for key in sorted(expected.keys() & tensors.keys())
         if tensors[key].shape != expected[key].shape
+    }
+    differences = [
+        *(
+            f"its {key} is of shape {theirs} where {ours} is needed"
+            for key, (theirs, ours) in shapes.items()
+            if _without_rank(key, theirs) != _without_rank(key, ours)
+        ),
+        *(f"it adapts {m}, which is not there by that name" for m in map(_module_of, unexpected) if m not in modules),
+        *(f"it lacks {m}, which its config names" for m in map(_module_of, missing) if m not in adapted),
     ]
-    for kind, keys in (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", shapes)):
+    if differences:
+        raise ValueError(
+            f"teacher {teacher.id!r}: the LoRA {teacher.source!r} was made for another model than the student's {cls}: "
+            f"{differences[0]}."
+        )
+    wrong = [f"{key} {theirs} for {ours}" for key, (theirs, ours) in shapes.items()]
+    for kind, keys in (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", wrong)):
         if keys:
             raise ValueError(
                 f"teacher {teacher.id!r}: {len(keys)} {kind} LoRA tensors in {teacher.source!r} for the student's "
-                f"{type(denoiser).__name__}, e.g. {_sample(keys)}."
+                f"{cls}, e.g. {_sample(keys)}."
             )
     with torch.no_grad():
         for key, value in expected.items():
             value.copy_(tensors[key])
+
+
+def _module_of(key: str) -> str:
+    return key.rpartition(".lora_")[0]
+
+
+def _without_rank(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    rank = int("lora_B" in key)
+    return shape[:rank] + shape[rank + 1 :]
 
 
 def add_adapter(denoiser: nn.Module, config: LoraConfig, name: str) -> None:
