@@ -8,6 +8,7 @@ makes a teacher that silently equals the base.
 This file knows pipelines and files, and no trainer, loss or data.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -15,7 +16,8 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,6 +44,7 @@ INDEX_NAME = "model_index.json"  # of a pipeline
 CONFIG_NAME = "config.json"  # of a denoiser
 LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers format
 PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+NAMES = [INDEX_NAME, CONFIG_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME]
 
 
 @dataclass
@@ -58,8 +61,9 @@ class Teacher:
         subfolder, revision (`str`, *optional*):
             Where in the repository, and which version of it.
         weight_name (`str`, *optional*):
-            File name of a LoRA in diffusers format, if it is not `pytorch_lora_weights.safetensors`. Given, nothing
-            else in the folder is looked at.
+            File name of a LoRA in diffusers format. Defaults to `pytorch_lora_weights.safetensors`, or to the only
+            safetensors file of a folder that holds nothing else of a teacher. Given, nothing else in the folder is
+            looked at.
         guidance_scale (`float`, *optional*):
             Its own guidance scale. Defaults to the student's.
         call_kwargs (`dict`, *optional*):
@@ -160,7 +164,9 @@ def _locate(teacher: Teacher) -> tuple[Path, str | None]:
     path = str(teacher.path)
     if os.path.isdir(path):
         return Path(path, teacher.subfolder or ""), None
-    names = [INDEX_NAME, CONFIG_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, teacher.weight_name or LORA_NAME]
+    if os.path.isfile(path):
+        raise ValueError(f"teacher {teacher.id!r}: {path!r} is a file; give its folder, and its name as `weight_name`.")
+    names = [*NAMES, teacher.weight_name or LORA_NAME]
     patterns = [PurePosixPath(teacher.subfolder or "", name).as_posix() for name in names]
     try:
         if os.path.isabs(path):
@@ -169,6 +175,28 @@ def _locate(teacher: Teacher) -> tuple[Path, str | None]:
     except (HFValidationError, OSError) as error:
         raise ValueError(f"teacher {teacher.id!r}: {path!r} {why_not(error, teacher.revision)}.") from error
     return snapshot / (teacher.subfolder or ""), snapshot.name
+
+
+def _sole_lora(teacher: Teacher, folder: Path, commit: str | None) -> str | None:
+    """The only safetensors file, where there is nothing by the names that tell what a teacher is."""
+    if any((folder / name).is_file() for name in [*NAMES, LORA_NAME]):
+        return None
+    found = sorted(file.name for file in folder.glob("*.safetensors"))
+    if commit is not None:
+        inside = PurePosixPath(teacher.subfolder or "")
+        download = partial(snapshot_download, str(teacher.path), revision=commit)
+        with contextlib.suppress(OSError):  # offline it is what the cache holds
+            listed = download(allow_patterns=str(inside / "*.safetensors"), dry_run=True)
+            paths = [PurePosixPath(file.filename) for file in listed]
+            found = sorted(path.name for path in paths if path.parent == inside)
+            if len(found) == 1:
+                download(allow_patterns=str(inside / found[0]))
+    if len(found) > 1:
+        raise ValueError(
+            f"teacher {teacher.id!r}: {teacher.source!r} holds {len(found)} safetensors files ({_sample(found)}); name "
+            "the LoRA among them by `weight_name`."
+        )
+    return found[0] if found else None
 
 
 def _read_json(teacher: Teacher, path: Path) -> dict[str, Any]:
@@ -217,6 +245,8 @@ def load_teachers(
                 )
         else:
             folder, commit = _locate(teacher)
+            if teacher.weight_name is None:
+                teacher = replace(teacher, weight_name=_sole_lora(teacher, folder, commit))
             if teacher.weight_name is None and (folder / INDEX_NAME).is_file():
                 pipeline = _load_pipeline(teacher, folder, commit, dtype)
             elif teacher.weight_name is None and (folder / CONFIG_NAME).is_file():

@@ -495,7 +495,7 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
     "a file for a folder": (
         lambda w: w.opd(teachers=str(w.folder / "file")),
         ValueError,
-        r"teacher 'file': '.*/file' is neither a folder nor the id of a repository on the Hub\.$",
+        r"teacher 'file': '.*/file' is a file; give its folder, and its name as `weight_name`\.$",
     ),
     "an empty folder": (
         lambda w: w.opd(teachers=str(w.folder / "empty")),

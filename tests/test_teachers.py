@@ -229,6 +229,21 @@ def test_lora_file_of_another_name(tmp_path):
     assert_teaches(Teacher(folder, weight_name="style.safetensors"), "sd3", expected)
 
 
+def test_the_only_file_of_a_folder_is_the_lora(tmp_path):
+    folder = save_diffusers(tmp_path / "me" / "lora")
+    (folder / LORA_FILE).rename(folder / "my_style.safetensors")
+    (folder / "README.md").touch()
+    expected = by_diffusers(folder, "sd3", "my_style.safetensors")
+    assert_teaches(str(folder), "sd3", expected)
+    assert_teaches(Teacher(tmp_path / "me", subfolder="lora"), "sd3", expected)
+    shutil.copy(folder / "my_style.safetensors", folder / "its_ema.safetensors")
+    assert refusal(Teacher(folder, id="style")) == (
+        f"teacher 'style': '{folder}' holds 2 safetensors files (its_ema.safetensors, my_style.safetensors); name the "
+        "LoRA among them by `weight_name`."
+    )
+    assert_teaches(Teacher(folder, weight_name="my_style.safetensors"), "sd3", expected)
+
+
 def kohya(module: str) -> str:
     return "lora_unet_" + module.replace(".", "_")
 
