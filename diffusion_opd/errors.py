@@ -1,6 +1,7 @@
 """What is wrong, in one sentence: for the errors of libraries, and for values that are shown in a message."""
 
 import contextlib
+import re
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+MISSING_SAFETENSORS = re.compile(r"(file named|necessary) \S*safetensors")  # in the words of diffusers and transformers
 
 
 def brief(value: Any) -> str:
@@ -39,11 +42,22 @@ def why_not(error: Exception, revision: str | None) -> str:
     return f"is no folder, is not in the local cache{at}, and the Hub cannot be asked (is this offline?)"
 
 
+def reason(error: Exception, most: int = 250) -> str:
+    """What an error of a library says, in one line; of a long text its beginning and its end."""
+    text = " ".join(str(error).split())
+    if len(text) > most:
+        text = f"{text[: most - 100]} ... {text[-100:]}"
+    is_plain = text and not isinstance(error, (AttributeError, KeyError))
+    return text if is_plain else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
 @contextlib.contextmanager
-def one_sentence(what: str) -> Iterator[None]:
-    """What libraries raise about files or settings that they cannot use, as a `ValueError` that begins with `what`."""
+def one_sentence(what: str, without_safetensors: str = "") -> Iterator[None]:
+    """What libraries raise about files or settings that they cannot use, as a `ValueError` that begins with `what`, and
+    with what to do if it is safetensors files that are missing."""
     try:
         yield
     except Exception as error:
-        kind = f"{type(error).__name__}: " if isinstance(error, (AttributeError, KeyError)) else ""
-        raise ValueError(f"{what}: {kind}{' '.join(str(error).split())}") from error
+        if MISSING_SAFETENSORS.search(str(error)):
+            what += without_safetensors
+        raise ValueError(f"{what}: {reason(error)}") from error

@@ -27,6 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from .errors import reason
 from .transitions import Schedule
 
 
@@ -51,6 +52,8 @@ class Step:
 
 OnStep = Callable[[Step], Tensor]
 
+# Arguments of `__call__`; an IP adapter is an option of any pipeline
+PICTURE = re.compile(r"^(?!.*ip_adapter)(\w+_)?(images?|video|audio)$")
 BACKBONE = ""  # as the name of an adapter: none at all
 
 
@@ -121,10 +124,10 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
 class _Seat:
     """Sits in the place of a scheduler: everything is the scheduler's own, its class too, but `step`, which is ours."""
 
-    __slots__ = ("_scheduler",)  # and no `__dict__`: what a pipeline sets lands in the scheduler
+    __slots__ = ("_scheduler", "in_step")  # and no `__dict__`: what a pipeline sets lands in the scheduler
 
     def __init__(self, scheduler: Any):
-        self._scheduler = scheduler
+        self._scheduler, self.in_step = scheduler, False
 
     @property
     def __class__(self) -> type:
@@ -153,11 +156,13 @@ class _RolloutSeat(_Seat):
         return self._scheduler.timesteps[: self._num_steps]
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **kwargs: Any) -> SchedulerOutput:
+        self.in_step = True
         if self._schedule is None:
             self._schedule = read_schedule(self._scheduler)
         if self.index == len(self.timesteps):
             raise ValueError("The pipeline lacks a seam: it calls `scheduler.step` more often than once a timestep.")
         next_sample = self._on_step(Step(self.index, timestep, sample.detach(), model_output, self._schedule))
+        self.in_step = False
         self.index += 1
         self._scheduler._step_index = self.index  # some schedulers' `scale_model_input` reads it
         return SchedulerOutput(next_sample.detach().to(sample.dtype))
@@ -323,7 +328,8 @@ class Policy:
             pipeline: a VAE may ask for float32. Under mixed precision what the denoiser predicts is float32.
 
     Raises:
-        ValueError: if the pipeline lacks a seam, or `call_kwargs` holds a key that its `__call__` does not take.
+        ValueError: if the pipeline lacks a seam, or `call_kwargs` holds a key that its `__call__` does not take; and at
+            the first run, if that `__call__` fails.
     """
 
     def __init__(
@@ -353,6 +359,7 @@ class Policy:
         self._rollout_scheduler = own_scheduler(pipeline.scheduler)
         self._field_scheduler = own_scheduler(pipeline.scheduler)
         self._scratch_generator: torch.Generator | None = None
+        self._has_worked: set[type] = set()  # with which seats
 
     def _denoise(self, denoiser: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self._autocast():
@@ -380,16 +387,39 @@ class Policy:
         self, pipeline: DiffusionPipeline, prompts: Sequence[str], generator: Any, output_type: str = "latent"
     ) -> Any:
         switch = contextlib.nullcontext() if self.adapter is None else active_adapter(self._layers, self.adapter)
-        with switch:
-            return type(pipeline).__call__.__wrapped__(
-                pipeline,
-                prompt=list(prompts),
-                num_inference_steps=self.num_inference_steps,
-                generator=generator,
-                output_type=output_type,
-                return_dict=False,
-                **_fresh_containers(self.call_kwargs),
-            )[0]
+        seat = pipeline.scheduler
+        try:
+            with switch:
+                output = type(pipeline).__call__.__wrapped__(
+                    pipeline,
+                    prompt=list(prompts),
+                    num_inference_steps=self.num_inference_steps,
+                    generator=generator,
+                    output_type=output_type,
+                    return_dict=False,
+                    **_fresh_containers(self.call_kwargs),
+                )[0]
+        except Exception as error:
+            if seat.in_step or type(seat) in self._has_worked:  # not the pipeline's, or not for how it is called
+                raise
+            raise ValueError(
+                f"{type(pipeline).__name__} fails in its own `__call__`: {reason(error)}{self._hint()}"
+            ) from error
+        self._has_worked.add(type(seat))
+        return output
+
+    def _hint(self) -> str:
+        """Which arguments without a value a pipeline that fails may need: its required ones, or else its pictures."""
+        parameters = _signature(type(self._pipeline).__call__).parameters.values()
+        required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        pictures = [p.name for p in parameters if p.default is None and PICTURE.search(p.name)]
+        needed = [name for name in required if name not in ("self", "prompt")] or pictures
+        if not (lacking := [name for name in needed if name not in self.call_kwargs]):
+            return ""
+        return (
+            f"; it may need {lacking}: give one for the whole run, `call_kwargs={{{lacking[0]!r}: ...}}`, or use a "
+            "pipeline of text alone"
+        )
 
     def rollout(
         self,
@@ -487,7 +517,7 @@ def _relative_gap(a: Tensor, b: Tensor) -> float:
 
 
 def check_seams(pipeline: DiffusionPipeline) -> None:
-    """Raises a `ValueError` that names the first seam which the pipeline lacks."""
+    """Raises a `ValueError` that names the first seam which the pipeline lacks, or a part that is offloaded."""
     cls = type(pipeline)
     missing = None
     if not hasattr(cls.__call__, "__wrapped__"):
@@ -500,11 +530,12 @@ def check_seams(pipeline: DiffusionPipeline) -> None:
         missing = "it has no `scheduler` with a `step`"
     if missing:
         raise ValueError(f"{cls.__name__} lacks a seam that on-policy distillation needs: {missing}.")
-    if _is_offloaded(getattr(pipeline, denoiser_name(pipeline))):
-        raise ValueError(
-            f"{cls.__name__} has offload hooks on its {denoiser_name(pipeline)}: they would move it away while its "
-            "graph is needed. Build the pipeline without `enable_*_offload()`."
-        )
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and _is_offloaded(part):
+            raise ValueError(
+                f"{cls.__name__} is offloaded: its {name} has hooks that move it to and fro; build the pipeline "
+                "without `enable_*_offload()` and `device_map`."
+            )
 
 
 def _is_offloaded(module: nn.Module) -> bool:

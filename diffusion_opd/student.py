@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 
 from .config import DiffusionConfig
 from .errors import brief, one_sentence, why_not
-from .policy import denoiser_name, tuner_layers
+from .policy import check_seams, denoiser_name, tuner_layers
 from .shards import zero3_unseen
 from .teachers import INDEX_NAME, STUDENT_ADAPTER, absent_parts, changes_base
 
@@ -57,8 +57,8 @@ def load_student(
         peft_config ([`~peft.LoraConfig`], *optional*): Trains a LoRA; `None` trains the whole denoiser.
 
     Raises:
-        ValueError: if the pipeline cannot be loaded, has no single denoiser, carries adapters already, or could not
-            load a LoRA again.
+        ValueError: if the pipeline cannot be loaded, has no single denoiser, lacks a seam, is offloaded, carries
+            adapters already, or could not load a LoRA again.
         TypeError: if `model` or `peft_config` is none of the above.
     """
     if not isinstance(peft_config, (LoraConfig, type(None))):
@@ -87,10 +87,11 @@ def load_student(
             name = next((name for name in ("transformer", "unet") if name in index), "transformer")
             denoiser_dtype = torch.float32 if peft_config is None else args.mixed_dtype
             init_kwargs["dtype"] = {name: denoiser_dtype, "default": args.mixed_dtype}
-        how = "from safetensors (`model_init_kwargs={'use_safetensors': False}` reads pickles that you trust)"
-        how = how if init_kwargs["use_safetensors"] else "with these `model_init_kwargs`"
-        with whole_modules(), one_sentence(f"the student {str(model)!r} cannot be loaded {how}"):
+        unsafe = " from safetensors (`model_init_kwargs={'use_safetensors': False}` reads pickles that you trust)"
+        unsafe = unsafe if init_kwargs["use_safetensors"] else ""
+        with whole_modules(), one_sentence(f"the student {str(model)!r} cannot be loaded", unsafe):
             pipeline = DiffusionPipeline.from_pretrained(model, **init_kwargs)
+    check_seams(pipeline)
     name = denoiser_name(pipeline)
     denoiser = getattr(pipeline, name)
     if tuner_layers(denoiser):
@@ -101,8 +102,9 @@ def load_student(
     for key, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             if missing := [entry for entry, tensor in part.state_dict().items() if tensor.is_meta]:
+                source = type(pipeline).__name__ if model is pipeline else str(model)
                 raise ValueError(
-                    f"the student {str(model)!r} lacks {len(missing)} tensors of its {key}, e.g. {missing[0]}; are its "
+                    f"the student {source!r} lacks {len(missing)} tensors of its {key}, e.g. {missing[0]}; are its "
                     "files complete?"
                 )
             part.requires_grad_(False).eval()

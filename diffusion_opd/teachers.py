@@ -8,6 +8,7 @@ makes a teacher that silently equals the base.
 This file knows pipelines and files, and no trainer, loss or data.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -15,7 +16,8 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -34,7 +36,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .config import check_types
 from .errors import brief, one_sentence, why_not
-from .policy import denoiser_name, is_flow, own_scheduler, tuner_layers
+from .policy import check_seams, denoiser_name, is_flow, own_scheduler, tuner_layers
 
 MANIFEST_NAME = "teacher_manifest.json"
 STUDENT_ADAPTER = "default"
@@ -42,6 +44,7 @@ INDEX_NAME = "model_index.json"  # of a pipeline
 CONFIG_NAME = "config.json"  # of a denoiser
 LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers format
 PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+NAMES = [INDEX_NAME, CONFIG_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME]
 
 
 @dataclass
@@ -58,8 +61,9 @@ class Teacher:
         subfolder, revision (`str`, *optional*):
             Where in the repository, and which version of it.
         weight_name (`str`, *optional*):
-            File name of a LoRA in diffusers format, if it is not `pytorch_lora_weights.safetensors`. Given, nothing
-            else in the folder is looked at.
+            File name of a LoRA in diffusers format. Defaults to `pytorch_lora_weights.safetensors`, or to the only
+            safetensors file of a folder that holds nothing else of a teacher. Given, nothing else in the folder is
+            looked at.
         guidance_scale (`float`, *optional*):
             Its own guidance scale. Defaults to the student's.
         call_kwargs (`dict`, *optional*):
@@ -160,7 +164,9 @@ def _locate(teacher: Teacher) -> tuple[Path, str | None]:
     path = str(teacher.path)
     if os.path.isdir(path):
         return Path(path, teacher.subfolder or ""), None
-    names = [INDEX_NAME, CONFIG_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, teacher.weight_name or LORA_NAME]
+    if os.path.isfile(path):
+        raise ValueError(f"teacher {teacher.id!r}: {path!r} is a file; give its folder, and its name as `weight_name`.")
+    names = [*NAMES, teacher.weight_name or LORA_NAME]
     patterns = [PurePosixPath(teacher.subfolder or "", name).as_posix() for name in names]
     try:
         if os.path.isabs(path):
@@ -169,6 +175,28 @@ def _locate(teacher: Teacher) -> tuple[Path, str | None]:
     except (HFValidationError, OSError) as error:
         raise ValueError(f"teacher {teacher.id!r}: {path!r} {why_not(error, teacher.revision)}.") from error
     return snapshot / (teacher.subfolder or ""), snapshot.name
+
+
+def _sole_lora(teacher: Teacher, folder: Path, commit: str | None) -> str | None:
+    """The only safetensors file, where there is nothing by the names that tell what a teacher is."""
+    if any((folder / name).is_file() for name in [*NAMES, LORA_NAME]):
+        return None
+    found = sorted(file.name for file in folder.glob("*.safetensors"))
+    if commit is not None:
+        inside = PurePosixPath(teacher.subfolder or "")
+        download = partial(snapshot_download, str(teacher.path), revision=commit)
+        with contextlib.suppress(OSError):  # offline it is what the cache holds
+            listed = download(allow_patterns=str(inside / "*.safetensors"), dry_run=True)
+            paths = [PurePosixPath(file.filename) for file in listed]
+            found = sorted(path.name for path in paths if path.parent == inside)
+            if len(found) == 1:
+                download(allow_patterns=str(inside / found[0]))
+    if len(found) > 1:
+        raise ValueError(
+            f"teacher {teacher.id!r}: {teacher.source!r} holds {len(found)} safetensors files ({_sample(found)}); name "
+            "the LoRA among them by `weight_name`."
+        )
+    return found[0] if found else None
 
 
 def _read_json(teacher: Teacher, path: Path) -> dict[str, Any]:
@@ -217,6 +245,8 @@ def load_teachers(
                 )
         else:
             folder, commit = _locate(teacher)
+            if teacher.weight_name is None:
+                teacher = replace(teacher, weight_name=_sole_lora(teacher, folder, commit))
             if teacher.weight_name is None and (folder / INDEX_NAME).is_file():
                 pipeline = _load_pipeline(teacher, folder, commit, dtype)
             elif teacher.weight_name is None and (folder / CONFIG_NAME).is_file():
@@ -229,6 +259,8 @@ def load_teachers(
                 pipeline, adapter = host, f"teacher_{index}"
                 _add_lora(teacher, getattr(host, name), adapter, tensors, config)
         if adapter is None:
+            with one_sentence(f"teacher {teacher.id!r}"):
+                check_seams(pipeline)
             check_compatible(teacher, pipeline, student)
             _share(pipeline, student)
             sha256 = hash_tensors(_denoiser(pipeline).state_dict())
@@ -261,8 +293,8 @@ def _load_module(
 ) -> nn.Module:
     """`from_pretrained` of a model that refuses what it would only warn about, and pickles."""
     with one_sentence(
-        f"teacher {teacher.id!r}: {teacher.source!r} cannot be loaded as a {cls.__name__} (only safetensors are read; "
-        "if you trust other files, load the pipeline yourself and give that)"
+        f"teacher {teacher.id!r}: {teacher.source!r} cannot be loaded as a {cls.__name__}",
+        " (only safetensors are read; if you trust pickles, load the pipeline yourself and give it)",
     ):
         module, info = cls.from_pretrained(
             *where, **kwargs, dtype=dtype, use_safetensors=True, output_loading_info=True
@@ -362,8 +394,8 @@ def _read_lora(teacher: Teacher, folder: Path, student: DiffusionPipeline) -> tu
             f"e.g. {_sample(scales)}."
         )
     else:
-        tensors, config = _read_diffusers_lora(teacher, weights, student)
-    if not any(key.endswith("lora_B.weight") for key in tensors):
+        tensors, config = _read_diffusers_lora(teacher, weights, student, tensors)
+    if not _has_lora(tensors):
         raise ValueError(
             f"teacher {teacher.id!r}: no LoRA tensors for a {name} in {teacher.source!r}, e.g. {_sample(tensors)}."
         )
@@ -377,6 +409,10 @@ def _read_lora(teacher: Teacher, folder: Path, student: DiffusionPipeline) -> tu
     return tensors, config
 
 
+def _has_lora(tensors: Iterable[str]) -> bool:
+    return any(key.endswith("lora_B.weight") for key in tensors)
+
+
 def changes_base(config: LoraConfig) -> bool:
     """Whether a LoRA also changes the backbone that a student and its LoRA teachers share."""
     return (
@@ -387,19 +423,34 @@ def changes_base(config: LoraConfig) -> bool:
 
 
 def _read_diffusers_lora(
-    teacher: Teacher, weights: Path, student: DiffusionPipeline
+    teacher: Teacher, weights: Path, student: DiffusionPipeline, keys: Iterable[str]
 ) -> tuple[dict[str, Tensor], LoraConfig]:
-    prefix = denoiser_name(student) + "."
+    name, cls = denoiser_name(student), type(student)
+    prefix = f"{name}."
+
+    def check_read(unread: Sequence[str]) -> None:
+        if unread:
+            raise ValueError(
+                f"teacher {teacher.id!r}: {len(unread)} keys of {teacher.source!r} are in a format that the "
+                f"`lora_state_dict` of {cls.__name__} does not read, e.g. {min(unread)}."
+            )
+
     # As its `load_lora_weights`, which needs the config of a UNet to read names of other trainers
-    of_unet = {"unet_config": student.unet.config} if prefix == "unet." else {}
-    tensors, *rest = type(student).lora_state_dict(
-        str(weights.parent), weight_name=weights.name, return_lora_metadata=True, **of_unet
-    )
+    of_unet = {"unet_config": student.unet.config} if name == "unet" else {}
+    with one_sentence(
+        f"teacher {teacher.id!r}: {weights.name} of {teacher.source!r} is in a format that the `lora_state_dict` of "
+        f"{cls.__name__} does not read, with keys as {min(keys)}"
+    ):
+        tensors, *rest = cls.lora_state_dict(
+            str(weights.parent), weight_name=weights.name, return_lora_metadata=True, **of_unet
+        )
     alphas, metadata = (rest[0] if len(rest) == 2 else None), rest[-1]
-    if foreign := [key for key in tensors if not key.startswith(prefix)]:
+    foreign = [key for key in tensors if not key.startswith(prefix)]
+    check_read([key for key in foreign if key.partition(".")[0] not in {"transformer", "unet", *student.components}])
+    if foreign:
         raise ValueError(
-            f"teacher {teacher.id!r}: {len(foreign)} tensors of {teacher.source!r} are not for the student's "
-            f"{prefix[:-1]}, e.g. {_sample(foreign)}; a teacher may adapt the denoiser only."
+            f"teacher {teacher.id!r}: {len(foreign)} tensors of {teacher.source!r} are not for the student's {name}, "
+            f"e.g. {_sample(foreign)}; a teacher may adapt the denoiser only."
         )
     tensors, alphas, metadata = (
         {key.removeprefix(prefix): value for key, value in (given or {}).items() if key.startswith(prefix)}
@@ -407,6 +458,7 @@ def _read_diffusers_lora(
     )
     if not any("lora_A" in key for key in tensors):  # down and up of other trainers
         tensors, alphas = convert_unet_state_dict_to_peft(tensors), convert_unet_state_dict_to_peft(alphas)
+    check_read([] if _has_lora(tensors) else list(keys))
     if metadata:
         return tensors, LoraConfig(**metadata)
     # Without metadata: ranks from the shapes, alphas from `.alpha` entries, alpha = rank where there are none
@@ -429,26 +481,51 @@ def _add_lora(
     teacher: Teacher, denoiser: nn.Module, adapter: str, tensors: dict[str, Tensor], config: LoraConfig
 ) -> None:
     """Adds a frozen adapter and refuses any tensor that is missing, unexpected or of another shape."""
-    with one_sentence(
-        f"teacher {teacher.id!r}: the LoRA {teacher.source!r} does not fit the student's {type(denoiser).__name__}"
-    ):
-        add_adapter(denoiser, config, adapter)
-    expected = get_peft_model_state_dict(denoiser, adapter_name=adapter)
+    cls, modules = type(denoiser).__name__, {name for name, _ in denoiser.named_modules()}
+    adapted, expected = {_module_of(key) for key in tensors}, {}
+    if adapted & modules:
+        with one_sentence(f"teacher {teacher.id!r}: the LoRA {teacher.source!r} does not fit the student's {cls}"):
+            add_adapter(denoiser, config, adapter)
+        expected = get_peft_model_state_dict(denoiser, adapter_name=adapter)
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    shapes = [
-        f"{key} {tuple(tensors[key].shape)} for {tuple(expected[key].shape)}"
-        for key in expected.keys() & tensors.keys()
+    shapes = {
+        key: (tuple(tensors[key].shape), tuple(expected[key].shape))
+        for key in sorted(expected.keys() & tensors.keys())
         if tensors[key].shape != expected[key].shape
+    }
+    differences = [
+        *(
+            f"its {key} is of shape {theirs} where {ours} is needed"
+            for key, (theirs, ours) in shapes.items()
+            if _without_rank(key, theirs) != _without_rank(key, ours)
+        ),
+        *(f"it adapts {m}, which is not there by that name" for m in map(_module_of, unexpected) if m not in modules),
+        *(f"it lacks {m}, which its config names" for m in map(_module_of, missing) if m not in adapted),
     ]
-    for kind, keys in (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", shapes)):
+    if differences:
+        raise ValueError(
+            f"teacher {teacher.id!r}: the LoRA {teacher.source!r} was made for another model than the student's {cls}: "
+            f"{differences[0]}."
+        )
+    wrong = [f"{key} {theirs} for {ours}" for key, (theirs, ours) in shapes.items()]
+    for kind, keys in (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", wrong)):
         if keys:
             raise ValueError(
                 f"teacher {teacher.id!r}: {len(keys)} {kind} LoRA tensors in {teacher.source!r} for the student's "
-                f"{type(denoiser).__name__}, e.g. {_sample(keys)}."
+                f"{cls}, e.g. {_sample(keys)}."
             )
     with torch.no_grad():
         for key, value in expected.items():
             value.copy_(tensors[key])
+
+
+def _module_of(key: str) -> str:
+    return key.rpartition(".lora_")[0]
+
+
+def _without_rank(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    rank = int("lora_B" in key)
+    return shape[:rank] + shape[rank + 1 :]
 
 
 def add_adapter(denoiser: nn.Module, config: LoraConfig, name: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, StableDiffusion3Img2ImgPipeline, UNet2DModel
 from peft import IA3Config
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments
@@ -31,6 +31,7 @@ from diffusion_opd import (
     DiffusionOPDTrainer,
     Teacher,
 )
+from diffusion_opd.errors import one_sentence
 from tests.test_teachers import save_diffusers, save_peft
 from tests.test_trainer import config, lora
 from tests.tiny_pipelines import BUILDERS, CALL
@@ -103,7 +104,15 @@ class World:
             **extra,
         )
 
-    def rl(self, funcs: Any = brightness, data: Any = PROMPTS, trainer: str = "GRPO", args: Any = None, **kwargs: Any):
+    def rl(
+        self,
+        funcs: Any = brightness,
+        data: Any = PROMPTS,
+        trainer: str = "GRPO",
+        args: Any = None,
+        model: Any = None,
+        **kwargs: Any,
+    ):
         extra = {name: kwargs.pop(name) for name in ("eval_dataset",) if name in kwargs}
         make, trainer = getattr(diffusion_opd, f"Diffusion{trainer}Config"), f"Diffusion{trainer}Trainer"
         settings = dict(
@@ -120,7 +129,7 @@ class World:
             image_steps=0,
         )
         return getattr(diffusion_opd, trainer)(
-            str(self.base),
+            str(self.base) if model is None else model,
             funcs,
             make(str(self.folder / "rl"), **(settings | kwargs)) if args is None else args,
             train_dataset=data,
@@ -147,6 +156,29 @@ def with_nan(folder: Path, file: str = DENOISER) -> None:
     tensors = load_file(folder / file)
     tensors[min(tensors)].fill_(math.nan)
     save_file(tensors, folder / file)
+
+
+def quantised(folder: Path) -> None:
+    path, own = folder / "transformer/config.json", {"quant_method": "own"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": own}))
+
+
+def offloaded(how: str) -> DiffusionPipeline:
+    pipe = BUILDERS["sd3"](1)
+    of_groups = {"onload_device": torch.device("cpu"), "offload_type": "leaf_level"}
+    getattr(pipe, how)(**(of_groups if how == "enable_group_offload" else {"device": "cpu"}))
+    return pipe
+
+
+def on_meta(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    pipe.vae.to("meta")
+    return pipe
+
+
+OFFLOADED = (
+    r"StableDiffusion3Pipeline is offloaded: its \w+ has hooks that move it to and fro; build the pipeline without "
+)
+OFFLOADED += r"`enable_\*_offload\(\)` and `device_map`\.$"
 
 
 def without_a_tensor(folder: Path) -> None:
@@ -463,7 +495,7 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
     "a file for a folder": (
         lambda w: w.opd(teachers=str(w.folder / "file")),
         ValueError,
-        r"teacher 'file': '.*/file' is neither a folder nor the id of a repository on the Hub\.$",
+        r"teacher 'file': '.*/file' is a file; give its folder, and its name as `weight_name`\.$",
     ),
     "an empty folder": (
         lambda w: w.opd(teachers=str(w.folder / "empty")),
@@ -483,7 +515,8 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
     "a LoRA of another family": (
         lambda w: w.opd(teachers=str(save_peft(w.folder / "of_flux", "flux"))),
         ValueError,
-        r"teacher 'of_flux': \d+ missing LoRA tensors in '.*' for the student's SD3Transformer2DModel, e\.g\. transf",
+        r"teacher 'of_flux': the LoRA '.*' was made for another model than the student's SD3Transformer2DModel: it "
+        r"adapts single_transformer_blocks\.0\.attn\.to_k, which is not there by that name\.$",
     ),
     "a pipeline of another family": (
         lambda w: w.opd(teachers=BUILDERS["sd15"](1)),
@@ -528,7 +561,7 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
     "half a pipeline": (
         lambda w: w.opd(teachers=w.copy("pipeline", lambda f: halve(f / DENOISER))),
         ValueError,
-        r"teacher '.*': '.*' cannot be loaded as a SD3Transformer2DModel \(only safetensors are read; .*\): Unable",
+        r"teacher '.*': '.*' cannot be loaded as a SD3Transformer2DModel: Unable",
     ),
     "a pointer in a pipeline": (
         lambda w: w.opd(teachers=w.copy("pipeline", lambda f: (f / DENOISER).write_text(POINTER))),
@@ -544,6 +577,17 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
         lambda w: w.opd(teachers=w.copy("pipeline", with_index(transformer=["diffusers", "Own2DModel"]))),
         ValueError,
         r"teacher '.*': the transformer of '.*' is a Own2DModel, which this version of diffusers has not",
+    ),
+    "a pipeline in pickles": (
+        lambda w: w.opd(teachers=w.copy("pipeline", lambda f: as_pickle(f / DENOISER))),
+        ValueError,
+        r"teacher '.*': '.*' cannot be loaded as a SD3Transformer2DModel \(only safetensors are read; if you trust "
+        r"pickles, load the pipeline yourself and give it\): Error no file named",
+    ),
+    "a quantised pipeline": (
+        lambda w: w.opd(teachers=w.copy("pipeline", quantised)),
+        ValueError,
+        r"teacher '.*': '.*' cannot be loaded as a SD3Transformer2DModel: Unknown quantization type, got own",
     ),
     "a pipeline of an unknown class": (
         lambda w: w.opd(teachers=w.copy("pipeline", with_index(_class_name="OwnPipeline"))),
@@ -604,17 +648,65 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
     "half a student": (
         lambda w: w.opd(model=w.copy("base", lambda f: halve(f / DENOISER))),
         ValueError,
-        r"the student '.*' cannot be loaded from safetensors \(.*\): Unable to load weights",
+        r"the student '.*' cannot be loaded: Unable to load weights",
     ),
     "a student that lacks a tensor": (
         lambda w: w.opd(model=w.copy("base", without_a_tensor)),
         ValueError,
         r"the student '.*' lacks 1 tensors of its transformer, e\.g\. context_embedder\.bias; are its files",
     ),
+    "a quantised student": (
+        lambda w: w.opd(model=w.copy("base", quantised)),
+        ValueError,
+        r"the student '.*' cannot be loaded: Unknown quantization type, got own",
+    ),
+    "a quantisation that is no config": (
+        lambda w: w.opd(model_init_kwargs={"quantization_config": {"load_in_4bit": True}}),
+        ValueError,
+        r"the student '.*' cannot be loaded: .*PipelineQuantizationConfig",
+    ),
     "a student of an unknown class": (
         lambda w: w.opd(model=w.copy("base", with_index(_class_name="OwnPipeline"))),
         ValueError,
-        r"the student '.*' cannot be loaded .*OwnPipeline",
+        r"the student '.*' cannot be loaded: .*OwnPipeline",
+    ),
+    "an empty part of a loaded student": (
+        lambda w: w.opd(model=on_meta(BUILDERS["sd3"](0))),
+        ValueError,
+        r"the student 'StableDiffusion3Pipeline' lacks 116 tensors of its vae, e\.g\. encoder\.conv_in\.weight; are",
+    ),
+    **{
+        f"a student under {how}": (lambda w, how=how: w.opd(model=offloaded(how)), ValueError, OFFLOADED)
+        for how in ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
+    },
+    **{
+        f"a teacher under {how}": (
+            lambda w, how=how: w.opd(teachers=offloaded(how)),
+            ValueError,
+            f"teacher 'teacher': {OFFLOADED}",
+        )
+        for how in ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
+    },
+    "a pipeline without seams for a teacher": (
+        lambda w: w.opd(teachers=DDPMPipeline(UNet2DModel(4, block_out_channels=(32,) * 4), DDIMScheduler())),
+        ValueError,
+        r"teacher 'teacher': DDPMPipeline lacks a seam that on-policy distillation needs: it has no `encode_prompt`\.$",
+    ),
+    "a size that the student does not draw": (
+        lambda w: w.opd(call_kwargs={"height": 17}),
+        ValueError,
+        r"StableDiffusion3Pipeline fails in its own `__call__`: `height` and `width` .* but are 17 and ",
+    ),
+    "a student of pictures": (
+        lambda w: w.rl(model=StableDiffusion3Img2ImgPipeline(**BUILDERS["sd3"](0).components)),
+        ValueError,
+        r"StableDiffusion3Img2ImgPipeline fails in its own `__call__`: .*; it may need \['image'\]: give one for the "
+        r"whole run, `call_kwargs=\{'image': \.\.\.\}`, or use a pipeline of text alone$",
+    ),
+    "a teacher of pictures": (
+        lambda w: w.opd(teachers=StableDiffusion3Img2ImgPipeline(**BUILDERS["sd3"](1).components)),
+        ValueError,
+        r"teacher 'teacher' \(.*\) cannot be asked .*: StableDiffusion3Img2ImgPipeline fails in its own .*or use a pip",
     ),
     "NaN in the student": (
         lambda w: w.opd(model=w.copy("base", with_nan)),
@@ -629,7 +721,7 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
     "a variant that is not there": (
         lambda w: w.opd(model_init_kwargs={"variant": "fp16"}),
         ValueError,
-        r"the student '.*' cannot be loaded .*variant",
+        r"the student '.*' cannot be loaded: .*variant",
     ),
     # What is trained, and with what
     "a dict for a LoRA": (
@@ -738,6 +830,14 @@ def assert_is_ours(error: BaseException) -> None:
     assert "\n" not in str(error) and type(error) in (TypeError, ValueError)
     raised_in = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     assert raised_in[-1].startswith(str(Path(diffusion_opd.__file__).parent)), raised_in[-1]
+
+
+def test_what_a_library_says_is_cut_in_its_middle():
+    with pytest.raises(ValueError) as refusal, one_sentence("it does not fit"):
+        raise RuntimeError("The files " + "\n  'a.bin'," * 1000 + " are none; pass `variant`.")
+    assert re.fullmatch(r"it does not fit: The files 'a\.bin'.{,250} are none; pass `variant`\.", str(refusal.value))
+    with pytest.raises(ValueError, match="^it does not fit: AssertionError$"), one_sentence("it does not fit"):
+        raise AssertionError
 
 
 # Settings at random

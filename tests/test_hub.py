@@ -7,6 +7,7 @@ endpoint when it is imported.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -179,6 +180,12 @@ def hub(tmp_path_factory) -> Iterator[HubServer]:
             server.publish(f"acme/{name}", folder / name)
         BUILDERS["sd3"](5).save_pretrained(folder / "zoo" / "pipelines" / "editor")
         server.publish("acme/zoo", folder / "zoo")
+        save_diffusers(folder / "styles" / "ink", seed=6)
+        (folder / "styles" / "ink" / "pytorch_lora_weights.safetensors").rename(folder / "styles/ink/ink.safetensors")
+        for name in ("oil", "chalk"):
+            shutil.copy(folder / "styles/ink/ink.safetensors", folder / "styles" / f"{name}.safetensors")
+        server.publish("acme/ink", folder / "styles" / "ink")
+        server.publish("acme/styles", folder / "styles")
         rows = [{"prompt": prompt, "teacher_id": task} for task, prompts in PROMPTS.items() for prompt in prompts]
         (folder / "prompts").mkdir()
         Dataset.from_list(rows).to_parquet(folder / "prompts" / "train.parquet")
@@ -406,6 +413,29 @@ def test_what_was_downloaded_works_offline(hub: HubServer, tmp_path, trained: Pa
     client(hub, home, COMMON + DOWNLOADED)
     offline = client(hub, home, COMMON + BUILD, HF_HUB_OFFLINE="1")
     assert offline == json.loads((trained / "student-lora" / "checkpoint-2" / "teacher_manifest.json").read_text())
+
+
+SOLE = """
+teachers = [Teacher("acme/ink"), Teacher("acme/styles", subfolder="ink", id="inside")]
+teachers.append(Teacher("acme/styles", weight_name="oil.safetensors", id="oil"))
+from diffusion_opd.teachers import load_teachers, manifest, name_teachers
+student = DiffusionPipeline.from_pretrained("acme/base")
+result = manifest(load_teachers(name_teachers(teachers), student, True, torch.float32))["teachers"]
+try:
+    load_teachers(name_teachers("acme/styles"), student, True, torch.float32)
+except ValueError as error:
+    result.append(str(error))
+"""
+
+
+@pytest.mark.slow
+def test_the_only_file_of_a_repository_is_the_lora(hub: HubServer, tmp_path):
+    *entries, refusal = client(hub, tmp_path, COMMON + SOLE)
+    assert len({entry["sha256"] for entry in entries}) == 1 and all(entry["commit"] for entry in entries)
+    assert "'acme/styles' holds 2 safetensors files (chalk.safetensors, oil.safetensors); name the LoRA" in refusal
+    assert not any(re.match("GET .*chalk", request) for request in hub.requests)
+    *offline, _ = client(hub, tmp_path, COMMON + SOLE, HF_HUB_OFFLINE="1")
+    assert offline[:3] == entries
 
 
 REFUSALS = """

@@ -11,7 +11,7 @@ MAY_IMPORT = {
     "objectives": {"transitions"},
     "sampling": set(),
     "config": {"transitions"},
-    "policy": {"transitions"},
+    "policy": {"errors", "transitions"},
     "errors": set(),
     "teachers": {"config", "errors", "policy"},
     "student": {"config", "errors", "policy", "shards", "teachers"},

@@ -6,7 +6,9 @@ watched. All numbers are equal bit for bit.
 
 import contextlib
 import gc
+import inspect
 import pickle
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -24,9 +26,16 @@ from diffusers import (
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    FluxControlPipeline,
     FluxKontextPipeline,
+    LTXImageToVideoPipeline,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
+    StableDiffusionInpaintPipeline,
     UNet2DModel,
+    WanImageToVideoPipeline,
 )
 from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig, inject_adapter_in_model
@@ -948,17 +957,17 @@ def test_unknown_arguments_are_refused():
         Policy(built("sd3"), STEPS, {"true_cfg_scale": 4.0, "height": 16, "guidance": 1.0})
 
 
-@pytest.mark.parametrize("family", ["sd3", "sd15"])
+@pytest.mark.parametrize(("family", "part"), [("sd3", "transformer"), ("sd3", "text_encoder_2"), ("sd15", "unet")])
 @pytest.mark.parametrize("how", ["accelerate", "accelerate with hook", "block_level", "leaf_level"])
-def test_offloaded_denoiser_is_refused(family: str, how: str):
+def test_an_offloaded_part_is_refused(family: str, part: str, how: str):
     pipe, cpu = BUILDERS[family](0), torch.device("cpu")
     if how == "accelerate":
-        accelerate.cpu_offload(denoiser(pipe), cpu)
+        accelerate.cpu_offload(getattr(pipe, part), cpu)
     elif how == "accelerate with hook":
-        accelerate.cpu_offload_with_hook(denoiser(pipe), cpu)
+        accelerate.cpu_offload_with_hook(getattr(pipe, part), cpu)
     else:
-        apply_group_offloading(denoiser(pipe), cpu, offload_type=how, num_blocks_per_group=1)
-    with pytest.raises(ValueError, match="offload hooks"):
+        apply_group_offloading(getattr(pipe, part), cpu, offload_type=how, num_blocks_per_group=1)
+    with pytest.raises(ValueError, match=f"Pipeline is offloaded: its {part} has hooks"):
         Policy(pipe, STEPS, CALL[family])
 
 
@@ -976,6 +985,63 @@ def test_used_pipeline_is_not_taken_for_an_offloaded_one(family: str):
 def test_self_check_refuses(cls: type, sentence: str):
     with pytest.raises(ValueError, match=f"{cls.__name__} {sentence}"):
         Policy(of(cls), STEPS).self_check(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("cls", "family", "call_kwargs", "sentence"),
+    [
+        (
+            QwenImageEditPipeline,
+            "qwenimage",
+            {},
+            "AttributeError: 'NoneType' object has no attribute 'size'; it may need ['image']: give one for the whole "
+            "run, `call_kwargs={'image': ...}`, or use a pipeline of text alone",
+        ),
+        (QwenImageEditPlusPipeline, "qwenimage", {}, "no attribute 'size'; it may need ['image']: give one"),
+        (StableDiffusion3Img2ImgPipeline, "sd3", {}, "Input is in incorrect format.*; it may need ['image']: give"),
+        (StableDiffusionInpaintPipeline, "sd15", {}, "it may need ['image', 'mask_image']: give"),
+        (
+            StableDiffusionInpaintPipeline,
+            "sd15",
+            {"image": Image.new("RGB", (16, 16))},
+            "it may need ['mask_image']: give one for the whole run, `call_kwargs={'mask_image': ...}`, or",
+        ),
+        (LTXImageToVideoPipeline, "ltx", {}, "it may need ['image']: give"),
+        (FluxControlPipeline, "flux", {}, "it may need ['control_image']: give"),
+        (WanImageToVideoPipeline, "wan", {}, "missing 1 required.*; it may need ['image']: give"),
+        (StableDiffusion3Pipeline, "sd3", {"height": 17}, "`height` and `width` .* but are 17 and 16."),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else None,
+)
+def test_a_pipeline_that_cannot_be_called_is_named(cls: type, family: str, call_kwargs: dict, sentence: str):
+    parts = BUILDERS[family](0).components
+    names = inspect.signature(cls.__init__).parameters.keys() - {"self"}
+    pipe = cls(**{name: parts.get(name) for name in names if name in parts or name == "processor"})
+    call = {key: value for key, value in CALL[family].items() if key in inspect.signature(cls.__call__).parameters}
+    policy = Policy(pipe, STEPS, call | call_kwargs)
+    for run_it in (policy.self_check, lambda prompts: policy.rollout(prompts, generators(), on_euler)):
+        with pytest.raises(ValueError) as refusal:
+            run_it(PROMPTS)
+        words = ".*".join(re.escape(part) for part in sentence.split(".*"))
+        assert re.search(f"^{cls.__name__} fails in its own `__call__`: .*{words}", str(refusal.value))
+        assert refusal.value.__cause__ is not None
+        assert (" it may need " in str(refusal.value)) == ("it may need" in sentence)
+
+
+def test_what_others_raise_in_a_run_stays_as_it_is():
+    """What an `on_step` raises, and what a pipeline does that has worked before, is about other things than its
+    arguments."""
+    policy = Policy(built("sd3"), STEPS, CALL["sd3"])
+
+    def out_of_memory(*args: Any) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        record(policy, out_of_memory)
+    policy.self_check(PROMPTS)
+    handle = policy.denoiser.register_forward_pre_hook(out_of_memory)
+    with handle, pytest.raises(torch.OutOfMemoryError):
+        policy.self_check(PROMPTS)
 
 
 def test_self_check_refuses_guidance_that_depends_on_the_step():

@@ -34,17 +34,23 @@ def lora(**kwargs) -> LoraConfig:
     return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": LORA_TARGETS, "init_lora_weights": False} | kwargs)
 
 
-def with_lora(family: str, seed: int, config: LoraConfig) -> PeftModel:
-    return frozen(seed, get_peft_model, denoiser(BUILDERS[family](0)), config)
+def base(family: str | DiffusionPipeline) -> DiffusionPipeline:
+    return BUILDERS[family](0) if isinstance(family, str) else family
 
 
-def save_peft(folder: Path, family: str = "sd3", seed: int = 1, **config) -> Path:
+def with_lora(family: str | DiffusionPipeline, seed: int, config: LoraConfig) -> PeftModel:
+    return frozen(seed, get_peft_model, denoiser(base(family)), config)
+
+
+def save_peft(folder: Path, family: str | DiffusionPipeline = "sd3", seed: int = 1, **config) -> Path:
     with_lora(family, seed, lora(**config)).save_pretrained(str(folder))
     return folder
 
 
-def save_diffusers(folder: Path, family: str = "sd3", seed: int = 1, metadata: bool = True, **config) -> Path:
-    pipe = BUILDERS[family](0)
+def save_diffusers(
+    folder: Path, family: str | DiffusionPipeline = "sd3", seed: int = 1, metadata: bool = True, **config
+) -> Path:
+    pipe = base(family)
     module = denoiser(pipe)
     frozen(seed, lambda: module.add_adapter(lora(**config)) or module)
     name = denoiser_name(pipe)
@@ -223,6 +229,21 @@ def test_lora_file_of_another_name(tmp_path):
     assert_teaches(Teacher(folder, weight_name="style.safetensors"), "sd3", expected)
 
 
+def test_the_only_file_of_a_folder_is_the_lora(tmp_path):
+    folder = save_diffusers(tmp_path / "me" / "lora")
+    (folder / LORA_FILE).rename(folder / "my_style.safetensors")
+    (folder / "README.md").touch()
+    expected = by_diffusers(folder, "sd3", "my_style.safetensors")
+    assert_teaches(str(folder), "sd3", expected)
+    assert_teaches(Teacher(tmp_path / "me", subfolder="lora"), "sd3", expected)
+    shutil.copy(folder / "my_style.safetensors", folder / "its_ema.safetensors")
+    assert refusal(Teacher(folder, id="style")) == (
+        f"teacher 'style': '{folder}' holds 2 safetensors files (its_ema.safetensors, my_style.safetensors); name the "
+        "LoRA among them by `weight_name`."
+    )
+    assert_teaches(Teacher(folder, weight_name="my_style.safetensors"), "sd3", expected)
+
+
 def kohya(module: str) -> str:
     return "lora_unet_" + module.replace(".", "_")
 
@@ -358,12 +379,14 @@ def test_a_lora_with_other_tensors_is_refused(kind: str, change: str, tmp_path):
         folder = save_diffusers(tmp_path, metadata=kind == "diffusers")
         edit(folder, CHANGES[change], metadata=kind == "diffusers")
     sentence = refusal(Teacher(folder, id="ocr"))
-    assert_words(sentence, "'ocr'", str(folder), "SD3Transformer2DModel", "e.g. transformer_blocks.0")
+    assert_words(sentence, "'ocr'", str(folder), "SD3Transformer2DModel", " transformer_blocks.0")
     # Without metadata, which modules there are is read off the tensors themselves
-    found = {"renamed": "missing"}.get(change, change)
-    if kind == "diffusers without metadata":
-        found = {"missing": "unexpected", "renamed": "unexpected"}.get(change, change)
-    assert_words(sentence, f" {found} LoRA tensors")
+    found = f"{'unexpected' if (kind, change) == ('diffusers without metadata', 'missing') else change} LoRA tensors"
+    words = {
+        "renamed": ["another model", "adapts", "from_"],
+        "wrongly shaped": ["another model", "(7, 4) where (32, 4)"],
+    }
+    assert_words(sentence, *words.get(change, [found]))
 
 
 def test_a_lora_of_another_rank_than_its_config_is_refused(tmp_path):
@@ -375,11 +398,86 @@ def test_a_lora_of_another_rank_than_its_config_is_refused(tmp_path):
 
 def test_a_lora_of_another_family_is_refused(tmp_path):
     folder = save_peft(tmp_path / "peft", "flux", target_modules=["proj_mlp"])
-    assert_words(refusal(folder), "peft", "does not fit the student's SD3Transformer2DModel", "proj_mlp")
+    assert_words(refusal(folder), "peft", "another model than the student's SD3Transformer2DModel", ".0.proj_mlp")
     folder = save_diffusers(tmp_path / "unet", "sdxl")
     assert_words(refusal(folder), "not for the student's transformer", "e.g. unet.")
     folder = save_diffusers(tmp_path / "larger", "wan", metadata=False)
     assert_words(refusal(folder), "larger", "SD3Transformer2DModel")
+
+
+SIZES = {
+    "wider": (
+        {"num_attention_heads": 8, "caption_projection_dim": 64},
+        "its transformer_blocks.0.attn.to_k.lora_A.weight is of shape (4, 64) where (4, 32) is needed.",
+    ),
+    "deeper": ({"num_layers": 3}, "it adapts transformer_blocks.2.attn.to_k, which is not there by that name."),
+    "shallower": ({"num_layers": 1}, "it lacks transformer_blocks.1.attn.to_k, which its config names."),
+    "without dual attention": (
+        {"dual_attention_layers": ()},
+        "it lacks transformer_blocks.0.attn2.to_k, which its config names.",
+    ),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("save", [save_peft, save_diffusers])
+def test_a_lora_of_another_size_of_the_model_is_refused(save: Callable, size: str, tmp_path):
+    """As a LoRA of SD3.5-Large for SD3.5-Medium."""
+    changes, difference = SIZES[size]
+    pipe = BUILDERS["sd3"](0)
+    pipe.transformer = frozen(5, SD3Transformer2DModel.from_config, dict(pipe.transformer.config) | changes)
+    save(tmp_path, pipe)
+    assert refusal(Teacher(tmp_path, id="large")) == (
+        f"teacher 'large': the LoRA '{tmp_path}' was made for another model than the student's SD3Transformer2DModel: "
+        f"{difference}"
+    )
+
+
+def flattened(key: str) -> str:
+    module, part = key.split(".", 1)[1].rsplit(".lora_", 1)
+    return f"{kohya(module)}.{'lora_down' if part.startswith('A') else 'lora_up'}.weight"
+
+
+SPELLINGS = {
+    "ComfyUI": lambda key: key.replace(key.split(".")[0], "diffusion_model", 1),
+    "the original": lambda key: key.replace(key.split(".")[0], "model.diffusion_model", 1),
+    "no prefix": lambda key: key.split(".", 1)[1],
+    "kohya": flattened,
+    "LoKr": lambda key: key.replace("lora_A.weight", "lokr_w1").replace("lora_B.weight", "lokr_w2"),
+}
+
+
+def respelt(folder: Path, family: str, spelling: str) -> Path:
+    save_diffusers(folder, family, metadata=False)
+    return edit(folder, lambda tensors: {SPELLINGS[spelling](key): value for key, value in tensors.items()})
+
+
+@pytest.mark.parametrize(
+    ("family", "spelling"),
+    [
+        *(("sd3", spelling) for spelling in SPELLINGS),
+        *(("flux", spelling) for spelling in SPELLINGS),
+        ("flux2_klein", "kohya"),  # diffusers drops all of it
+        ("sdxl", "ComfyUI"),
+        ("wan", "ComfyUI"),  # read, but not with the modules' names in diffusers
+    ],
+)
+def test_a_lora_in_a_format_that_diffusers_does_not_read_is_refused(family: str, spelling: str, tmp_path):
+    folder = respelt(tmp_path, family, spelling)
+    student = BUILDERS[family](0)
+    words = f"in a format that the `lora_state_dict` of {type(student).__name__} does not read, "
+    sentence = refusal(folder, student)
+    assert_words(sentence, str(folder), words, min(load_file(folder / LORA_FILE)))
+    assert len(sentence.replace(str(folder), "")) < 500
+
+
+@pytest.mark.parametrize(
+    ("family", "spelling"),
+    [(family, "ComfyUI") for family in ("flux2_klein", "qwenimage", "zimage", "ltx")] + [("qwenimage", "kohya")],
+)
+def test_a_lora_in_a_format_that_diffusers_reads(family: str, spelling: str, tmp_path):
+    folder = respelt(tmp_path, family, spelling)
+    assert_teaches(folder, family, by_diffusers(folder, family))
 
 
 def test_a_lora_that_adapts_text_encoders_too_is_refused(tmp_path):
