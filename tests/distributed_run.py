@@ -25,6 +25,7 @@ from transformers import TrainerCallback  # noqa: E402
 
 import diffusion_opd  # noqa: E402
 from diffusion_opd.base_trainer import DiffusionTrainer  # noqa: E402
+from diffusion_opd.student import whole_modules  # noqa: E402
 from tests.cpu_engines import Wire, fsdp_on_cpu, leave  # noqa: E402
 from tests.launched import serve  # noqa: E402
 from tests.test_teachers import save_peft  # noqa: E402
@@ -182,12 +183,13 @@ def picture_gap(options: argparse.Namespace, trainer: DiffusionTrainer) -> float
     trainer.save_model(str(saved))
     trainer.accelerator.wait_for_everyone()
     base = options.out / f"student-{rank}"
-    plain = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.bfloat16)
-    untrained = picture(plain)
-    if options.mode == "lora":
-        plain.load_lora_weights(saved, weight_name="pytorch_lora_weights.safetensors")
-    else:
-        plain = DiffusionPipeline.from_pretrained(saved, torch_dtype=torch.bfloat16)
+    with whole_modules():  # as in a process of its own
+        plain = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.bfloat16)
+        untrained = picture(plain)
+        if options.mode == "lora":
+            plain.load_lora_weights(saved, weight_name="pytorch_lora_weights.safetensors")
+        else:
+            plain = DiffusionPipeline.from_pretrained(saved, torch_dtype=torch.bfloat16)
     published = picture(plain)
     return float(np.abs(drawn - published).mean() / np.abs(untrained - published).mean())
 
