@@ -50,6 +50,7 @@ demo: $(INSTALLED)
 lint: $(INSTALLED)
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
+	$(RUN) mypy
 
 format: $(INSTALLED)
 	$(RUN) ruff check --fix .
@@ -65,4 +66,4 @@ docs-serve: $(INSTALLED)
 	$(RUN) mkdocs serve
 
 clean:
-	rm -rf site build dist .pytest_cache .ruff_cache
+	rm -rf site build dist .pytest_cache .ruff_cache .mypy_cache
