@@ -48,6 +48,12 @@ def test_every_dependency_has_a_lower_bound():
     assert [line for line in lines if not re.search(r"[>=]=|^diffusion-opd\[", line)] == []
 
 
+def test_the_workflow_of_the_docs_installs_what_the_extra_names():
+    workflow = (ROOT / ".github" / "workflows" / "docs.yml").read_text()
+    listed = " ".join(f'"{line}"' for line in PROJECT["optional-dependencies"]["docs"])
+    assert f"pip install {listed}\n" in workflow
+
+
 def test_the_version_is_one():
     assert (
         re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M).group(1) == diffusion_opd.__version__
