@@ -7,9 +7,11 @@
 #   make test VENV=~/envs/diffusion            in a virtual environment you have; its torch is kept
 #   make test TORCH="torch==2.14.0"            another torch; anything `pip install` takes
 #   make test PYTHON=python3.12                the interpreter that makes $(VENV)
+#   make test LOWEST=1                         with the lowest versions that pyproject.toml names, in .venv-lowest
 
 PYTHON ?= python3
-VENV ?= .venv
+LOWEST ?=
+VENV ?= $(if $(LOWEST),.venv-lowest,.venv)
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 
@@ -22,12 +24,19 @@ INSTALLED := $(VENV)/.diffusion_opd-installed
 
 install: $(INSTALLED)
 
+INSTALL := $(BIN)/python -m pip install -e ".[dev]"
+ifneq ($(LOWEST),)
+# uv, since pip knows the newest only; it keeps what is there, so the environment is made anew each time.
+INSTALL := $(BIN)/python -m pip install uv && $(BIN)/uv pip install --python $(BIN)/python \
+	--resolution lowest-direct -e ".[deepspeed,docs,ocr,test]"
+endif
+
 # torch goes first and is then held by a constraint: left to itself, pip may replace a CPU build by the newest CUDA one.
 $(INSTALLED): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -z "$(LOWEST)" -a -x $(BIN)/python || $(PYTHON) -m venv $(if $(LOWEST),--clear) $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip list --format=freeze | grep "^torch==" > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e ".[dev]"
+	$(INSTALL) -c $(VENV)/constraints.txt
 	touch $@
 
 test: $(INSTALLED)
@@ -45,6 +54,7 @@ demo: $(INSTALLED)
 lint: $(INSTALLED)
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
+	$(RUN) mypy
 
 format: $(INSTALLED)
 	$(RUN) ruff check --fix .
@@ -60,4 +70,4 @@ docs-serve: $(INSTALLED)
 	$(RUN) mkdocs serve
 
 clean:
-	rm -rf site build dist .pytest_cache .ruff_cache
+	rm -rf site build dist .pytest_cache .ruff_cache .mypy_cache

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend, FullyShardedDataParallelPlugin, TorchDynamoPlugin
-from torch import nn
+from diffusers import ModelMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .config import DiffusionConfig
@@ -62,12 +62,12 @@ def take_compilation(plugin: TorchDynamoPlugin, args: DiffusionConfig) -> dict[s
     return asked
 
 
-def compile_blocks(denoiser: nn.Module, num_parties: int, **kwargs: Any) -> None:
+def compile_blocks(denoiser: ModelMixin, num_parties: int, **kwargs: Any) -> None:
     """Compiles the repeated blocks of a denoiser, in place: a graph for the student, and one for each adapter under
     which the blocks are asked.
 
     Args:
-        denoiser (`nn.Module`): As diffusers makes it.
+        denoiser ([`~diffusers.ModelMixin`]): Left in its place.
         num_parties (`int`): The student and its teachers, for torch's limit of graphs.
         kwargs: For [`~torch.nn.Module.compile`].
 
@@ -75,9 +75,9 @@ def compile_blocks(denoiser: nn.Module, num_parties: int, **kwargs: Any) -> None
         ValueError: if the denoiser does not name its blocks.
     """
     # At its limit of graphs torch would go on without compiling, and say so once
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, GRAPHS_PER_PARTY * num_parties)
+    config = torch.compiler.config
+    config.fail_on_recompile_limit_hit = True
+    config.recompile_limit = max(config.recompile_limit, GRAPHS_PER_PARTY * num_parties)
     # As `ModelMixin.compile_repeated_blocks`, for the denoisers too (SD3's) that name no blocks for it
     names = denoiser._repeated_blocks or denoiser._no_split_modules or []
     blocks = [module for module in denoiser.modules() if type(module).__name__ in names]

@@ -212,8 +212,8 @@ class TaskCycleSampler(Sampler[int]):
         repeats: int = 1,
         iterations: int = 1,
     ):
-        tasks = np.asarray(tasks)
-        self.rows = [np.flatnonzero(tasks == key) for key in task_ids]
+        column = np.asarray(tasks)
+        self.rows = [np.flatnonzero(column == key) for key in task_ids]
         self.batch_size, self.cycles, self.seed, self.epoch = batch_size, cycles, seed, 0
         self.repeats, self.iterations = repeats, iterations
         self.num_steps = -(-max(len(rows) for rows in self.rows) * repeats // (batch_size * cycles))
@@ -295,7 +295,7 @@ class TaskCycleStream(torch.utils.data.IterableDataset):
 
     def _split(self, stream: IterableDataset) -> dict[str, Iterator[dict[str, Any]]]:
         waiting: dict[str, deque] = {key: deque(maxlen=_MAX_WAITING) for key in self.task_ids}
-        source = _forever(stream, mark_ends=True)
+        source = _with_ends(stream)
 
         def of_task(key: str) -> Iterator[dict[str, Any]]:
             while True:
@@ -316,7 +316,12 @@ class TaskCycleStream(torch.utils.data.IterableDataset):
         return {key: of_task(key) for key in self.task_ids}
 
 
-def _forever(stream: IterableDataset, mark_ends: bool = False) -> Iterator[dict[str, Any] | None]:
+def _forever(stream: IterableDataset) -> Iterator[dict[str, Any]]:
+    return (example for example in _with_ends(stream) if example is not None)
+
+
+def _with_ends(stream: IterableDataset) -> Iterator[dict[str, Any] | None]:
+    """A stream that starts again, with `None` at each of its ends."""
     epoch = 0
     while True:
         stream.set_epoch(epoch)
@@ -326,6 +331,5 @@ def _forever(stream: IterableDataset, mark_ends: bool = False) -> Iterator[dict[
             yield example
         if empty:
             raise ValueError("a streaming dataset holds no example.")
-        if mark_ends:
-            yield None
+        yield None
         epoch += 1

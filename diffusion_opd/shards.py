@@ -8,6 +8,7 @@ This file knows parameters and the engines that shard them, and no trainer.
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def _shard(data: Tensor, parameter: nn.Parameter) -> Tensor:
 @torch.no_grad()
 def shards_changed(parameters: Sequence[nn.Parameter]) -> None:
     """ZeRO-3 keeps small parameters whole beside their shards: gathers them anew. Called on every process."""
-    whole = [parameter for parameter in parameters if hasattr(parameter, "ds_id") and parameter.numel() > 0]
+    whole: list[Any] = [parameter for parameter in parameters if hasattr(parameter, "ds_id") and parameter.numel() > 0]
     if whole:
         whole[0].partition(whole)
         whole[0].all_gather(whole)

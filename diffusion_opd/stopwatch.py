@@ -44,7 +44,7 @@ class Stopwatch:
 
     def _mark(self) -> None:
         if self._cuda:
-            now = torch.cuda.Event(enable_timing=True)
+            now: Any = torch.cuda.Event(enable_timing=True)
             now.record()
         else:
             now = time.perf_counter()

@@ -10,8 +10,7 @@ VP diffusion: `x_t = sqrt(a) x_0 + sqrt(1 - a) eps` with `a` the cumulative alph
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -115,7 +114,13 @@ def ddim(x: Tensor, prediction: Tensor, schedule: Schedule, index: int, noise_le
     return Transition(math.sqrt(alpha_next) * x_0 + math.sqrt(rest) * eps, std)
 
 
-Kernel = Callable[[Tensor, Tensor, Schedule, int, float], Transition]
+class Kernel(Protocol):
+    """What a kernel is called with: four arguments by position, `noise_level` by name too."""
+
+    def __call__(
+        self, x: Tensor, prediction: Tensor, schedule: Schedule, index: int, /, noise_level: float
+    ) -> Transition: ...
+
 
 TRANSITIONS: dict[str, Kernel] = {
     "ode": ode,

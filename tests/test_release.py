@@ -1,0 +1,96 @@
+"""What is released is whole, and says of itself what is true."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import diffusion_opd
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "diffusion_opd"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+NAMED = {"PIL": "pillow"}  # what is imported under another name than it is installed
+# What the package asks for and does not import itself
+FOR_OTHERS = {
+    "protobuf": "T5 tokenizers, within transformers",
+    "sentencepiece": "T5 tokenizers, within transformers",
+    "matplotlib": "examples/toy_world",
+    "rich": "examples/toy_world",
+}
+TRACKERS = {"trackio", "wandb"}  # imported by who names them in `report_to`, and has them
+
+
+def test_what_the_package_imports_is_what_it_depends_on():
+    imported = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+    imported = {NAMED.get(name, name) for name in imported - sys.stdlib_module_names - {PACKAGE.name}}
+    declared = {re.match(r"[\w.-]+", line).group() for line in PROJECT["dependencies"]}
+    assert imported - TRACKERS == declared - FOR_OTHERS.keys()
+    assert declared >= FOR_OTHERS.keys() and imported >= TRACKERS  # no entry of a table outlives its use
+
+
+def test_every_dependency_has_a_lower_bound():
+    lines = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]
+    assert [line for line in lines if not re.search(r"[>=]=|^diffusion-opd\[", line)] == []
+
+
+def test_the_workflow_of_the_docs_installs_what_the_extra_names():
+    workflow = (ROOT / ".github" / "workflows" / "docs.yml").read_text()
+    listed = " ".join(f'"{line}"' for line in PROJECT["optional-dependencies"]["docs"])
+    assert f"pip install {listed}\n" in workflow
+
+
+def test_the_version_is_one():
+    assert (
+        re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M).group(1) == diffusion_opd.__version__
+    )
+
+
+def run(folder: Path, *command: str | Path, **environment: str) -> str:
+    """What a command prints; raises with that if it fails."""
+    process = subprocess.run(
+        command, cwd=folder, env=os.environ | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.returncode == 0, process.stdout
+    return process.stdout
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_where_the_checkout_is_not(tmp_path):
+    """Built from a copy, without a network; what it runs on is the environment of the tests."""
+    source, site, elsewhere = tmp_path / "source", tmp_path / "site", tmp_path / "elsewhere"
+    shutil.copytree(PACKAGE, source / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    run(tmp_path, *pip, "wheel", "--no-index", "--no-deps", "--no-build-isolation", "-w", tmp_path, source)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    files = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert held == {path.relative_to(ROOT).as_posix() for path in files}
+    for name in ("model_card.md", "py.typed", "accelerate_configs/zero2.yaml"):
+        assert f"{PACKAGE.name}/{name}" in held
+
+    run(tmp_path, *pip, "install", "--no-index", "--no-deps", "--target", site, wheel)
+    (elsewhere / "tests").mkdir(parents=True)
+    for name in ("wheel_run.py", "tiny_pipelines.py"):
+        shutil.copy(ROOT / "tests" / name, elsewhere / "tests")
+    # An editable install puts the checkout on the path of every process
+    leave = f"import sys; sys.path[:] = [entry for entry in sys.path if entry != {str(ROOT)!r}]"
+    start = "from tests.wheel_run import main; main()"
+    printed = run(elsewhere, sys.executable, "-c", f"{leave}; {start}", PYTHONPATH=str(site))
+    assert printed.splitlines()[-1] == str(site / PACKAGE.name)
