@@ -215,7 +215,7 @@ class DiffusionConfig(_BaseConfig):
             self.bf16 = not self.fp16 and not self.use_cpu and computes_in_bf16()
         if (backend := self.torch_compile_backend) is not None:
             # Those that torch has and accelerate knows
-            known = {each.value.lower() for each in DynamoBackend} & set(torch._dynamo.list_backends(None))
+            known = {each.value.lower() for each in DynamoBackend} & set(torch.compiler.list_backends(None))
             if backend not in known:
                 raise ValueError(f"`torch_compile_backend` must be one of {sorted(known)}, got {backend!r}.")
         metric = (self.metric_for_best_model or "").removeprefix("eval_")

@@ -531,6 +531,22 @@ def test_bf16(tmp_path, full):
     assert torch.isfinite(latents(trainer.pipeline)).all()
 
 
+@pytest.mark.parametrize("family", ["sd3", "sdxl", "wan"])
+def test_an_equal_teacher_has_nothing_to_teach_in_half_precision_either(tmp_path, family):
+    """The student is asked through the engine's wrapper, a teacher with a denoiser of its own is not: guidance is
+    float32 for both."""
+    BUILDERS[family](0).save_pretrained(tmp_path / "base")
+    trainer = DiffusionOPDTrainer(
+        str(tmp_path / "base"),
+        str(tmp_path / "base"),
+        config(tmp_path / "out", family, bf16=True),
+        train_dataset=DATA.remove_columns("teacher_id"),
+        peft_config=lora(),
+    )
+    trainer.train()
+    assert history(trainer, "loss") == [0.0, 0.0]
+
+
 # Saving and loading
 
 
