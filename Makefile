@@ -35,9 +35,8 @@ test: $(INSTALLED)
 test-fast: $(INSTALLED)
 	$(RUN) python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-# What the libraries warn of is no news here: no torchvision, and prompts that are longer than the toy world's words.
+# transformers warns at its import that there is no torchvision.
 demo: export TRANSFORMERS_VERBOSITY = error
-demo: export DIFFUSERS_VERBOSITY = error
 
 demo: $(INSTALLED)
 	$(RUN) python -m examples.toy_world.demo

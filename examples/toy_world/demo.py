@@ -19,11 +19,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import datasets
-import diffusers
 import matplotlib
 import torch
-import transformers
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image, ImageDraw
 from rich.console import Console
@@ -33,7 +30,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 
 from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
 from examples.toy_world.evaluate import evaluate, generate
-from examples.toy_world.pipeline import BASE, TEACHERS, load_base
+from examples.toy_world.pipeline import BASE, TEACHERS, load_base, quiet
 from examples.toy_world.rewards import lora_config, sampling_kwargs, training_prompts
 from examples.toy_world.world import TASKS, Task, sample_prompts
 
@@ -218,7 +215,7 @@ def main(output_dir: Path, seed: int, max_steps: int, n: int) -> dict[str, dict[
     gaps = {task: (table["base"][task], table[f"{task} teacher"][task]) for task in TASKS}
     closed = {task: (table["student"][task] - base) / (teacher - base) for task, (base, teacher) in gaps.items()}
     shares = ", ".join(f"{task} {share:.0%}" for task, share in closed.items())
-    console.print(f"of the way from base to teacher it went: {shares}")
+    console.print(f"of the way from the base to the teacher: {shares}")
     own = [pictures[f"{task} teacher"][i * 3 + j] for i, task in enumerate(TASKS) for j in range(3)]
     rows = [("base", pictures["base"]), ("its teacher", own), ("student", pictures["student"])]
     picture_grid(rows, [prompt.text for prompt in shown], output_dir / "grid.png")
@@ -240,8 +237,5 @@ if __name__ == "__main__":
     parser.add_argument("-n", type=int, default=60, help="held-out prompts of each task")
     options = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    # One bar is enough
-    datasets.disable_progress_bars()
-    for library in (diffusers, transformers):
-        library.logging.disable_progress_bar()
+    quiet()
     main(options.output_dir, options.seed, options.max_steps, options.n)

@@ -8,20 +8,16 @@ The picture goes into the student's folder.
 import argparse
 from pathlib import Path
 
-import diffusers
-import transformers
 from diffusers import StableDiffusion3Pipeline
 
-from examples.toy_world.pipeline import BASE, SAMPLING
+from examples.toy_world.pipeline import BASE, SAMPLING, quiet
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draw a prompt with a LoRA of the toy world's base model.")
     parser.add_argument("lora", type=Path, help="its folder")
     parser.add_argument("prompt")
     options = parser.parse_args()
-    diffusers.logging.set_verbosity_error()  # it would say that the text encoders have no LoRA
-    for library in (diffusers, transformers):
-        library.logging.disable_progress_bar()
+    quiet()
     pipe = StableDiffusion3Pipeline.from_pretrained(BASE)
     pipe.load_lora_weights(options.lora, weight_name="pytorch_lora_weights.safetensors")
     path = options.lora / "picture.png"
