@@ -225,7 +225,7 @@ def main(output_dir: Path, seed: int, max_steps: int, n: int) -> dict[str, dict[
     folder, python = (shown_path(Path(path)) for path in (output_dir, sys.executable))
     # Not by rich, which breaks lines: the last one is to be copied
     print(f"\npictures  {folder}/grid.png\nplot      {folder}/training.png\nstudent   {folder} (a LoRA)\n")
-    print(f'Draw with it:\n{python} -m examples.toy_world.draw {folder} "three green crosses"')
+    print(f'Draw with it:\n{python} -m examples.toy_world.draw {folder} "a yellow circle at dusk"')
     return table
 
 

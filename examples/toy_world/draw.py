@@ -1,6 +1,6 @@
 """Draws a prompt with a student of the demo: diffusers alone, nothing of the library that trained it.
 
-    python -m examples.toy_world.draw runs/demo "three green crosses"
+    python -m examples.toy_world.draw runs/demo "a yellow circle at dusk"
 
 The picture goes into the student's folder.
 """
