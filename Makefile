@@ -48,6 +48,9 @@ test-fast: $(INSTALLED)
 test-nightly: $(INSTALLED)
 	$(RUN) python -m pytest -m nightly $(PYTEST_ARGS)
 
+# transformers warns at its import that there is no torchvision.
+demo: export TRANSFORMERS_VERBOSITY = error
+
 demo: $(INSTALLED)
 	$(RUN) python -m examples.toy_world.demo
 

@@ -4,15 +4,19 @@
     python -m examples.toy_world.demo --seed 1 --output-dir runs/demo-1
 
 Ends with a table (base, each teacher, student: scores on held-out prompts), a picture grid, a plot of KL and scores
-over the steps, and the folder of a LoRA that plain diffusers loads. Nothing here trains by itself: this is how a user
-of the library would write it.
+over the steps, and the folder of a LoRA that plain diffusers loads, with a command that draws with it. Nothing here
+trains by itself: this is how a user of the library would write it.
 """
 
 import argparse
 import json
+import os
+import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -21,11 +25,12 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
 from examples.toy_world.evaluate import evaluate, generate
-from examples.toy_world.pipeline import BASE, TEACHERS, load_base
+from examples.toy_world.pipeline import BASE, TEACHERS, load_base, quiet
 from examples.toy_world.rewards import lora_config, sampling_kwargs, training_prompts
 from examples.toy_world.world import TASKS, Task, sample_prompts
 
@@ -33,6 +38,29 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 MAX_STEPS, BATCH_SIZE, LEARNING_RATE = 160, 8, 4e-3
+
+
+class Progress(TrainerCallback):
+    """One bar with the loss (in a terminal) and now and then a line, where transformers prints all metrics of each
+    step."""
+
+    every = 20
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, unit="step", dynamic_ncols=True, disable=None)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" not in logs:  # the summary at the end
+            return
+        self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+        self.bar.update()
+        if state.global_step % self.every == 0:
+            means = {key: fmean(entry[key] for entry in state.log_history[-self.every :]) for key in ("loss", "kl")}
+            self.bar.write(f"step {state.global_step:3d}  loss {means['loss']:.4f}  KL {means['kl']:.5f}")
+            sys.stdout.flush()  # into a file too
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.close()
 
 
 class Scores(TrainerCallback):
@@ -89,6 +117,7 @@ def distil(
             logging_steps=1,
             save_strategy="no",
             report_to="none",
+            dataloader_pin_memory=torch.cuda.is_available(),
             seed=seed,
         )
         | settings,
@@ -101,6 +130,9 @@ def distil(
         peft_config=lora_config(rank=32),
     )
     trainer.pipeline.set_progress_bar_config(disable=True)
+    for printer in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(printer)
+    trainer.add_callback(Progress())
     scores = Scores(trainer.pipeline, every=max(1, max_steps // 4), n=num_scored)
     if num_scored:
         trainer.add_callback(scores)
@@ -147,19 +179,26 @@ def plot(trainer: DiffusionOPDTrainer, scores: Scores, table: dict[str, dict[str
     figure.savefig(path, dpi=110)
 
 
+def shown_path(path: Path) -> str:
+    """As short as it can be typed from here."""
+    path = Path(os.path.abspath(path))
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+
+
 def main(output_dir: Path, seed: int, max_steps: int, n: int) -> dict[str, dict[str, float]]:
-    console = Console()
+    console = Console(highlight=False)
     output_dir.mkdir(parents=True, exist_ok=True)
     shown = [prompt for task in TASKS for prompt in sample_prompts(task, 3, seed=77, heldout=True)]
     pictures: dict[str, list[Image.Image]] = {}
     table: dict[str, dict[str, float]] = {}
-    with console.status("Scoring the base model and the specialists"):
-        for name, pipeline in [("base", load_base()), *((f"{task} teacher", specialist(task)) for task in TASKS)]:
-            started = time.perf_counter()
-            table[name] = evaluate(pipeline, n)
-            table[name]["seconds"] = time.perf_counter() - started
-            pictures[name] = generate(pipeline, shown)
+    console.print(f"Scoring the base model and its {len(TASKS)} specialists")
+    for name, pipeline in [("base", load_base()), *((f"{task} teacher", specialist(task)) for task in TASKS)]:
+        started = time.perf_counter()
+        table[name] = evaluate(pipeline, n)
+        table[name]["seconds"] = time.perf_counter() - started
+        pictures[name] = generate(pipeline, shown)
 
+    console.print(f"Distilling them into one student, {max_steps} steps; lines are means of {Progress.every}")
     trainer, scores, seconds = distil(output_dir, seed, max_steps)
     table["student"] = {**evaluate(trainer.pipeline, n), "seconds": seconds}
     pictures["student"] = generate(trainer.pipeline, shown)
@@ -176,20 +215,17 @@ def main(output_dir: Path, seed: int, max_steps: int, n: int) -> dict[str, dict[
     gaps = {task: (table["base"][task], table[f"{task} teacher"][task]) for task in TASKS}
     closed = {task: (table["student"][task] - base) / (teacher - base) for task, (base, teacher) in gaps.items()}
     shares = ", ".join(f"{task} {share:.0%}" for task, share in closed.items())
-    console.print(f"of the way from the base to the task's teacher the student went: {shares}")
+    console.print(f"of the way from the base to the teacher: {shares}")
     own = [pictures[f"{task} teacher"][i * 3 + j] for i, task in enumerate(TASKS) for j in range(3)]
     rows = [("base", pictures["base"]), ("its teacher", own), ("student", pictures["student"])]
     picture_grid(rows, [prompt.text for prompt in shown], output_dir / "grid.png")
     plot(trainer, scores, table, output_dir / "training.png")
     result = {"seed": seed, "max_steps": max_steps, "n": n, "table": table, "closed": closed}
     (output_dir / "scores.json").write_text(json.dumps(result, indent=2))
-    console.print(
-        f"pictures  {output_dir / 'grid.png'}\nplot      {output_dir / 'training.png'}\nstudent   {output_dir}"
-    )
-    console.print(
-        f'load it:  pipe = StableDiffusion3Pipeline.from_pretrained("{BASE}"); pipe.load_lora_weights("{output_dir}", '
-        'weight_name="pytorch_lora_weights.safetensors")'
-    )
+    folder, python = (shown_path(Path(path)) for path in (output_dir, sys.executable))
+    # Not by rich, which breaks lines: the last one is to be copied
+    print(f"\npictures  {folder}/grid.png\nplot      {folder}/training.png\nstudent   {folder} (a LoRA)\n")
+    print(f'Draw with it:\n{python} -m examples.toy_world.draw {folder} "a yellow circle at dusk"')
     return table
 
 
@@ -201,4 +237,5 @@ if __name__ == "__main__":
     parser.add_argument("-n", type=int, default=60, help="held-out prompts of each task")
     options = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))
+    quiet()
     main(options.output_dir, options.seed, options.max_steps, options.n)

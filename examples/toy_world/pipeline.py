@@ -7,7 +7,10 @@ SD3.5-Medium does. This module knows the words of the world, and nothing of data
 import string
 from pathlib import Path
 
+import datasets
+import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -44,6 +47,15 @@ SAMPLING = {
     "height": SIZE,
     "width": SIZE,
 }
+
+
+def quiet() -> None:
+    """No bars but a script's own, and no warnings that are no news here: text encoders without a LoRA, prompts that are
+    longer than any of the toy world's."""
+    datasets.disable_progress_bars()
+    for library in (diffusers, transformers):
+        library.logging.disable_progress_bar()
+        library.logging.set_verbosity_error()
 
 
 def clip_tokenizer() -> CLIPTokenizer:

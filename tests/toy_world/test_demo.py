@@ -1,24 +1,34 @@
 """The demo runs from end to end, in two steps and on a few prompts."""
 
 import json
+import re
+import subprocess
 
 import pytest
 import torch
+from PIL import Image
 
-from examples.toy_world.demo import main
+from examples.toy_world.demo import Progress, main
 from examples.toy_world.evaluate import generate
 from examples.toy_world.pipeline import load_base
 from examples.toy_world.world import TASKS, sample_prompts
 
 
 @pytest.mark.slow
-def test_demo(tmp_path, capsys):
+def test_demo(tmp_path, capsys, monkeypatch, request):
+    monkeypatch.setattr(Progress, "every", 2)
     table = main(tmp_path, seed=0, max_steps=2, n=2)
     assert list(table) == ["base", *(f"{task} teacher" for task in TASKS), "student"]
     assert all(0 <= row[task] <= 1 for row in table.values() for task in TASKS)
     assert json.loads((tmp_path / "scores.json").read_text())["table"] == table
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("grid.png", "training.png"))
-    assert "student" in capsys.readouterr().out
+    # A line of numbers now and then, not the metrics of each step; at the end a command that works as it is
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"^step +2  loss \d\.\d{4}  KL \d\.\d{5}$", printed, re.MULTILINE)) == 1
+    assert "{" not in printed
+    command = printed.splitlines()[-1]
+    subprocess.run(command, shell=True, check=True, cwd=request.config.rootpath, timeout=300)
+    assert Image.open(tmp_path / "picture.png").size == (256, 256)
     # Plain diffusers loads the student, and it draws something else than the base
     student, base = load_base(), load_base()
     student.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
