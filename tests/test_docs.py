@@ -46,6 +46,7 @@ def small_runs(monkeypatch):
 
     def shrink(config: DiffusionConfig) -> None:
         config.use_cpu = config.disable_tqdm = True
+        config.fp16 = False
         config.num_train_epochs, config.per_device_train_batch_size = 1, 2
         config.num_inference_steps = min(config.num_inference_steps, 3)
         config.height = config.width = 16
