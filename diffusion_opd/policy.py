@@ -403,13 +403,18 @@ class Policy:
             if seat.in_step or type(seat) in self._has_worked:  # not the pipeline's, or not for how it is called
                 raise
             raise ValueError(
-                f"{type(pipeline).__name__} fails in its own `__call__`: {reason(error)}{self._hint()}"
+                f"{type(pipeline).__name__} fails in its own `__call__`: {reason(error)}{self._hint(error)}"
             ) from error
         self._has_worked.add(type(seat))
         return output
 
-    def _hint(self) -> str:
-        """Which arguments without a value a pipeline that fails may need: its required ones, or else its pictures."""
+    def _hint(self, error: Exception) -> str:
+        """What a pipeline that fails may need: encoders that it was loaded without, or arguments without a value, its
+        required ones or else its pictures."""
+        encoders = [name for name in self._pipeline.components if name.startswith(("text_encoder", "tokenizer"))]
+        absent = [name for name in encoders if getattr(self._pipeline, name) is None]
+        if absent and "NoneType" in str(error):
+            return f"; it is without its {absent}: load it with them, or give it an `encode_prompt` that does without"
         parameters = _signature(type(self._pipeline).__call__).parameters.values()
         required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         pictures = [p.name for p in parameters if p.default is None and PICTURE.search(p.name)]

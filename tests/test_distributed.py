@@ -269,6 +269,19 @@ def test_mixed_precision(tmp_path, one_process, engine, tolerance):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
+@pytest.mark.parametrize(("method", "mode"), [("nft", "lora"), ("nft", "full"), ("grpo", "lora"), ("grpo", "full")])
+def test_pictures_of_what_learns_from_rewards_in_mixed_precision(tmp_path, engine, method, mode):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    options = ["--batch", "2", "--method", method, "--mode", mode, "--bf16", "--images", "--learning_rate", "1e-2"]
+    two = run(tmp_path / "two", *options, engine=engine)
+    assert two["wrapper"] == WRAPPERS.get(engine, "DeepSpeedEngine") and two["ranks_agree"]
+    assert two["pictures"] == 4 and two["picture_gap"] < 0.5
+
+
+@pytest.mark.slow
 def test_fsdp_reduces_in_each_backward_pass_if_asked_and_recomputes_activations(tmp_path, one_process):
     """So that it never holds whole gradients; and the recomputation gathers the blocks anew, after a LoRA teacher used
     them under its own adapter."""

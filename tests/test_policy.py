@@ -1028,6 +1028,24 @@ def test_a_pipeline_that_cannot_be_called_is_named(cls: type, family: str, call_
         assert (" it may need " in str(refusal.value)) == ("it may need" in sentence)
 
 
+@pytest.mark.parametrize(
+    ("family", "absent"),
+    [
+        ("sd3", ["text_encoder", "text_encoder_2", "text_encoder_3"]),
+        ("flux", ["text_encoder"]),
+        ("wan", ["text_encoder"]),
+        ("zimage", ["text_encoder", "tokenizer"]),
+    ],
+)
+def test_a_pipeline_that_was_loaded_without_its_encoders_is_told_so(family: str, absent: list[str]):
+    pipe = BUILDERS[family](0)
+    for name in absent:
+        vars(pipe)[name] = None
+    sentence = f"{type(pipe).__name__} fails in its own `__call__`: .* it is without its {absent}: load it with them"
+    with pytest.raises(ValueError, match=sentence.replace("[", r"\[")):
+        Policy(pipe, STEPS, CALL[family]).self_check(PROMPTS)
+
+
 def test_what_others_raise_in_a_run_stays_as_it_is():
     """What an `on_step` raises, and what a pipeline does that has worked before, is about other things than its
     arguments."""
