@@ -52,7 +52,7 @@ from .config import DiffusionConfig, computes_in_bf16
 from .engines import compile_blocks, settle_fsdp, take_compilation
 from .errors import brief, one_sentence
 from .policy import Policy, PromptMemo, Step, denoiser_name, is_flow, sample_arguments, tuner_layers
-from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, columns_of, seed_of
+from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, columns_of, is_prompt, seed_of
 from .shards import local_shards, reshard, shards_changed, zero3_unseen
 from .stopwatch import Stopwatch
 from .teachers import LORA_NAME, STUDENT_ADAPTER
@@ -324,9 +324,8 @@ class DiffusionTrainer(_BaseTrainer):
         data = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         if isinstance(data, Mapping):
             data = next(iter(data.values()))
-        if data is None:
-            return CHECK_PROMPTS[:count]
-        prompts = [example[PROMPT] for example in data.take(count)]
+        prompts = [] if data is None else [example.get(PROMPT) for example in data.take(count)]
+        prompts = [prompt for prompt in prompts if is_prompt(prompt)] or CHECK_PROMPTS  # a stream is refused as it runs
         return [prompts[index % len(prompts)] for index in range(count)]
 
     def _report_check(self) -> None:
