@@ -1046,6 +1046,7 @@ class DiffusionTrainer(_BaseTrainer):
             base_model=base,
             base_folder=self.pipeline.config.get("_name_or_path") or "folder of the base model",
             pipeline_class=type(self.pipeline).__name__,
+            dtype=None if self.args.mixed_dtype == torch.float32 else str(self.args.mixed_dtype),
             trains_lora=self.trains_lora,
             makes_video=makes_video,
             has_gallery=bool(pictures),

@@ -183,6 +183,7 @@ def tell(options: argparse.Namespace) -> None:
         loaded = DiffusionPipeline.from_pretrained(trainer.hub_model_id, torch_dtype=dtype)
     elif hasattr(loaded, "load_lora_weights"):
         loaded.load_lora_weights(trainer.hub_model_id, weight_name=LORA_NAME)
+    assert f", dtype={dtype})" in (out / "run" / "README.md").read_text()
     untrained, published = (picture(pipeline, family) for pipeline in (base, loaded))
     # The trained weights are float32 here and half there, which a random network makes much of
     learnt, rounded = np.abs(published - untrained).mean(), np.abs(published - drawn).mean()
