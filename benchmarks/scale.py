@@ -3,19 +3,25 @@ What a run costs before it is started: operations, memory and bytes sent of one 
 
     python -m benchmarks.scale
 
-These are formulas. A machine without GPUs can check some of them: operations against counted ones, and bytes on the
-wire against those of two processes (tests/test_benchmarks.py, tests/test_distributed.py). Seconds are a model, not a
-measurement: operations at `UTILISATION` of the peak, plus bytes at the bandwidth, without overlap.
+These are formulas, and counts of the published pipelines (benchmarks/footprint.py), which take some minutes. A machine
+without GPUs can check some of them: operations against counted ones, bytes on the wire against those of two processes,
+memory of a step against that of a small one (tests/test_benchmarks.py, tests/test_distributed.py). Seconds are a model,
+not a measurement: operations at `UTILISATION` of the peak, plus bytes at the bandwidth, without overlap.
 """
 
 import dataclasses
 from dataclasses import dataclass
+
+from benchmarks.footprint import activations, decoding, parameters
 
 GPUS_A_NODE = 8
 # One H100 SXM: dense bfloat16 peak (989 TFLOP/s), NVLink in one direction, and its share of the network between nodes
 PEAK, NVLINK, NETWORK = 989e12, 450e9, 50e9
 UTILISATION = 0.4
 GIB = 2**30
+CONTEXT = GIB  # what CUDA itself takes: context, libraries
+CARDS = (16, 24, 32, 40, 48, 80, 141)  # GiB, which vendors write as GB
+FREE = 0.1  # of a card, for what is not counted: workspaces, fragments, a desktop
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,9 @@ class Denoiser:
         layers, width (`int`): Of the blocks; each token meets `12 width^2` weights in a block.
         picture, text (`int`): Tokens.
         dual (`int`): Blocks with a second attention over the picture alone.
+        single (`int`): Blocks with one stream for picture and text, whose attention has no projection of its own.
         rank (`int`): Of a LoRA on the attention of both streams.
+        guidance (`int`): Predictions of one guided prediction.
     """
 
     name: str
@@ -38,7 +46,9 @@ class Denoiser:
     picture: int = 4096  # of 1024 x 1024 pixels
     text: int = 512
     dual: int = 0
+    single: int = 0
     rank: int = 32
+    guidance: int = 2
 
     @property
     def forward(self) -> float:
@@ -50,8 +60,9 @@ class Denoiser:
 
     @property
     def lora(self) -> float:
-        """Parameters: two matrices on each of four projections, in two streams."""
-        return self.layers * 2 * 4 * 2 * self.width * self.rank
+        """Parameters: two matrices on each of four projections, in two streams; three projections in one."""
+        projections = (self.layers - self.single) * 2 * 4 + self.single * 3
+        return projections * 2 * self.width * self.rank
 
 
 @dataclass(frozen=True)
@@ -63,11 +74,10 @@ class Run:
         whole_teachers (`bool`): Whether each has a denoiser of its own; else they are adapters.
         full (`bool`): Whether the student's denoiser is trained; else a LoRA.
         engine (`str`): `"ddp"`, `"zero1"`, `"zero2"`, `"zero3"` or `"fsdp2"`.
-        nodes (`int`): Of `GPUS_A_NODE` processes each.
+        nodes, gpus_a_node (`int`): A process each.
         placement (`str`): Of whole teachers: `"device"`, `"cpu"` or `"sharded"`.
         sync_each_batch (`bool`): FSDP2 reduces gradients in each backward pass.
-        batch, learnt, guidance, cycles: Samples of a micro-batch, learnt steps, predictions of one guided prediction,
-            micro-batches of a task in an optimizer step.
+        batch, learnt, cycles: Samples of a micro-batch, learnt steps, micro-batches of a task in an optimizer step.
     """
 
     denoiser: Denoiser
@@ -76,16 +86,16 @@ class Run:
     full: bool = False
     engine: str = "ddp"
     nodes: int = 1
+    gpus_a_node: int = GPUS_A_NODE
     placement: str = "device"
     sync_each_batch: bool = False
     batch: int = 2
     learnt: int = 9
-    guidance: int = 2
     cycles: int = 1
 
     @property
     def processes(self) -> int:
-        return self.nodes * GPUS_A_NODE
+        return self.nodes * self.gpus_a_node
 
     @property
     def shards(self) -> bool:
@@ -106,7 +116,7 @@ class Run:
         activations of big students are recomputed: one forward pass more."""
         backward = 2 if self.full else 1
         student = 1 + backward + 1
-        return self.backwards * self.batch * self.guidance * (student + 1) * self.denoiser.forward
+        return self.backwards * self.batch * self.denoiser.guidance * (student + 1) * self.denoiser.forward
 
     @property
     def memory(self) -> float:
@@ -155,26 +165,86 @@ class Run:
         return self.operations / (UTILISATION * PEAK) + self.sent / (NVLINK if self.nodes == 1 else NETWORK)
 
 
-MODELS = [
-    Denoiser("SD3.5-Medium", 2.5e9, layers=24, width=1536, text=333, dual=13),
-    Denoiser("FLUX.1", 12e9, layers=57, width=3072),
-    Denoiser("Qwen-Image", 20e9, layers=60, width=3072),
-]
+def published(name: str, **sizes: int) -> Denoiser:
+    return Denoiser(name, parameters(name)["denoiser"], **sizes)
+
+
+def memory_in_all(run: Run, pixels: int = 1024, checkpointing: bool = True, without: str = "") -> dict[str, float]:
+    """Bytes on one GPU at the fullest moment of a run whose model is published: learning, or drawing sample pictures.
+
+    Args:
+        run (`Run`): Its `batch` is that of a micro-batch.
+        pixels (`int`): Of a side.
+        checkpointing (`bool`): Whether activations are recomputed.
+        without (`str`): A text encoder that is left out.
+    """
+    model = run.denoiser
+    others = sum(n for part, n in parameters(model.name).items() if part not in ("denoiser", without))
+    learning = activations(model.name, pixels, run.batch, model.text, not run.full, checkpointing)
+    if run.shards:  # the gathered weights of two blocks
+        learning += 2 * 2 * model.parameters / model.layers
+    elif run.full and run.engine == "ddp":  # autocast's copies; other engines cast for themselves
+        learning += 2 * model.parameters
+    # By default two of each of three tasks, in one batch of a process
+    drawing = decoding(model.name, pixels, -(-6 // run.processes))
+    parts = {"weights, optimizer": run.memory, "encoders, VAE": 2 * others, "learning": learning, "drawing": drawing}
+    return parts | {"in all": run.memory + 2 * others + max(learning, drawing) + CONTEXT}
 
 
 def table(title: str, runs: dict[str, Run]) -> None:
-    head = ["", "GiB a GPU", "PFLOP", "GiB sent", "s a step"]
+    head = ["", "GiB: weights, optimizer", "GiB in all", "PFLOP", "GiB sent", "s a step"]
     spread_out = any(run.nodes > 1 for run in runs.values())
     head += ["of one node's speed"] * spread_out
     print(f"\n{title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for name, run in runs.items():
-        cells = [name, f"{run.memory / GIB:.1f}", f"{run.operations / 1e15:.1f}", f"{run.sent / GIB:.2f}"]
-        cells += [f"{run.seconds:.0f}"]
+        cells = [name, f"{run.memory / GIB:.1f}", f"{memory_in_all(run)['in all'] / GIB:.0f}"]
+        cells += [f"{run.operations / 1e15:.1f}", f"{run.sent / GIB:.2f}", f"{run.seconds:.0f}"]
         cells += [f"{dataclasses.replace(run, nodes=1).seconds / run.seconds:.2f}"] * spread_out
-        print(f"| {' | '.join(cells)} |")
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def memory_table(title: str, runs: list[tuple[str, Run, int, bool, str]]) -> None:
+    """A card is for the default pictures, and, where that is a smaller one, for none."""
+    head = ["LoRA student", "card", "in all", "weights", "learning", "drawing"]
+    print(f"\n{title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for name, run, pixels, checkpointing, without in runs:
+        parts = memory_in_all(run, pixels, checkpointing, without)
+        needed = [parts["in all"], parts["in all"] - max(0, parts["drawing"] - parts["learning"])]
+        fitting = [[f"{card} GB" for card in CARDS if (1 - FREE) * card * GIB >= least] for least in needed]
+        cards = dict.fromkeys(cards[0] if cards else "none" for cards in fitting)
+        row = f"{name}, {pixels} px{f', batch {run.batch}' * (run.batch > 1)}{', recomputed' * checkpointing}"
+        shown = {part: f"{size / GIB:.1f}" for part, size in parts.items()}
+        weights = f"{shown['weights, optimizer']} + {shown['encoders, VAE']}"
+        cells = [row, " / ".join(cards), shown["in all"], weights, shown["learning"], shown["drawing"]]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
+    MODELS = [
+        published("SD3.5-Medium", layers=24, width=1536, text=333, dual=13),
+        published("FLUX.1-dev", layers=57, width=3072, single=38, guidance=1),
+        published("Qwen-Image", layers=60, width=3072),
+    ]
+    SD35, FLUX, QWEN = (Run(model, batch=1, gpus_a_node=1) for model in MODELS)
+    memory_table(
+        "Memory of one GPU in GiB: 3 LoRA teachers",
+        [
+            ("SD3.5-Medium, no T5", SD35, 512, True, "T5-XXL"),
+            ("SD3.5-Medium, no T5", SD35, 1024, True, "T5-XXL"),
+            ("SD3.5-Medium", SD35, 512, True, ""),
+            ("SD3.5-Medium", dataclasses.replace(SD35, batch=3), 512, True, ""),
+            ("SD3.5-Medium", dataclasses.replace(SD35, batch=3), 512, False, ""),
+            ("SD3.5-Medium", SD35, 1024, True, ""),
+            ("SD3.5-Medium", SD35, 1024, False, ""),
+            ("FLUX.1-dev", FLUX, 512, True, ""),
+            ("FLUX.1-dev", FLUX, 512, False, ""),
+            ("FLUX.1-dev", FLUX, 1024, True, ""),
+            ("FLUX.1-dev", FLUX, 1024, False, ""),
+            ("Qwen-Image", QWEN, 512, True, ""),
+            ("Qwen-Image", QWEN, 1024, True, ""),
+            ("Qwen-Image", QWEN, 1024, False, ""),
+        ],
+    )
     table(
         "Students and engines: 3 LoRA teachers, one node",
         {
