@@ -104,9 +104,9 @@ class LoadedTeacher:
     commit: str | None
 
 
-def name_teachers(teachers: Any) -> list[Teacher]:
-    """One teacher, a sequence or a dict `{id: teacher}`, each a path, a [`Teacher`] or a pipeline, as teachers with
-    unique ids.
+def name_teachers(teachers: Any) -> dict[str, Teacher]:
+    """One teacher, a sequence or a dict `{id: teacher}`, each a path, a [`Teacher`] or a pipeline, as teachers by
+    id.
 
     Raises:
         ValueError: for no teacher, an id that is blank or given twice, two ids for one teacher, or a field that
@@ -127,6 +127,7 @@ def name_teachers(teachers: Any) -> list[Teacher]:
         named = [_as_teacher(teachers)]
     if not named:
         raise ValueError("`teachers` is empty; at least one teacher is needed.")
+    ids = []
     for teacher in named:
         if teacher.id is None:
             parts = Path(teacher.source).parts if isinstance(teacher.path, (str, os.PathLike)) else ("teacher",)
@@ -141,12 +142,12 @@ def name_teachers(teachers: Any) -> list[Teacher]:
                 raise ValueError(f"teacher {teacher.id!r}: {what} has no `{name}`, got {value!r}; leave it out.")
         if not teacher.id.strip():
             raise ValueError(f"the id of a teacher must not be blank, got {teacher.id!r} for {teacher.source!r}.")
-    ids = [teacher.id for teacher in named]
+        ids.append(teacher.id)
     if twice := sorted({i for i in ids if ids.count(i) > 1}):
         raise ValueError(
             f"teacher ids must be unique, but {twice} occurs more than once in {ids}; set `Teacher(..., id=...)`."
         )
-    return named
+    return dict(zip(ids, named, strict=True))
 
 
 def _as_teacher(value: Any) -> Teacher:
@@ -213,13 +214,13 @@ def _read_json(teacher: Teacher, path: Path) -> dict[str, Any]:
 
 
 def load_teachers(
-    teachers: Sequence[Teacher], student: DiffusionPipeline, trains_lora: bool, dtype: torch.dtype
+    teachers: Mapping[str, Teacher], student: DiffusionPipeline, trains_lora: bool, dtype: torch.dtype
 ) -> list[LoadedTeacher]:
     """Loads every teacher beside the student.
 
     Args:
-        teachers (`Sequence[Teacher]`):
-            With ids.
+        teachers (`Mapping[str, Teacher]`):
+            As [`name_teachers`] returns them.
         student ([`~diffusers.DiffusionPipeline`]):
             Gets the LoRA teachers as further adapters if it trains a LoRA itself.
         trains_lora (`bool`):
@@ -234,7 +235,7 @@ def load_teachers(
     name = denoiser_name(student)
     host = student
     loaded = []
-    for index, teacher in enumerate(teachers):
+    for index, (key, teacher) in enumerate(teachers.items()):
         adapter = commit = None
         if isinstance(teacher.path, DiffusionPipeline):
             pipeline = copy.copy(teacher.path)
@@ -269,7 +270,7 @@ def load_teachers(
         for part in pipeline.components.values():
             if isinstance(part, nn.Module) and part is not getattr(student, name):
                 part.requires_grad_(False).eval()
-        loaded.append(LoadedTeacher(teacher.id, teacher, pipeline, adapter, sha256, commit))
+        loaded.append(LoadedTeacher(key, teacher, pipeline, adapter, sha256, commit))
     return loaded
 
 

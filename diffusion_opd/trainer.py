@@ -121,9 +121,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         if not isinstance(args, DiffusionOPDConfig):
             raise TypeError(f"`args` must be a DiffusionOPDConfig, got {type(args).__name__}.")
         specs = name_teachers(teachers)
-        for spec in specs:
-            check_call_kwargs(spec.call_kwargs, {"guidance_scale": spec.guidance_scale}, f"teacher {spec.id!r}")
-        ids = [spec.id for spec in specs]
+        for key, spec in specs.items():
+            check_call_kwargs(spec.call_kwargs, {"guidance_scale": spec.guidance_scale}, f"teacher {key!r}")
+        ids = list(specs)
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         if train_dataset is not None:
             train_dataset = routed_dataset(train_dataset, ids, "train_dataset")
