@@ -51,7 +51,7 @@ class Rollout:
         place (`int`): Which of its task's micro-batches of the optimizer step.
         schedule (`Schedule`): The noise levels.
         tensors (`dict[str, Tensor]`): `timesteps`, `[N]`, and what the trainer keeps of the samples.
-        advantages (`Tensor`): `[batch]`, once all samples of the step are judged.
+        advantages (`Tensor`): `[batch]`.
     """
 
     task: str
@@ -59,7 +59,7 @@ class Rollout:
     place: int
     schedule: Schedule
     tensors: dict[str, Tensor]
-    advantages: Tensor | None = None
+    advantages: Tensor
 
 
 class DiffusionRLTrainer(DiffusionTrainer):
@@ -169,7 +169,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
     def _generate(self, batches: Sequence[list[dict[str, Any]]]) -> list[Rollout]:
         """Samples for the batches of one optimizer step, with their advantages."""
         self.model.eval()
-        rollouts, rewards = [], {task: [] for task in self.tasks}
+        drawn = []
+        rewards: dict[str, list[Tensor]] = {task: [] for task in self.tasks}
         for index, batch in enumerate(batches):
             task, place = batch[0][TASK], index // len(self.tasks)
             generators = self._generators(len(batch), _TRAIN, self.state.global_step, self.tasks.index(task), place)
@@ -179,12 +180,12 @@ class DiffusionRLTrainer(DiffusionTrainer):
             self.memo.clear()
             with self.stopwatch.section("reward"):
                 rewards[task].append(self.rewards(task, batch, images, self.state))
-            rollouts.append(Rollout(task, prompts, place, schedule, tensors))
-        for task in self.tasks:
-            own = [rollout for rollout in rollouts if rollout.task == task]
-            for rollout, advantages in zip(own, self._advantages(task, torch.stack(rewards[task])), strict=True):
-                rollout.advantages = advantages
-        return rollouts
+            drawn.append((task, prompts, place, schedule, tensors))
+        advantages = {task: self._advantages(task, torch.stack(rewards[task])) for task in self.tasks}
+        return [
+            Rollout(task, prompts, place, schedule, tensors, advantages[task][place])
+            for task, prompts, place, schedule, tensors in drawn
+        ]
 
     def _roll_out(
         self, task: str, prompts: list[str], generators: list[torch.Generator]
