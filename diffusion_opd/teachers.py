@@ -24,12 +24,12 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -134,9 +134,9 @@ def name_teachers(teachers: Any) -> dict[str, Teacher]:
             teacher.id = next((p for p in reversed(parts) if p not in ("lora", "transformer", "unet")), "teacher")
         check_types(teacher, f"teacher {teacher.id!r}: ")
         if isinstance(teacher.path, DiffusionPipeline):
-            what, unread = "a loaded pipeline", ("subfolder", "revision", "weight_name")
+            what, unread = "a loaded pipeline", ["subfolder", "revision", "weight_name"]
         else:
-            what, unread = f"the folder {str(teacher.path)!r}", ("revision",) if os.path.isdir(teacher.path) else ()
+            what, unread = f"the folder {str(teacher.path)!r}", ["revision"] if os.path.isdir(teacher.path) else []
         for name in unread:
             if (value := getattr(teacher, name)) is not None:
                 raise ValueError(f"teacher {teacher.id!r}: {what} has no `{name}`, got {value!r}; leave it out.")
@@ -185,7 +185,7 @@ def _sole_lora(teacher: Teacher, folder: Path, commit: str | None) -> str | None
     found = sorted(file.name for file in folder.glob("*.safetensors"))
     if commit is not None:
         inside = PurePosixPath(teacher.subfolder or "")
-        download = partial(snapshot_download, str(teacher.path), revision=commit)
+        download: Any = partial(snapshot_download, str(teacher.path), revision=commit)
         with contextlib.suppress(OSError):  # offline it is what the cache holds
             listed = download(allow_patterns=str(inside / "*.safetensors"), dry_run=True)
             paths = [PurePosixPath(file.filename) for file in listed]
@@ -274,19 +274,19 @@ def load_teachers(
     return loaded
 
 
-def absent_parts(index: Mapping[str, Any]) -> dict[str, None]:
+def absent_parts(index: Mapping[str, Any]) -> dict[str, Any]:
     """For `from_pretrained`: optional parts that a saved pipeline was without (an SD3 without T5), which diffusers
     would miss."""
     return {key: None for key, entry in index.items() if entry == [None, None]}
 
 
-def _denoiser(pipeline: DiffusionPipeline) -> nn.Module:
+def _denoiser(pipeline: DiffusionPipeline) -> ModelMixin:
     return getattr(pipeline, denoiser_name(pipeline))
 
 
 def _load_module(
     teacher: Teacher,
-    cls: type,
+    cls: Any,
     dtype: torch.dtype,
     *where: Any,
     refused: Sequence[str] = ("missing_keys", "unexpected_keys"),
@@ -329,7 +329,7 @@ def _load_pipeline(teacher: Teacher, located: Path, commit: str | None, dtype: t
     parts[name] = _load_module(teacher, cls, dtype, folder, subfolder=name, revision=commit)
     for key, entry in index.items():
         library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-        part = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(class_name), None)
+        part = getattr({"diffusers": diffusers, "transformers": transformers}.get(str(library)), str(class_name), None)
         if key != name and isinstance(part, type) and issubclass(part, nn.Module):
             # Whole checkpoints of CLIP and T5 hold more than their encoders
             parts[key] = _load_module(
@@ -529,7 +529,7 @@ def _without_rank(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:rank] + shape[rank + 1 :]
 
 
-def add_adapter(denoiser: nn.Module, config: LoraConfig, name: str) -> None:
+def add_adapter(denoiser: ModelMixin, config: LoraConfig, name: str) -> None:
     """Adds an adapter and leaves which one is active, and which parameters train, as it was.
 
     Raises:
@@ -551,7 +551,7 @@ def add_adapter(denoiser: nn.Module, config: LoraConfig, name: str) -> None:
 
 
 def _scalings(denoiser: nn.Module, adapter: str) -> dict[str, Tensor]:
-    layers = {key: layer for key, layer in denoiser.named_modules() if isinstance(layer, BaseTunerLayer)}
+    layers = {key: layer for key, layer in denoiser.named_modules() if isinstance(layer, LoraLayer)}
     return {f"{k}.scaling": torch.tensor(v.scaling[adapter]) for k, v in layers.items() if adapter in v.scaling}
 
 
@@ -656,7 +656,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     for key in sorted(tensors):
         value = tensors[key].detach().cpu().contiguous()
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
