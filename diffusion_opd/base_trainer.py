@@ -25,7 +25,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.training_utils import EMAModel, _collate_lora_metadata
 from diffusers.utils import make_image_grid
@@ -56,7 +56,7 @@ from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, column
 from .shards import local_shards, reshard, shards_changed, zero3_unseen
 from .stopwatch import Stopwatch
 from .teachers import LORA_NAME, STUDENT_ADAPTER
-from .transitions import TRANSITIONS, Kernel
+from .transitions import TRANSITIONS, BoundKernel
 
 logger = get_logger(__name__)
 
@@ -130,19 +130,19 @@ class _EveryStep(TrainerCallback):
     def __init__(self, trainer: "DiffusionTrainer"):
         self.trainer = trainer
 
-    def on_step_begin(self, args: DiffusionConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Those of the step before; also when a run is resumed here, which may have been killed before it drew them
         if args.image_steps and state.global_step and state.global_step % args.image_steps == 0:
             self.trainer.log_images()
         self.trainer.keep_loss()
 
-    def on_step_end(self, args: DiffusionConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.after_optimizer_step()
         self.trainer.keep_metrics()
         if args.logging_strategy == "no":
             self.trainer.forget_metrics()
 
-    def on_train_end(self, args: DiffusionConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.ema is not None:
             with self.trainer.trained_shards() as shards:
                 if state.global_step % args.ema_update_every and state.best_model_checkpoint is None:
@@ -157,11 +157,11 @@ class _SaveAndStop(TrainerCallback):
     """In the place of transformers' callback of `enable_jit_checkpoint`, which saves whenever its own process has been
     told: several processes would do so at different steps, and wait for each other for ever."""
 
-    def __init__(self, listener: JITCheckpointCallback):
+    def __init__(self, listener: Any):
         self.listener = listener
         self.agreed = False  # by all processes, in this optimizer step
 
-    def on_step_end(self, args: DiffusionConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.agreed:
             self.listener.jit_manager.is_checkpoint_requested = False
             control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
@@ -182,8 +182,16 @@ class DiffusionTrainer(_BaseTrainer):
         kwargs: For [`~transformers.Trainer`].
     """
 
+    # What Trainer says less of
+    args: DiffusionConfig
+    model: ModelMixin
+    optimizer: Any  # some have `train` and `eval`
+    train_dataset: Any  # as `routed_dataset` returns it
+    eval_dataset: Any
+    _signature_columns: Any
+
     # A training step backpropagates a mean over its micro-batch; Trainer would guess from the denoiser's `**kwargs`
-    loss_is_scaled_for_ga = False
+    loss_is_scaled_for_ga: Any = False
     _tag_names = ["trl", "diffusion-opd"]
     _task_column = TEACHER
 
@@ -249,6 +257,7 @@ class DiffusionTrainer(_BaseTrainer):
         self._ema_is_in_place = False
         self._metrics: dict[str, list[Any]] = defaultdict(list)
         self._kept: dict[str, int] = {}
+        self._skipped_steps = 0
         self._nonfinite = torch.zeros(len(NONFINITE), len(tasks), dtype=torch.bool, device=device)
         self._last_log = (time.perf_counter(), 0)
         self.callback_handler.callbacks.insert(0, _EveryStep(self))
@@ -369,7 +378,7 @@ class DiffusionTrainer(_BaseTrainer):
                 "`call_kwargs` if it takes that, or shorten it."
             )
 
-    def choose_kernel(self, transition: str, noise_level: float, needs_noise: bool) -> Kernel:
+    def choose_kernel(self, transition: str, noise_level: float, needs_noise: bool) -> BoundKernel:
         """The kernel of a rollout, with its noise level.
 
         Args:
@@ -534,11 +543,11 @@ class DiffusionTrainer(_BaseTrainer):
         )
         return self._train_sampler
 
-    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # In several processes accelerate does not reach the sampler of an epoch that is resumed in its middle
         if isinstance(self.train_dataset, Dataset):
-            self._train_sampler.set_epoch(epoch)
-        super()._run_epoch(*args, epoch=epoch, **kwargs)
+            self._train_sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
 
     @property
     def _global_batch_size(self) -> int:
@@ -639,7 +648,7 @@ class DiffusionTrainer(_BaseTrainer):
         if not isinstance(self.train_dataset, Dataset):
             return []
         per_task = -(-4 // len(self.tasks))
-        rows = {key: [] for key in self.tasks}
+        rows: dict[str, list[int]] = {key: [] for key in self.tasks}
         for row, task in enumerate(self.train_dataset[self._task_column]):
             if len(rows[task]) < per_task:
                 rows[task].append(row)
@@ -777,7 +786,7 @@ class DiffusionTrainer(_BaseTrainer):
         stem, rank, world = Path(name).stem, self.accelerator.process_index, self.accelerator.num_processes
         return f"{stem}_{rank}_of_{world}.safetensors"
 
-    def _gathered_state(self) -> dict[str, Tensor] | None:
+    def _gathered_state(self) -> dict[str, Any] | None:
         """The weights of a sharded student (of a LoRA the trained ones alone; Trainer would gather the frozen backbone
         too), whole on the first process, called on all; `None` if they are not sharded."""
         if self.is_fsdp_enabled:
@@ -862,7 +871,7 @@ class DiffusionTrainer(_BaseTrainer):
                     f"{resume_from_checkpoint} is no whole checkpoint: {reason}; `resume_from_checkpoint=True` takes "
                     "the last whole one."
                 )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[arg-type]  # a `Path` works too
 
     # Loading: Trainer looks for transformers' file names, and on a miss only warns, i.e. keeps the weights it has
 
@@ -874,7 +883,7 @@ class DiffusionTrainer(_BaseTrainer):
         """
         path = Path(folder)
         files = [path / LORA_NAME] if self.trains_lora else sorted((path / self.denoiser_name).glob("*.safetensors"))
-        state = {}
+        state: dict[str, Tensor] = {}
         try:
             for file in files:
                 state |= load_file(file)
@@ -902,19 +911,19 @@ class DiffusionTrainer(_BaseTrainer):
         elif self.args.ema_decay is None:
             self.load_weights(resume_from_checkpoint)
 
-    def _load_ema(self, checkpoint: str) -> None:
+    def _load_ema(self, ema: EMAModel, checkpoint: str) -> None:
         state = self.load_shards(Path(checkpoint), EMA_NAME)
         with torch.no_grad(), self.trained_shards() as shards:
-            for index, (shard, shadow) in enumerate(zip(shards, self.ema.shadow_params, strict=True)):
+            for index, (shard, shadow) in enumerate(zip(shards, ema.shadow_params, strict=True)):
                 shadow.copy_(state[f"ema.{index}"])
                 shard.copy_(state[f"raw.{index}"])
-        self.ema.optimization_step = self.state.global_step // self.args.ema_update_every
+        ema.optimization_step = self.state.global_step // self.args.ema_update_every
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        averages = self.args.ema_decay is not None
+        decay = self.args.ema_decay
         if resume_from_checkpoint is not None:
             averaged = any(Path(resume_from_checkpoint).glob(f"{Path(EMA_NAME).stem}*"))
-            if averages != averaged:
+            if averaged == (decay is None):
                 before = "with" if averaged else "without"
                 raise ValueError(f"{resume_from_checkpoint} was saved {before} `ema_decay`; resume it {before}.")
         own_forward = vars(self.model).get("forward")
@@ -927,18 +936,19 @@ class DiffusionTrainer(_BaseTrainer):
             del self.model.forward
             if own_forward is not None:
                 self.model.forward = own_forward
-        if averages and self.ema is None:
-            with self.trained_shards() as shards:
-                self.ema = EMAModel(shards, decay=self.args.ema_decay)
-            self.ema.to(dtype=torch.float32)
-        if averages and resume_from_checkpoint is not None:
-            self._load_ema(resume_from_checkpoint)
+        if decay is not None:
+            if self.ema is None:
+                with self.trained_shards() as shards:
+                    self.ema = EMAModel(shards, decay=decay)
+                self.ema.to(dtype=torch.float32)
+            if resume_from_checkpoint is not None:
+                self._load_ema(self.ema, resume_from_checkpoint)
         return prepared
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
+        best: Any = self.state.best_model_checkpoint  # there is one, or Trainer would not ask
         if self.ema is not None:
-            self._load_ema(best)  # `on_train_end` puts the average in place
+            self._load_ema(self.ema, best)  # `on_train_end` puts the average in place
         elif self.shards_parameters:
             super()._load_best_model()
         else:
@@ -964,7 +974,7 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _warn_of_failed_pushes(self) -> None:
         # Uploads run in the background, where nobody sees them fail
-        job = getattr(self, "push_in_progress", None)
+        job: Any = getattr(self, "push_in_progress", None)
         for upload in [] if job is None else job.jobs:
             if upload.done() and (error := upload.exception()) is not None:
                 logger.warning(
@@ -993,8 +1003,10 @@ class DiffusionTrainer(_BaseTrainer):
                     del self.model.save_pretrained
             for source in Path(checkpoint_folder).iterdir():
                 if source.name in self._published_names:
-                    copy_entry = shutil.copytree if source.is_dir() else shutil.copy
-                    copy_entry(source, output_dir / source.name, **({"dirs_exist_ok": True} if source.is_dir() else {}))
+                    if source.is_dir():
+                        shutil.copytree(source, output_dir / source.name, dirs_exist_ok=True)
+                    else:
+                        shutil.copy(source, output_dir / source.name)
         super()._push_from_checkpoint(checkpoint_folder)
 
     @property
@@ -1003,7 +1015,7 @@ class DiffusionTrainer(_BaseTrainer):
 
     # TRL's card names transformers as its library and shows a chat
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # TRL's signature, which is not Trainer's
         self,
         model_name: str | None = None,
         dataset_name: str | None = None,

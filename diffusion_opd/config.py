@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import torch
 from accelerate.utils import DynamoBackend
@@ -65,7 +65,7 @@ def check_types(settings: Any, owner: str = "") -> None:
 
 def _is_a(kind: Any, value: Any) -> bool:
     if get_origin(kind) is list:
-        return isinstance(value, (list, tuple)) and all(_is_a(*get_args(kind), item) for item in value)
+        return isinstance(value, (list, tuple)) and all(_is_a(get_args(kind)[0], item) for item in value)
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
     return isinstance(value, {list: (list, tuple), str: (str, os.PathLike)}.get(kind, get_origin(kind) or kind))
@@ -159,6 +159,11 @@ class DiffusionConfig(_BaseConfig):
     NaN is shown).
     """
 
+    if TYPE_CHECKING:  # what transformers' `__post_init__` makes of them; they may be given in other forms
+        output_dir: str = ""
+        accelerator_config: Any = None
+        report_to: Any = None
+
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "call_kwargs"]
 
     model_init_kwargs: dict | str | None = field(
@@ -194,7 +199,7 @@ class DiffusionConfig(_BaseConfig):
     )
 
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate."})
-    gradient_checkpointing: bool | None = field(
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]  # TRL's is never None
         default=None, metadata={"help": "Recompute activations in the backward pass to save memory."}
     )
     bf16: bool | None = field(
@@ -230,9 +235,10 @@ class DiffusionConfig(_BaseConfig):
         for path in (Path(self.output_dir), *Path(self.output_dir).parents):
             if path.is_file():
                 raise ValueError(f"`output_dir={self.output_dir!r}` cannot be a folder: {str(path)!r} is a file.")
-        self.call_kwargs = self.call_kwargs or {}
+        call_kwargs: Any = self.call_kwargs or {}  # text no longer
+        self.call_kwargs = call_kwargs
         check_call_kwargs(
-            self.call_kwargs, {k: getattr(self, k) for k in ("guidance_scale", "height", "width")}, type(self).__name__
+            call_kwargs, {k: getattr(self, k) for k in ("guidance_scale", "height", "width")}, type(self).__name__
         )
         for least, names in {
             1: "num_inference_steps height width ema_update_every image_num_inference_steps "
@@ -287,7 +293,8 @@ class DiffusionConfig(_BaseConfig):
     def pipeline_kwargs(self) -> dict[str, Any]:
         """Everything that goes to the pipeline's `__call__` besides what the trainer sets itself."""
         named = {"guidance_scale": self.guidance_scale, "height": self.height, "width": self.width}
-        return {**{k: v for k, v in named.items() if v is not None}, **self.call_kwargs}
+        call_kwargs: Any = self.call_kwargs  # a dict since `__post_init__`
+        return {**{k: v for k, v in named.items() if v is not None}, **call_kwargs}
 
     @property
     def mixed_dtype(self) -> torch.dtype:

@@ -129,9 +129,7 @@ class _Seat:
     def __init__(self, scheduler: Any):
         self._scheduler, self.in_step = scheduler, False
 
-    @property
-    def __class__(self) -> type:
-        return type(self._scheduler)  # some pipelines ask `isinstance`
+    __class__: Any = property(lambda self: type(self._scheduler))  # some pipelines ask `isinstance`
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "_scheduler"), name)
@@ -148,7 +146,8 @@ class _RolloutSeat(_Seat):
 
     def __init__(self, scheduler: Any, on_step: OnStep, num_steps: int | None):
         super().__init__(scheduler)
-        self._on_step, self._num_steps, self._schedule, self.index = on_step, num_steps, None, 0
+        self._on_step, self._num_steps, self.index = on_step, num_steps, 0
+        self._schedule: Schedule | None = None
 
     @property
     def timesteps(self) -> Tensor:
@@ -173,7 +172,8 @@ class _FieldSeat(_Seat):
 
     def __init__(self, scheduler: Any, timestep: Tensor):
         super().__init__(scheduler)
-        self.timesteps, self.prediction = timestep.reshape(1), None
+        self.timesteps = timestep.reshape(1)
+        self.prediction: Any = None  # until the pipeline steps
 
     # `retrieve_timesteps` of the pipelines reads this signature to learn what a scheduler takes
     def set_timesteps(
@@ -388,9 +388,10 @@ class Policy:
     ) -> Any:
         switch = contextlib.nullcontext() if self.adapter is None else active_adapter(self._layers, self.adapter)
         seat = pipeline.scheduler
+        call: Any = type(pipeline).__call__
         try:
             with switch:
-                output = type(pipeline).__call__.__wrapped__(
+                output = call.__wrapped__(
                     pipeline,
                     prompt=list(prompts),
                     num_inference_steps=self.num_inference_steps,
@@ -545,5 +546,5 @@ def check_seams(pipeline: DiffusionPipeline) -> None:
 
 def _is_offloaded(module: nn.Module) -> bool:
     # A registry of diffusers alone says nothing: a pipeline's first call leaves an empty one behind
-    registries = [part._diffusers_hook for part in module.modules() if hasattr(part, "_diffusers_hook")]
+    registries: list[Any] = [part._diffusers_hook for part in module.modules() if hasattr(part, "_diffusers_hook")]
     return hasattr(module, "_hf_hook") or any(registry.get_hook("group_offloading") for registry in registries)

@@ -70,7 +70,8 @@ def load_student(
         raise TypeError(f"`model` must be a Hub id, a folder or a loaded pipeline, got {brief(model)}.")
     else:
         # diffusers falls back on pickles by itself
-        init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})
+        given: Any = args.model_init_kwargs or {}  # a dict since `__post_init__`
+        init_kwargs = {"use_safetensors": True} | given
         if init_kwargs.get("revision") is not None and os.path.isdir(model):
             raise ValueError(
                 f"the student {str(model)!r} is a folder and has no revision {init_kwargs['revision']!r}; leave it out "
@@ -147,7 +148,8 @@ def answer_in(denoiser: nn.Module, dtype: torch.dtype, compute_dtype: torch.dtyp
 
     @functools.wraps(type(denoiser).forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        weight, compute = next(self.parameters()), contextlib.nullcontext()
+        weight = next(self.parameters())
+        compute: contextlib.AbstractContextManager = contextlib.nullcontext()
         mixed = torch.is_autocast_enabled(weight.device.type)
         if weight.dtype == torch.float32 and not mixed:  # DeepSpeed casts what it trains
             if compute_dtype == torch.float32:

@@ -24,12 +24,12 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -104,9 +104,9 @@ class LoadedTeacher:
     commit: str | None
 
 
-def name_teachers(teachers: Any) -> list[Teacher]:
-    """One teacher, a sequence or a dict `{id: teacher}`, each a path, a [`Teacher`] or a pipeline, as teachers with
-    unique ids.
+def name_teachers(teachers: Any) -> dict[str, Teacher]:
+    """One teacher, a sequence or a dict `{id: teacher}`, each a path, a [`Teacher`] or a pipeline, as teachers by
+    id.
 
     Raises:
         ValueError: for no teacher, an id that is blank or given twice, two ids for one teacher, or a field that
@@ -127,26 +127,27 @@ def name_teachers(teachers: Any) -> list[Teacher]:
         named = [_as_teacher(teachers)]
     if not named:
         raise ValueError("`teachers` is empty; at least one teacher is needed.")
+    ids = []
     for teacher in named:
         if teacher.id is None:
             parts = Path(teacher.source).parts if isinstance(teacher.path, (str, os.PathLike)) else ("teacher",)
             teacher.id = next((p for p in reversed(parts) if p not in ("lora", "transformer", "unet")), "teacher")
         check_types(teacher, f"teacher {teacher.id!r}: ")
         if isinstance(teacher.path, DiffusionPipeline):
-            what, unread = "a loaded pipeline", ("subfolder", "revision", "weight_name")
+            what, unread = "a loaded pipeline", ["subfolder", "revision", "weight_name"]
         else:
-            what, unread = f"the folder {str(teacher.path)!r}", ("revision",) if os.path.isdir(teacher.path) else ()
+            what, unread = f"the folder {str(teacher.path)!r}", ["revision"] if os.path.isdir(teacher.path) else []
         for name in unread:
             if (value := getattr(teacher, name)) is not None:
                 raise ValueError(f"teacher {teacher.id!r}: {what} has no `{name}`, got {value!r}; leave it out.")
         if not teacher.id.strip():
             raise ValueError(f"the id of a teacher must not be blank, got {teacher.id!r} for {teacher.source!r}.")
-    ids = [teacher.id for teacher in named]
+        ids.append(teacher.id)
     if twice := sorted({i for i in ids if ids.count(i) > 1}):
         raise ValueError(
             f"teacher ids must be unique, but {twice} occurs more than once in {ids}; set `Teacher(..., id=...)`."
         )
-    return named
+    return dict(zip(ids, named, strict=True))
 
 
 def _as_teacher(value: Any) -> Teacher:
@@ -184,7 +185,7 @@ def _sole_lora(teacher: Teacher, folder: Path, commit: str | None) -> str | None
     found = sorted(file.name for file in folder.glob("*.safetensors"))
     if commit is not None:
         inside = PurePosixPath(teacher.subfolder or "")
-        download = partial(snapshot_download, str(teacher.path), revision=commit)
+        download: Any = partial(snapshot_download, str(teacher.path), revision=commit)
         with contextlib.suppress(OSError):  # offline it is what the cache holds
             listed = download(allow_patterns=str(inside / "*.safetensors"), dry_run=True)
             paths = [PurePosixPath(file.filename) for file in listed]
@@ -213,13 +214,13 @@ def _read_json(teacher: Teacher, path: Path) -> dict[str, Any]:
 
 
 def load_teachers(
-    teachers: Sequence[Teacher], student: DiffusionPipeline, trains_lora: bool, dtype: torch.dtype
+    teachers: Mapping[str, Teacher], student: DiffusionPipeline, trains_lora: bool, dtype: torch.dtype
 ) -> list[LoadedTeacher]:
     """Loads every teacher beside the student.
 
     Args:
-        teachers (`Sequence[Teacher]`):
-            With ids.
+        teachers (`Mapping[str, Teacher]`):
+            As [`name_teachers`] returns them.
         student ([`~diffusers.DiffusionPipeline`]):
             Gets the LoRA teachers as further adapters if it trains a LoRA itself.
         trains_lora (`bool`):
@@ -234,7 +235,7 @@ def load_teachers(
     name = denoiser_name(student)
     host = student
     loaded = []
-    for index, teacher in enumerate(teachers):
+    for index, (key, teacher) in enumerate(teachers.items()):
         adapter = commit = None
         if isinstance(teacher.path, DiffusionPipeline):
             pipeline = copy.copy(teacher.path)
@@ -269,23 +270,23 @@ def load_teachers(
         for part in pipeline.components.values():
             if isinstance(part, nn.Module) and part is not getattr(student, name):
                 part.requires_grad_(False).eval()
-        loaded.append(LoadedTeacher(teacher.id, teacher, pipeline, adapter, sha256, commit))
+        loaded.append(LoadedTeacher(key, teacher, pipeline, adapter, sha256, commit))
     return loaded
 
 
-def absent_parts(index: Mapping[str, Any]) -> dict[str, None]:
+def absent_parts(index: Mapping[str, Any]) -> dict[str, Any]:
     """For `from_pretrained`: optional parts that a saved pipeline was without (an SD3 without T5), which diffusers
     would miss."""
     return {key: None for key, entry in index.items() if entry == [None, None]}
 
 
-def _denoiser(pipeline: DiffusionPipeline) -> nn.Module:
+def _denoiser(pipeline: DiffusionPipeline) -> ModelMixin:
     return getattr(pipeline, denoiser_name(pipeline))
 
 
 def _load_module(
     teacher: Teacher,
-    cls: type,
+    cls: Any,
     dtype: torch.dtype,
     *where: Any,
     refused: Sequence[str] = ("missing_keys", "unexpected_keys"),
@@ -328,7 +329,7 @@ def _load_pipeline(teacher: Teacher, located: Path, commit: str | None, dtype: t
     parts[name] = _load_module(teacher, cls, dtype, folder, subfolder=name, revision=commit)
     for key, entry in index.items():
         library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-        part = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(class_name), None)
+        part = getattr({"diffusers": diffusers, "transformers": transformers}.get(str(library)), str(class_name), None)
         if key != name and isinstance(part, type) and issubclass(part, nn.Module):
             # Whole checkpoints of CLIP and T5 hold more than their encoders
             parts[key] = _load_module(
@@ -528,7 +529,7 @@ def _without_rank(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:rank] + shape[rank + 1 :]
 
 
-def add_adapter(denoiser: nn.Module, config: LoraConfig, name: str) -> None:
+def add_adapter(denoiser: ModelMixin, config: LoraConfig, name: str) -> None:
     """Adds an adapter and leaves which one is active, and which parameters train, as it was.
 
     Raises:
@@ -550,7 +551,7 @@ def add_adapter(denoiser: nn.Module, config: LoraConfig, name: str) -> None:
 
 
 def _scalings(denoiser: nn.Module, adapter: str) -> dict[str, Tensor]:
-    layers = {key: layer for key, layer in denoiser.named_modules() if isinstance(layer, BaseTunerLayer)}
+    layers = {key: layer for key, layer in denoiser.named_modules() if isinstance(layer, LoraLayer)}
     return {f"{k}.scaling": torch.tensor(v.scaling[adapter]) for k, v in layers.items() if adapter in v.scaling}
 
 
@@ -655,7 +656,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     for key in sorted(tensors):
         value = tensors[key].detach().cpu().contiguous()
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

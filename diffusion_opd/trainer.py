@@ -91,6 +91,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             do.
     """
 
+    args: DiffusionOPDConfig
+
     _name = "DiffusionOPD"
     _paper = {
         "title": "DiffusionOPD: A Unified Perspective of On-Policy Distillation in Diffusion Models",
@@ -121,9 +123,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         if not isinstance(args, DiffusionOPDConfig):
             raise TypeError(f"`args` must be a DiffusionOPDConfig, got {type(args).__name__}.")
         specs = name_teachers(teachers)
-        for spec in specs:
-            check_call_kwargs(spec.call_kwargs, {"guidance_scale": spec.guidance_scale}, f"teacher {spec.id!r}")
-        ids = [spec.id for spec in specs]
+        for key, spec in specs.items():
+            check_call_kwargs(spec.call_kwargs, {"guidance_scale": spec.guidance_scale}, f"teacher {key!r}")
+        ids = list(specs)
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         if train_dataset is not None:
             train_dataset = routed_dataset(train_dataset, ids, "train_dataset")
@@ -201,8 +203,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         """Asks everybody once: refuses what does not fit, warns about a teacher with nothing to teach: the `copies` of
         the student, and what predicts as it does."""
         args, step, prompts = self.args, self._first_step, self._check_prompts
-        needs_noise = args.noise_level > 0 and args.objective != "velocity"
-        self.kernel = self.choose_kernel(args.transition, args.noise_level, needs_noise)
+        noise_level: Any = args.noise_level  # a number since `__post_init__`
+        needs_noise = noise_level > 0 and args.objective != "velocity"
+        self.kernel = self.choose_kernel(args.transition, noise_level, needs_noise)
         for key, teacher in self.teachers.items():
             with self._present(key):
                 source = self.loaded_teachers[key].spec.source
@@ -227,7 +230,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     # Algorithm 1
 
-    def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(  # type: ignore[override]  # Trainer says a dict of tensors; `identity` collates rows
+        self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None
+    ) -> Tensor:
         """One micro-batch: the student's rollout on one task's prompts, with the backward pass of each step inside
         it."""
         model.eval()  # the rollout is a sample of the policy that is trained: no dropout
@@ -340,7 +345,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             if (mask := table[:, 0] == index).any():
                 metrics[f"kl/{key}"] = table[mask, 2].mean().item()
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(table))
+        nothing: Any = None  # as Trainer's own loop has it without predictions, whatever the annotation says
+        return EvalLoopOutput(predictions=nothing, label_ids=None, metrics=metrics, num_samples=len(table))
 
     @torch.no_grad()
     def _evaluate_task(

@@ -10,6 +10,7 @@ VP diffusion: `x_t = sqrt(a) x_0 + sqrt(1 - a) eps` with `a` the cumulative alph
 """
 
 import math
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -120,6 +121,9 @@ class Kernel(Protocol):
     def __call__(
         self, x: Tensor, prediction: Tensor, schedule: Schedule, index: int, /, noise_level: float
     ) -> Transition: ...
+
+
+BoundKernel = partial[Transition]  # a kernel with its `noise_level`
 
 
 TRANSITIONS: dict[str, Kernel] = {

@@ -119,13 +119,14 @@ def assert_words(sentence: str, *words: str) -> None:
     ],
 )
 def test_ids(teachers: Any, ids: list[str]):
-    assert [teacher.id for teacher in name_teachers(teachers)] == ids
+    named = name_teachers(teachers)
+    assert list(named) == [teacher.id for teacher in named.values()] == ids
 
 
 def test_loaded_pipelines_have_the_ids_they_are_given():
     pipe = BUILDERS["sd3"](1)
-    assert [teacher.id for teacher in name_teachers(pipe)] == ["teacher"]
-    assert [teacher.id for teacher in name_teachers({"a": pipe, "b": pipe})] == ["a", "b"]
+    assert list(name_teachers(pipe)) == ["teacher"]
+    assert list(name_teachers({"a": pipe, "b": pipe})) == ["a", "b"]
     with pytest.raises(ValueError, match="set `Teacher"):
         name_teachers([pipe, pipe])
 

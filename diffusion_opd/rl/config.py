@@ -50,7 +50,7 @@ class DiffusionRLConfig(DiffusionConfig):
     advantage_clip: float = field(default=5.0, metadata={"help": "Bound of the advantages' absolute values."})
     beta: float = field(default=0.0, metadata={"help": "Weight of the distance to the base model. 0: not asked."})
 
-    remove_unused_columns: bool | None = field(
+    remove_unused_columns: bool | None = field(  # type: ignore[assignment]  # None as in TRL's `GRPOConfig`
         default=False, metadata={"help": "Hide the dataset's other columns from the reward functions."}
     )
 

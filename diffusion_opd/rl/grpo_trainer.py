@@ -68,15 +68,14 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
             do.
     """
 
+    args: DiffusionGRPOConfig
+
     _name = "DiffusionGRPO"
     _config_class = DiffusionGRPOConfig
     _card_settings = "loss_type epsilon epsilon_high noise_level sde_window_size sde_window_range"
 
-    @property
-    def _paper(self) -> dict[str, str]:
-        return _PAPERS[self.args.loss_type]
-
     def _prepare(self) -> None:
+        self._paper = _PAPERS[self.args.loss_type]
         transition = self.args.transition or ("flow_sde" if is_flow(self.pipeline.scheduler) else "ddim")
         self.kernel = self.choose_kernel(transition, self.args.noise_level, needs_noise=True)
 
@@ -86,7 +85,8 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         # Of the seed and the step alone, and so the same on all processes
         order = np.random.default_rng(seed_of(self.args.seed, _TRAIN, self.state.global_step))
         window = self.args.sde_window(order.integers)
-        timesteps, schedules, kept = [], [], {"states": [], "means": [], "noise": []}
+        timesteps, schedules = [], []
+        kept: dict[str, list[Tensor]] = {"states": [], "means": [], "noise": []}
 
         def visit(step: Step) -> Tensor:
             self.watch("rollout", task, step.prediction)

@@ -70,6 +70,8 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
             do.
     """
 
+    args: DiffusionNFTConfig
+
     _name = "DiffusionNFT"
     _config_class = DiffusionNFTConfig
     _card_settings = "nft_beta old_decay_start old_decay_rate old_decay_max"
@@ -92,7 +94,8 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
     def _roll_out(
         self, task: str, prompts: list[str], generators: list[torch.Generator]
     ) -> tuple[Schedule, dict[str, Tensor], list[Any]]:
-        timesteps, last = [], {}
+        timesteps = []
+        last: dict[str, Any] = {}
 
         def visit(step: Step) -> Tensor:
             self.watch("rollout", task, step.prediction)

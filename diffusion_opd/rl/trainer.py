@@ -8,7 +8,7 @@ where rollouts happen.
 import copy
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ..policy import BACKBONE, Policy, Step
 from ..sampling import PROMPT, TASK, check_no_splits, is_prompt, routed_dataset, stream_columns, tasks_in
 from ..student import load_student
 from ..teachers import STUDENT_ADAPTER, add_adapter
-from ..transitions import Kernel, Schedule
+from ..transitions import BoundKernel, Schedule
 from .config import DiffusionRLConfig
 from .objectives import combine, group_advantages, nanstd
 from .rewards import Rewards
@@ -51,7 +51,7 @@ class Rollout:
         place (`int`): Which of its task's micro-batches of the optimizer step.
         schedule (`Schedule`): The noise levels.
         tensors (`dict[str, Tensor]`): `timesteps`, `[N]`, and what the trainer keeps of the samples.
-        advantages (`Tensor`): `[batch]`, once all samples of the step are judged.
+        advantages (`Tensor`): `[batch]`.
     """
 
     task: str
@@ -59,7 +59,7 @@ class Rollout:
     place: int
     schedule: Schedule
     tensors: dict[str, Tensor]
-    advantages: Tensor | None = None
+    advantages: Tensor
 
 
 class DiffusionRLTrainer(DiffusionTrainer):
@@ -68,6 +68,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     Everything that its user sees is described at [`DiffusionNFTTrainer`] and [`DiffusionGRPOTrainer`].
     """
+
+    args: DiffusionRLConfig
 
     _task_column = TASK
     _config_class = DiffusionRLConfig
@@ -158,7 +160,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
     # Rollouts
 
     def get_batch_samples(
-        self, epoch_iterator: Iterable[list[dict[str, Any]]], num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator[list[dict[str, Any]]], num_batches: int, device: torch.device
     ) -> tuple[list[Rollout], None]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and self.state.global_step % self.args.num_iterations == 0:
@@ -169,7 +171,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
     def _generate(self, batches: Sequence[list[dict[str, Any]]]) -> list[Rollout]:
         """Samples for the batches of one optimizer step, with their advantages."""
         self.model.eval()
-        rollouts, rewards = [], {task: [] for task in self.tasks}
+        drawn = []
+        rewards: dict[str, list[Tensor]] = {task: [] for task in self.tasks}
         for index, batch in enumerate(batches):
             task, place = batch[0][TASK], index // len(self.tasks)
             generators = self._generators(len(batch), _TRAIN, self.state.global_step, self.tasks.index(task), place)
@@ -179,12 +182,12 @@ class DiffusionRLTrainer(DiffusionTrainer):
             self.memo.clear()
             with self.stopwatch.section("reward"):
                 rewards[task].append(self.rewards(task, batch, images, self.state))
-            rollouts.append(Rollout(task, prompts, place, schedule, tensors))
-        for task in self.tasks:
-            own = [rollout for rollout in rollouts if rollout.task == task]
-            for rollout, advantages in zip(own, self._advantages(task, torch.stack(rewards[task])), strict=True):
-                rollout.advantages = advantages
-        return rollouts
+            drawn.append((task, prompts, place, schedule, tensors))
+        advantages = {task: self._advantages(task, torch.stack(rewards[task])) for task in self.tasks}
+        return [
+            Rollout(task, prompts, place, schedule, tensors, advantages[task][place])
+            for task, prompts, place, schedule, tensors in drawn
+        ]
 
     def _roll_out(
         self, task: str, prompts: list[str], generators: list[torch.Generator]
@@ -226,7 +229,9 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     # Learning
 
-    def training_step(self, model: nn.Module, inputs: Rollout, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(  # type: ignore[override]  # Trainer says a dict of tensors; `get_batch_samples` gives these
+        self, model: nn.Module, inputs: Rollout, num_items_in_batch: Any = None
+    ) -> Tensor:
         """One micro-batch of samples: a backward pass for each learnt step."""
         model.eval()  # what rolled out is what is trained: no dropout
         if callable(getattr(self.optimizer, "train", None)):
@@ -247,7 +252,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         return torch.stack(losses).mean() / self.current_gradient_accumulation_steps
 
     # Trainer's estimate looks for token ids
-    def floating_point_ops(self, inputs: Rollout) -> int:
+    def floating_point_ops(self, inputs: Any) -> int:
         return 0
 
     def _learnt_steps(self, rollout: Rollout) -> range:
@@ -326,8 +331,9 @@ class DiffusionRLTrainer(DiffusionTrainer):
             if not column.isnan().all():
                 metrics[f"rewards/{name}/mean"] = column.nanmean()
                 metrics[f"rewards/{name}/std"] = nanstd(column)
-        metrics = {f"{metric_key_prefix}_{key}": value.item() for key, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(table))
+        numbers = {f"{metric_key_prefix}_{key}": value.item() for key, value in metrics.items()}
+        nothing: Any = None  # as Trainer's own loop has it without predictions, whatever the annotation says
+        return EvalLoopOutput(predictions=nothing, label_ids=None, metrics=numbers, num_samples=len(table))
 
     def _score(self, examples: Sequence[dict[str, Any]], images: Sequence[Any]) -> list[tuple[str, list[int], Tensor]]:
         """Rewards of images of several tasks: task, which of the images, `[images, functions]`."""
@@ -460,7 +466,7 @@ def _check_groups(args: DiffusionRLConfig, num_tasks: int) -> None:
         )
 
 
-def _move(kernel: Kernel, step: Step) -> Tensor:
+def _move(kernel: BoundKernel, step: Step) -> Tensor:
     return kernel(step.sample, step.prediction, step.schedule, step.index).mean
 
 
