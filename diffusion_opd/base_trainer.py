@@ -89,7 +89,7 @@ def whole_cycles(args: DiffusionConfig, tasks: Sequence[str]) -> None:
         )
 
 
-def refuse_unread_columns(pipeline: DiffusionPipeline, **datasets: Any) -> None:
+def refuse_unread_columns(pipeline: DiffusionPipeline, /, **datasets: Any) -> None:
     """Refuses columns that the pipeline could use and is not given: a picture to be edited, for one."""
     for name, dataset in datasets.items():
         if unread := sorted(columns_of(dataset) & sample_arguments(type(pipeline))):
@@ -258,6 +258,7 @@ class DiffusionTrainer(_BaseTrainer):
         self._metrics: dict[str, list[Any]] = defaultdict(list)
         self._kept: dict[str, int] = {}
         self._skipped_steps = 0
+        self._has_card = False  # of this run
         self._nonfinite = torch.zeros(len(NONFINITE), len(tasks), dtype=torch.bool, device=device)
         self._last_log = (time.perf_counter(), 0)
         self.callback_handler.callbacks.insert(0, _EveryStep(self))
@@ -589,7 +590,7 @@ class DiffusionTrainer(_BaseTrainer):
         # Trainer logs before it asks `on_evaluate`, where callbacks may add theirs
         logged = {key for entry in self.state.log_history[before:] for key in entry}
         if added := {key: value for key, value in metrics.items() if key not in logged}:
-            self.log(added)
+            super().log(added)
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
@@ -671,7 +672,8 @@ class DiffusionTrainer(_BaseTrainer):
 
     @torch.no_grad()
     def _draw(self, prompts: Sequence[str]) -> list[Any]:
-        """An image, or a list of frames, for each prompt. What the pipeline raises on one process is raised on all."""
+        """An image, or a list of frames, for each prompt. What the pipeline raises on one process is raised on all
+        (where each call of the denoiser gathers sharded weights: once these calls are done)."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         per_process = -(-len(prompts) // world)
         # Every process draws equally many: sharded weights are gathered by all
@@ -695,12 +697,15 @@ class DiffusionTrainer(_BaseTrainer):
         except Exception as own:
             error = own
         if world > 1:  # or those that could draw would wait for the one that could not
-            errors = gather_object([None if error is None else brief(error)])
+            errors = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
             drawn = gather_object(drawn)
             if error is None and any(errors):
                 error = RuntimeError(f"another process could not draw: {next(filter(None, errors))}")
-        if error is not None:
-            raise error
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # its traceback holds this frame, and all that the call left on the device
         return drawn[: len(prompts)]
 
     def log_images(self) -> None:
@@ -710,6 +715,8 @@ class DiffusionTrainer(_BaseTrainer):
             drawn = self._draw(self.image_prompts)
             if drawn and self.is_world_process_zero():
                 self._show(drawn)
+                if self._has_card:  # written as the step was saved
+                    self.create_model_card(model_name=self._card_name)
         except Exception as error:
             logger.warning(
                 f"The sample pictures of optimizer step {self.state.global_step} could not be drawn or shown "
@@ -825,7 +832,8 @@ class DiffusionTrainer(_BaseTrainer):
         torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.create_model_card(model_name=Path(self.args.hub_model_id or self.args.output_dir).name)
+        self.create_model_card(model_name=self._card_name)
+        self._has_card = True
         run_dir = self._get_output_dir(trial)
         folder = Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
@@ -1069,6 +1077,10 @@ class DiffusionTrainer(_BaseTrainer):
         )
         output_dir.mkdir(parents=True, exist_ok=True)
         card.save(output_dir / "README.md")
+
+    @property
+    def _card_name(self) -> str:
+        return Path(self.args.hub_model_id or self.args.output_dir).name
 
     def _card_fields(self) -> dict[str, Any]:
         """What a trainer's own part of the card shows: `teachers` or `rewards` (rows), and `settings`."""

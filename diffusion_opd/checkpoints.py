@@ -8,6 +8,7 @@ its own files, once every process has written: it is whole if all of them are th
 This file knows folders, and no trainer.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -66,7 +67,7 @@ def give_ordinary_mode(*files: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     for file in files:
-        if file.is_file():
+        with contextlib.suppress(OSError):  # some network mounts have no modes to give; and files that are not there
             file.chmod(0o666 & ~umask)
 
 

@@ -290,7 +290,7 @@ def sample_arguments(pipeline_class: type[DiffusionPipeline]) -> set[str]:
     return {
         name
         for name, annotation in annotations.items()
-        if re.search(r"[Ll]ist\[str\]|PIL|Tensor|Condition", annotation)
+        if re.search(r"[Ll]ist\[str\]|Image|Tensor|Condition", annotation)
         and "callback" not in name
         and name not in ("prompt", "latents", "sigmas")
     }

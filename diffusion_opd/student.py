@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -45,7 +45,10 @@ def whole_modules() -> Iterator[None]:
 
 
 def load_student(
-    model: str | os.PathLike | DiffusionPipeline, args: DiffusionConfig, peft_config: LoraConfig | None
+    model: str | os.PathLike | DiffusionPipeline,
+    args: DiffusionConfig,
+    peft_config: LoraConfig | None,
+    check: Callable[[DiffusionPipeline], None],
 ) -> DiffusionPipeline:
     """The student's pipeline with trainable parameters in float32 and everything else frozen, in eval mode.
 
@@ -55,6 +58,7 @@ def load_student(
             dtype).
         args ([`DiffusionConfig`]): For `model_init_kwargs` and the dtype.
         peft_config ([`~peft.LoraConfig`], *optional*): Trains a LoRA; `None` trains the whole denoiser.
+        check (`Callable[[DiffusionPipeline], None]`): May refuse the pipeline before anything of it is changed.
 
     Raises:
         ValueError: if the pipeline cannot be loaded, has no single denoiser, lacks a seam, is offloaded, carries
@@ -63,7 +67,6 @@ def load_student(
     """
     if not isinstance(peft_config, (LoraConfig, type(None))):
         raise TypeError(f"`peft_config` must be a `LoraConfig` or None (train in full), got {brief(peft_config)}.")
-    own_dtypes = False
     if isinstance(model, DiffusionPipeline):
         pipeline = model
     elif not isinstance(model, (str, os.PathLike)):
@@ -83,8 +86,7 @@ def load_student(
             init_kwargs["dtype"] = getattr(torch, word, word)
         if not isinstance(init_kwargs.get("dtype"), (torch.dtype, dict, type(None))):
             raise ValueError(f"`model_init_kwargs`: dtype {word!r} is none of torch's, e.g. 'bfloat16'.")
-        own_dtypes = "dtype" not in init_kwargs and "torch_dtype" not in init_kwargs
-        if own_dtypes:
+        if "dtype" not in init_kwargs and "torch_dtype" not in init_kwargs:
             name = next((name for name in ("transformer", "unet") if name in index), "transformer")
             denoiser_dtype = torch.float32 if peft_config is None else args.mixed_dtype
             init_kwargs["dtype"] = {name: denoiser_dtype, "default": args.mixed_dtype}
@@ -93,6 +95,7 @@ def load_student(
         with whole_modules(), one_sentence(f"the student {str(model)!r} cannot be loaded", unsafe):
             pipeline = DiffusionPipeline.from_pretrained(model, **init_kwargs)
     check_seams(pipeline)
+    check(pipeline)
     name = denoiser_name(pipeline)
     denoiser = getattr(pipeline, name)
     if tuner_layers(denoiser):
@@ -110,10 +113,11 @@ def load_student(
                 )
             part.requires_grad_(False).eval()
     if peft_config is None:
-        answers_in = args.mixed_dtype if own_dtypes else denoiser.dtype
         denoiser.requires_grad_(True).to(torch.float32)
-        if {answers_in, args.mixed_dtype} != {torch.float32}:
-            answer_in(denoiser, answers_in, args.mixed_dtype)
+        parts = {key: part for key, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        beside = next((part for key, part in parts.items() if "text_encoder" in key), parts.get("vae", denoiser))
+        if {_dtype(beside), args.mixed_dtype} != {torch.float32}:
+            answer_beside(denoiser, beside, args.mixed_dtype)
         return pipeline
     if not hasattr(type(pipeline), "save_lora_weights"):
         raise ValueError(
@@ -141,10 +145,10 @@ def load_student(
     return pipeline
 
 
-def answer_in(denoiser: nn.Module, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
-    """Lets a denoiser whose weights are float32, as they are trained in full, take part in a pipeline as one of `dtype`
-    would: it computes in `compute_dtype`, and what it answers is of `dtype`, for which scheduler and VAE look. Under
-    autocast it answers what autocast makes of it."""
+def answer_beside(denoiser: nn.Module, part: nn.Module, compute_dtype: torch.dtype) -> None:
+    """Lets a denoiser whose weights are float32, as they are trained in full, take part in a pipeline as one of the
+    precision of another `part` would: it computes in `compute_dtype`, and what it answers is of the dtype that the part
+    has by then, for which scheduler and VAE look. Under autocast it answers what autocast makes of it."""
 
     @functools.wraps(type(denoiser).forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -158,9 +162,13 @@ def answer_in(denoiser: nn.Module, dtype: torch.dtype, compute_dtype: torch.dtyp
                 compute = torch.autocast(weight.device.type, compute_dtype)
         with compute:
             output = type(self).forward(self, *args, **kwargs)
-        return output if mixed else _cast(output, dtype)
+        return output if mixed else _cast(output, _dtype(part))
 
     denoiser.forward = MethodType(forward, denoiser)
+
+
+def _dtype(part: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in part.parameters() if parameter.is_floating_point())
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:

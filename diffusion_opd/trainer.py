@@ -11,6 +11,7 @@ import copy
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         whole_cycles(args, ids)
 
         set_seed(args.seed)
-        pipeline = load_student(model, args, peft_config)
-        refuse_unread_columns(pipeline, **given)
+        pipeline = load_student(model, args, peft_config, partial(refuse_unread_columns, **given))
         with whole_modules():
             loaded = load_teachers(specs, pipeline, peft_config is not None, args.mixed_dtype)
         super().__init__(
@@ -208,10 +208,10 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         self.kernel = self.choose_kernel(args.transition, noise_level, needs_noise)
         for key, teacher in self.teachers.items():
             with self._present(key):
-                source = self.loaded_teachers[key].spec.source
+                source, dtype = self.loaded_teachers[key].spec.source, next(teacher.denoiser.parameters()).dtype
                 with one_sentence(
-                    f"teacher {key!r} ({source}) cannot be asked at the student's states of shape "
-                    f"{tuple(step.sample.shape)}"
+                    f"teacher {key!r} ({source}) of {dtype} cannot be asked at the student's states of shape "
+                    f"{tuple(step.sample.shape)} and {step.sample.dtype}"
                 ):
                     teacher.self_check(prompts, args.num_learnt_steps)
                     with torch.no_grad():

@@ -1,11 +1,15 @@
 """Sample pictures: when they are drawn, and that none of them costs a run."""
 
+import gc
 import logging
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -19,6 +23,7 @@ from diffusion_opd import (
 )
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS, denoiser
 
+HALVES = (torch.bfloat16, torch.float16)
 DATA = Dataset.from_dict({"prompt": [f"prompt number {i}" for i in range(8)]})
 
 
@@ -123,6 +128,30 @@ def test_a_run_that_was_killed_before_its_picture_draws_it_when_it_is_resumed(tm
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["step_000001", "step_000002"]
 
 
+def test_a_picture_that_fails_holds_nothing(tmp_path):
+    """As when memory runs out: what the failed call had made must be gone before the next step needs the room."""
+    trainer, held = trainer_of(tmp_path), []
+
+    def out_of_memory(latents, *args, **kwargs):
+        held.append(weakref.ref(latents))
+        raise torch.OutOfMemoryError("no room")
+
+    trainer.pipeline.vae.decode = out_of_memory
+    gc.disable()
+    try:
+        trainer.log_images()
+        assert len(held) == 1 and held[0]() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("image_steps", [1, None])
+def test_the_card_shows_the_last_pictures(tmp_path, image_steps):
+    trainer_of(tmp_path, image_steps=image_steps).train()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert [item["output"]["url"].split("/")[1] for item in card.data.widget] == ["step_000002"] * 4
+
+
 # What a user gets as `trainer.pipeline`
 
 
@@ -147,3 +176,56 @@ def test_a_pipeline_of_any_dtype_trains_and_draws(tmp_path, caplog, method, full
     latents = trainer.pipeline(["a fox"], output_type="latent", **call)[0]
     assert latents.dtype == loaded
     assert "_original_forward" not in vars(denoiser(trainer.pipeline))
+
+
+def drawn(pipeline) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    call = dict(num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0), **CALL["sd3"])
+    return pipeline(["a fox"], **call).images.float()
+
+
+@pytest.mark.parametrize("second", METHODS)
+def test_a_student_of_one_run_is_the_student_of_the_next(tmp_path, caplog, second):
+    """A specialist first, a distilled student from it afterwards."""
+    first = trainer_of(tmp_path / "first", "nft", BUILDERS["sd3"](0).to(torch.bfloat16), full=True, bf16=True)
+    first.train()
+    trainer = trainer_of(tmp_path / "second", second, first.pipeline, full=True, bf16=True)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "could not be drawn" not in caplog.text
+    assert trainer.pipeline(["a fox"], num_inference_steps=2, output_type="latent", **CALL["sd3"])[0].dtype == (
+        torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_pipeline_of_a_full_student_can_be_cast(tmp_path, dtype):
+    trainer = trainer_of(tmp_path, pipeline=BUILDERS["sd3"](0).to(torch.bfloat16), full=True, bf16=True)
+    trainer.train()
+    before = drawn(trainer.pipeline)
+    after = drawn(trainer.pipeline.to(dtype))
+    assert (before - after).abs().mean() < 0.02
+
+
+def test_a_pipeline_that_was_refused_can_be_given_again(tmp_path):
+    """ "Remove the column and run the cell again"."""
+    pipeline = BUILDERS["sd3"](0)
+    args = DiffusionOPDConfig(str(tmp_path), report_to="none", use_cpu=True, call_kwargs=dict(CALL["sd3"]))
+    lora = LoraConfig(r=2, target_modules=LORA_TARGETS)
+    with pytest.raises(ValueError, match="negative_prompt"):
+        spoilt = DATA.add_column("negative_prompt", ["blurred"] * 8)
+        DiffusionOPDTrainer(pipeline, BUILDERS["sd3"](1), args, spoilt, peft_config=lora)
+    DiffusionOPDTrainer(pipeline, BUILDERS["sd3"](1), args, DATA, peft_config=lora)
+
+
+def test_a_teacher_in_the_other_half_precision_is_told_of_by_its_dtype(tmp_path):
+    """Published in float16 as many are, beside a student in bfloat16. Its VAE is the same, rounded in another way."""
+    for seed, dtype in enumerate(HALVES):
+        BUILDERS["sd3"](seed).to(dtype).save_pretrained(tmp_path / str(seed))
+    student, teacher = (DiffusionPipeline.from_pretrained(tmp_path / str(i), dtype=d) for i, d in enumerate(HALVES))
+    args = DiffusionOPDConfig(
+        str(tmp_path / "out"), report_to="none", use_cpu=True, bf16=True, call_kwargs=dict(CALL["sd3"])
+    )
+    sentence = r"of torch.float16 cannot be asked at the student's states of shape .* and torch.bfloat16: Stable"
+    with pytest.raises(ValueError, match=sentence):
+        DiffusionOPDTrainer(student, teacher, args, DATA, peft_config=LoraConfig(r=2, target_modules=LORA_TARGETS))

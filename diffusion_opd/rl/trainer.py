@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         self._repetition = {"repeats": args.num_generations, "iterations": args.num_iterations}
 
         set_seed(args.seed)
-        pipeline = load_student(model, args, peft_config)
-        refuse_unread_columns(pipeline, **given)
+        pipeline = load_student(model, args, peft_config, partial(refuse_unread_columns, **given))
         super().__init__(
             pipeline,
             args,
