@@ -241,9 +241,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.student = self.policy_of(pipeline)
         self._check_began = time.perf_counter()
         self._check_prompts = self._first_prompts()
-        logger.warning(
-            f"Checking that this run fits together, on a batch of {len(self._check_prompts)}, before it starts."
-        )
+        logger.warning(f"Checking that this run fits together, on a batch of {len(self._check_prompts)}.")
         self._freeze_unused()
         self._first_step = self.student.self_check(self._check_prompts, args.num_learnt_steps)[0]
         self._warn_of_cut_prompts()

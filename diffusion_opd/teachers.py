@@ -256,7 +256,7 @@ def load_teachers(
                 tensors, config = _read_lora(teacher, folder, student)
                 if host is student and not trains_lora:
                     host = copy.copy(student)
-                    host.__dict__[name] = copy.deepcopy(getattr(student, name)).to(dtype)
+                    host.__dict__[name] = frozen_copy(getattr(student, name), dtype)
                 pipeline, adapter = host, f"teacher_{index}"
                 _add_lora(teacher, getattr(host, name), adapter, tensors, config)
         if adapter is None:
@@ -527,6 +527,16 @@ def _module_of(key: str) -> str:
 def _without_rank(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     rank = int("lora_B" in key)
     return shape[:rank] + shape[rank + 1 :]
+
+
+def frozen_copy(denoiser: ModelMixin, dtype: torch.dtype) -> ModelMixin:
+    """A copy without gradients in `dtype`, but for what `from_pretrained` keeps in float32 too (`to` would cast it)."""
+    twin = copy.deepcopy(denoiser).requires_grad_(False)
+    kept = set(twin._keep_in_fp32_modules or [])
+    for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
+        if tensor.is_floating_point() and not kept & set(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+    return twin
 
 
 def add_adapter(denoiser: ModelMixin, config: LoraConfig, name: str) -> None:

@@ -29,7 +29,14 @@ from safetensors.torch import load_file, save_file
 
 from diffusion_opd import Teacher
 from diffusion_opd.policy import active_adapter, denoiser_name, tuner_layers
-from diffusion_opd.teachers import STUDENT_ADAPTER, check_manifest, load_teachers, manifest, name_teachers
+from diffusion_opd.teachers import (
+    STUDENT_ADAPTER,
+    check_manifest,
+    frozen_copy,
+    load_teachers,
+    manifest,
+    name_teachers,
+)
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS, clip, clip_tokenizer, denoiser, frozen
 
 PEFT_FILES = "adapter_config.json", "adapter_model.safetensors"
@@ -918,3 +925,18 @@ def test_resuming_with_other_teachers_is_refused(tmp_path):
     with pytest.raises(ValueError) as refused:
         resume({"aes": folders["aes"], "ocr": folders["aes"]})
     assert_words(str(refused.value), "'ocr' has other weights", str(folders["aes"]), f"{tmp_path}/2")
+
+
+@pytest.mark.parametrize("family", ["wan", "sd3"])
+def test_a_frozen_copy_is_what_diffusers_loads_in_half_precision(tmp_path, family: str):
+    """Of Wan norms and the time embedding stay in float32."""
+    module = denoiser(BUILDERS[family](0))
+    module.save_pretrained(tmp_path)
+    loaded = type(module).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    twin = frozen_copy(module, torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == (
+        {torch.float32, torch.bfloat16} if family == "wan" else {torch.bfloat16}
+    )
+    for (name, mine), (_, theirs) in zip(twin.named_parameters(), loaded.named_parameters(), strict=True):
+        assert mine.dtype == theirs.dtype and torch.equal(mine, theirs) and not mine.requires_grad, name
+    assert next(module.parameters()).dtype == torch.float32

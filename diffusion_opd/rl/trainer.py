@@ -30,7 +30,7 @@ from ..checkpoints import give_ordinary_mode
 from ..policy import BACKBONE, Policy, Step
 from ..sampling import PROMPT, TASK, check_no_splits, is_prompt, routed_dataset, stream_columns, tasks_in
 from ..student import load_student
-from ..teachers import STUDENT_ADAPTER, add_adapter
+from ..teachers import STUDENT_ADAPTER, add_adapter, frozen_copy
 from ..transitions import BoundKernel, Schedule
 from .config import DiffusionRLConfig
 from .objectives import combine, group_advantages, nanstd
@@ -147,7 +147,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
                     twin.requires_grad_(False)
             return self.policy_of(pipeline, adapter)
         pipeline = copy.copy(pipeline)
-        denoiser = copy.deepcopy(self.model).requires_grad_(False).to(dtype)
+        denoiser = frozen_copy(self.model, dtype)
         vars(pipeline)[self.denoiser_name] = denoiser
         if self.shards_parameters:
             self.shard(denoiser)

@@ -172,7 +172,7 @@ def plot(trainer: DiffusionOPDTrainer, scores: Scores, table: dict[str, dict[str
         right.axhline(table["base"][task], color=colour, linestyle=":", linewidth=1)
     left.set(xlabel="optimizer step", ylabel="KL to the task's teacher", yscale="log")
     right.set(xlabel="optimizer step", ylabel=f"score ({scores.n} held-out prompts)", ylim=(0, 1.05))
-    right.set_title("dashed: the task's teacher, dotted: base", fontsize=10)
+    right.set_title("dashed: the task's teacher, dotted: base (on all prompts)", fontsize=10)
     left.legend()
     right.legend()
     figure.tight_layout()

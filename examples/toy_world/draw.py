@@ -6,11 +6,14 @@ The picture goes into the student's folder.
 """
 
 import argparse
+import os
 from pathlib import Path
 
-from diffusers import StableDiffusion3Pipeline
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns at its import that there is no torchvision
 
-from examples.toy_world.pipeline import BASE, SAMPLING, quiet
+from diffusers import StableDiffusion3Pipeline  # noqa: E402
+
+from examples.toy_world.pipeline import BASE, SAMPLING, quiet  # noqa: E402
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draw a prompt with a LoRA of the toy world's base model.")
