@@ -113,9 +113,8 @@ def load_student(
                 )
             part.requires_grad_(False).eval()
     if peft_config is None:
-        nn.Module.to(
-            denoiser.requires_grad_(True), torch.float32
-        )  # its own `to` warns of modules that are to be float32
+        # Not by its own `to`, which warns of modules that diffusers keeps in float32
+        nn.Module.to(denoiser.requires_grad_(True), torch.float32)
         parts = {key: part for key, part in pipeline.components.items() if isinstance(part, nn.Module)}
         beside = next((part for key, part in parts.items() if "text_encoder" in key), parts.get("vae", denoiser))
         if {_dtype(beside), args.mixed_dtype} != {torch.float32}:
