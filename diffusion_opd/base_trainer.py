@@ -49,11 +49,15 @@ from trl.trainer.utils import identity
 
 from .checkpoints import give_ordinary_mode, last_checkpoint, remove_half_written, seal, unseal, what_is_torn
 from .config import DiffusionConfig, computes_in_bf16
+from .encode_cache import EncodeCache
 from .engines import compile_blocks, settle_fsdp, take_compilation
 from .errors import brief, one_sentence
-from .policy import Policy, PromptMemo, Step, denoiser_name, is_flow, sample_arguments, tuner_layers
+from .inputs import sample_arguments
+from .policy import Policy, denoiser_name, tuner_layers
 from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, columns_of, is_prompt, seed_of
+from .scheduler_proxy import is_flow
 from .shards import local_shards, reshard, shards_changed, zero3_unseen
+from .startup import check_student, sees_the_end
 from .stopwatch import Stopwatch
 from .teachers import LORA_NAME, STUDENT_ADAPTER
 from .transitions import TRANSITIONS, BoundKernel
@@ -194,6 +198,7 @@ class DiffusionTrainer(_BaseTrainer):
     loss_is_scaled_for_ga: Any = False
     _tag_names = ["trl", "diffusion-opd"]
     _task_column = TEACHER
+    _section = "student"  # of the stopwatch: where the student's time goes
 
     def __init__(self, pipeline: DiffusionPipeline, args: DiffusionConfig, tasks: Sequence[str], **kwargs: Any):
         self.pipeline, self.tasks = pipeline, list(tasks)
@@ -237,14 +242,14 @@ class DiffusionTrainer(_BaseTrainer):
             if isinstance(part, nn.Module):
                 part.to(device)
         self.stopwatch = Stopwatch(device)
-        self.memo = PromptMemo(partial(self.stopwatch.section, "encode"))
+        self.cache = EncodeCache(partial(self.stopwatch.section, "encode"))
         self.student = self.policy_of(pipeline)
         self._check_began = time.perf_counter()
-        self._check_prompts = self._first_prompts()
-        logger.warning(f"Checking that this run fits together, on a batch of {len(self._check_prompts)}.")
+        prompts = self._first_prompts()
+        logger.warning(f"Checking that this run fits together, on a batch of {len(prompts)}.")
+        self.checked = check_student(self.student, {PROMPT: prompts}, args.timestep_fraction)
         self._freeze_unused()
-        self._first_step = self.student.self_check(self._check_prompts, args.num_learnt_steps)[0]
-        self._warn_of_cut_prompts()
+        self._warn_of_cut_prompts(len(prompts))
         given = {id(p) for group in getattr(self.optimizer, "param_groups", ()) for p in group["params"]}
         if given and not given & {id(parameter) for parameter in self.trainable_parameters}:
             raise ValueError(
@@ -308,7 +313,7 @@ class DiffusionTrainer(_BaseTrainer):
             pipeline,
             self.args.num_inference_steps,
             {**self.args.pipeline_kwargs, **(call_kwargs or {})},
-            self.memo,
+            self.cache,
             adapter,
             partial(self._autocast, denoiser),
         )
@@ -326,9 +331,8 @@ class DiffusionTrainer(_BaseTrainer):
             compile_blocks(denoiser, len(self.tasks) + 1, **self._compile_kwargs)
 
     def _first_prompts(self) -> list[str]:
-        """A batch of the user's own for the start-up check: two prompts, since samples of a batch may meet, or one
-        where a batch of two would take more memory than training does."""
-        count = min(2, self.args.per_device_train_batch_size)
+        """The first batch of the user's own, for the start-up check."""
+        count = self.args.per_device_train_batch_size
         data = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         if isinstance(data, Mapping):
             data = next(iter(data.values()))
@@ -339,18 +343,13 @@ class DiffusionTrainer(_BaseTrainer):
     def _report_check(self) -> None:
         """Ends the start-up check."""
         logger.warning(f"Everything fits together ({time.perf_counter() - self._check_began:.1f} s).")
-        self.memo.clear()
-        del self._first_step, self._check_prompts, self._check_began
+        self.cache.clear()
+        self.plan, self.learnt = self.checked.plan, self.checked.learnt
+        del self.checked, self._check_began
 
     def _freeze_unused(self) -> None:
-        """Freezes parameters that no gradient reaches (Qwen-Image's last block has six): DDP would wait for them."""
-
-        def differentiate(step: Step) -> Tensor:
-            step.prediction.float().square().mean().backward()
-            return step.sample
-
-        generators = [torch.Generator().manual_seed(seed) for seed in range(len(self._check_prompts))]
-        self.student.rollout(self._check_prompts, generators, differentiate, num_steps=1)
+        """Freezes parameters that no gradient has reached in the check (Qwen-Image's last block has six): DDP would
+        wait for them."""
         unused = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
         for name in unused:
             self.model.get_parameter(name).requires_grad_(False)
@@ -358,19 +357,14 @@ class DiffusionTrainer(_BaseTrainer):
             logger.warning(f"No gradient reaches {len(unused)} parameters, e.g. {unused[0]}; they stay as they are.")
         self.model.zero_grad(set_to_none=True)
 
-    def _warn_of_cut_prompts(self) -> None:
+    def _warn_of_cut_prompts(self, count: int) -> None:
         """Of twelve families five cut a prompt that is too long for their encoders without a word."""
         encoders = [name for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)]
         # Without encoders a pipeline looks prompts up, and knows those of the data alone
         if not isinstance(self.train_dataset, Dataset) or set(encoders) <= {self.denoiser_name, "vae"}:
             return
-        longest, step = max(self.train_dataset[PROMPT], key=len).rstrip(), self._first_step
-        with torch.no_grad():
-            whole, without_end = (
-                self.student.predict(step.sample, step.timestep, [prompt] * len(self._check_prompts))
-                for prompt in (longest, longest[:-1])
-            )
-        if torch.equal(whole, without_end):
+        longest = max(self.train_dataset[PROMPT], key=len).rstrip()
+        if not sees_the_end(self.student, longest, count):
             logger.warning(
                 f"The longest prompt of train_dataset, {textwrap.shorten(longest, 60)!r} of {len(longest)} characters, "
                 f"is cut: {type(self.pipeline).__name__} does not see its end. Raise `max_sequence_length` in "
@@ -401,11 +395,11 @@ class DiffusionTrainer(_BaseTrainer):
                 f"`transition='ddim'` is for VP models, but {name} is a flow-matching model "
                 f"({type(scheduler).__name__}); use 'ode', 'flow_sde', 'dance_sde' or 'cps'."
             )
-        kernel, step = partial(TRANSITIONS[transition], noise_level=noise_level), self._first_step
-        for index in range(self.args.num_learnt_steps) if needs_noise else ():
-            if kernel(step.sample, step.prediction, step.schedule, index).std == 0:
+        kernel, nothing = partial(TRANSITIONS[transition], noise_level=noise_level), torch.zeros(1)
+        for place in self.checked.learnt if needs_noise else ():
+            if any(kernel(nothing, nothing, *level).std == 0 for level in self.checked.plan[place].levels):
                 raise ValueError(
-                    f"step {index + 1} of {self.args.num_inference_steps} has zero std under {transition!r}, so its "
+                    f"step {place + 1} of {len(self.checked.plan)} has zero std under {transition!r}, so its "
                     f"probability is not defined; lower `timestep_fraction` (now {self.args.timestep_fraction})."
                 )
         return kernel
@@ -413,8 +407,9 @@ class DiffusionTrainer(_BaseTrainer):
     # What every training step shares: a micro-batch has several backward passes, one for each learnt step
 
     def _backward(self, loss: Tensor) -> None:
-        # DeepSpeed would divide by the accumulation steps again
-        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
+        with self.stopwatch.section(self._section):
+            # DeepSpeed would divide by the accumulation steps again
+            self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
 
     @contextlib.contextmanager
     def _held_gradient_sync(self, model: nn.Module, num_backwards: int) -> Iterator[Any]:
@@ -499,8 +494,13 @@ class DiffusionTrainer(_BaseTrainer):
             for index in range(count)
         ]
 
+    def _begin_micro_batch(self, model: nn.Module) -> None:
+        model.eval()  # a walk is a sample of the policy that is trained: no dropout
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+
     def _end_micro_batch(self) -> None:
-        self.memo.clear()
+        self.cache.clear()
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()

@@ -1,10 +1,13 @@
-"""A diffusers pipeline as a policy (it rolls out, with gradient) and as a field (it predicts at a given state and
-time).
+"""A diffusers pipeline as a policy: the student walks, its teachers follow.
 
-No line here knows a model family: the pipeline's own `__call__` runs, with our object in the place of its scheduler.
-Every [`Policy`] works on shallow copies of its pipeline (modules shared, private state its own), because a pipeline
-that is called inside the `step` of a running call overwrites that call's guidance. The seams that a pipeline must have:
-an undecorated `__call__` that asks `scheduler.step` once a denoising step, `encode_prompt`, and `prepare_latents`.
+No line here knows a model family: the pipeline's own `__call__` runs, paused between denoising steps (see paused.py),
+with a proxy in the place of its scheduler (see scheduler_proxy.py). A walk goes where its own prediction and noise
+lead, a follower where a walk has gone, through its own `__call__`, so that whatever a pipeline keeps between steps is
+right.
+
+Pauses lie before a forward pass of the denoiser: before the first one, then before the first one after each step; and
+at the end. So who walks chooses the gradient mode of each forward pass, and meets the predictions of one step, all
+streams of it, before the next one begins.
 
 This file knows no trainer, no loss and no data.
 """
@@ -14,185 +17,51 @@ import copy
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import convert_to_fp32
-from diffusers import DDIMScheduler, DiffusionPipeline
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
-from PIL.Image import Image
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
 
+from .encode_cache import EncodeCache, encoders_of, fresh_containers, signature
 from .errors import reason
-from .transitions import Schedule
+from .inputs import PICTURE
+from .paused import Paused
+from .scheduler_proxy import Step, Times, dissolve, own_scheduler, proxy
 
+Inputs = Mapping[str, Sequence[Any]]  # arguments of `__call__`, one value a sample
+Move = Callable[[Step], Tensor]  # the next state
 
-@dataclass(frozen=True)
-class Step:
-    """What a pipeline hands to its scheduler: the visited state and what the model predicts there.
-
-    Attributes:
-        index (`int`): Which denoising step, from 0.
-        timestep (`Tensor`): The pipeline's own time, 0-dimensional.
-        sample (`Tensor`): The visited state, without gradient, in the pipeline's own shape and dtype.
-        prediction (`Tensor`): The guided prediction, with its graph.
-        schedule (`Schedule`): The noise levels of the rollout.
-    """
-
-    index: int
-    timestep: Tensor
-    sample: Tensor
-    prediction: Tensor
-    schedule: Schedule
-
-
-OnStep = Callable[[Step], Tensor]
-
-# Arguments of `__call__`; an IP adapter is an option of any pipeline
-PICTURE = re.compile(r"^(?!.*ip_adapter)(\w+_)?(images?|video|audio)$")
 BACKBONE = ""  # as the name of an adapter: none at all
 
 
-def is_flow(scheduler: Any) -> bool:
-    """Whether the scheduler belongs to flow matching (`x = (1 - s) x_0 + s eps`), by its class or its config."""
-    names = [cls.__name__ for cls in type(scheduler).__mro__]
-    return any("FlowMatch" in name for name in names) or scheduler.config.get("prediction_type") == "flow_prediction"
+@dataclass(frozen=True)
+class Visit:
+    """What a pipeline steps between two pauses: one stream, or several (the video and its audio), whose predictions
+    may share a graph.
 
-
-def own_scheduler(scheduler: Any) -> Any:
-    """A scheduler of our own with the timesteps of the given one. VP models run under DDIM: solvers of higher order
-    repeat timesteps or rescale the state (PNDM, Euler).
-
-    Raises:
-        ValueError: if a scheduler of a VP model has other noise levels than DDIM takes from its config.
+    Attributes:
+        index (`int`): How many visits of the walk came before.
+        steps (`tuple[Step, ...]`): One a stream.
     """
-    if is_flow(scheduler):
-        return copy.deepcopy(scheduler)
-    ddim = DDIMScheduler.from_config(scheduler.config)
-    alphas = getattr(scheduler, "alphas_cumprod", None)  # EDM's schedulers have none
-    if alphas is None or not torch.allclose(alphas.cpu().float(), ddim.alphas_cumprod, atol=1e-4):
-        raise ValueError(
-            f"{type(scheduler).__name__}: VP models run under DDIM, which takes other noise levels from this config; "
-            "give the pipeline a `DDIMScheduler` of its noise levels."
-        )
-    return ddim
 
-
-def read_schedule(scheduler: Any) -> Schedule:
-    """The noise levels of a scheduler after `set_timesteps`.
-
-    Raises:
-        ValueError: if the levels are not strictly monotone (solvers of higher order) or the prediction type is unknown.
-    """
-    if is_flow(scheduler):
-        schedule = Schedule(tuple(scheduler.sigmas.tolist()))
-        steps = [b - a for a, b in zip(schedule.levels, schedule.levels[1:], strict=False)]
-        if schedule.levels[0] > 1 or schedule.levels[-1] < 0 or any(step >= 0 for step in steps):
-            raise ValueError(
-                f"{type(scheduler).__name__}: a rollout needs sigmas that fall from at most 1 to 0, "
-                f"got {[round(level, 4) for level in schedule.levels]}; use a first-order scheduler."
-            )
-        return schedule
-    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise ValueError(
-            f"{type(scheduler).__name__}: prediction type {scheduler.config.prediction_type!r} is not supported; "
-            "'epsilon' and 'v_prediction' are."
-        )
-    alphas = scheduler.alphas_cumprod[scheduler.timesteps.cpu()].tolist()
-    return Schedule((*alphas, float(scheduler.final_alpha_cumprod)), scheduler.config.prediction_type)
-
-
-def denoiser_name(pipeline: DiffusionPipeline) -> str:
-    """The attribute of the pipeline that holds its denoiser: `"transformer"` or `"unet"`.
-
-    Raises:
-        ValueError: if the pipeline has none of them, or two.
-    """
-    names = [name for name in ("transformer", "unet") if isinstance(getattr(pipeline, name, None), nn.Module)]
-    if len(names) != 1 or getattr(pipeline, "transformer_2", None) is not None:
-        raise ValueError(
-            f"{type(pipeline).__name__} has no single denoiser: exactly one of `transformer` and `unet` and no "
-            f"`transformer_2` is needed, got {sorted(pipeline.components)}."
-        )
-    return names[0]
-
-
-class _Seat:
-    """Sits in the place of a scheduler: everything is the scheduler's own, its class too, but `step`, which is ours."""
-
-    __slots__ = ("_scheduler", "in_step")  # and no `__dict__`: what a pipeline sets lands in the scheduler
-
-    def __init__(self, scheduler: Any):
-        self._scheduler, self.in_step = scheduler, False
-
-    __class__: Any = property(lambda self: type(self._scheduler))  # some pipelines ask `isinstance`
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_scheduler"), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        try:
-            object.__setattr__(self, name, value)
-        except AttributeError:
-            setattr(self._scheduler, name, value)
-
-
-class _RolloutSeat(_Seat):
-    __slots__ = ("_on_step", "_num_steps", "_schedule", "index")
-
-    def __init__(self, scheduler: Any, on_step: OnStep, num_steps: int | None):
-        super().__init__(scheduler)
-        self._on_step, self._num_steps, self.index = on_step, num_steps, 0
-        self._schedule: Schedule | None = None
+    index: int
+    steps: tuple[Step, ...]
 
     @property
-    def timesteps(self) -> Tensor:
-        # Fewer timesteps, not an exception, end a rollout early: the pipeline leaves its `__call__` as always
-        return self._scheduler.timesteps[: self._num_steps]
+    def chunk(self) -> int:
+        """Which part of what is made part after part; 0 for a pipeline that makes all at once."""
+        return self.steps[0].chunk
 
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **kwargs: Any) -> SchedulerOutput:
-        self.in_step = True
-        if self._schedule is None:
-            self._schedule = read_schedule(self._scheduler)
-        if self.index == len(self.timesteps):
-            raise ValueError("The pipeline lacks a seam: it calls `scheduler.step` more often than once a timestep.")
-        next_sample = self._on_step(Step(self.index, timestep, sample.detach(), model_output, self._schedule))
-        self.in_step = False
-        self.index += 1
-        self._scheduler._step_index = self.index  # some schedulers' `scale_model_input` reads it
-        return SchedulerOutput(next_sample.detach().to(sample.dtype))
-
-
-class _FieldSeat(_Seat):
-    __slots__ = ("timesteps", "prediction")
-
-    def __init__(self, scheduler: Any, timestep: Tensor):
-        super().__init__(scheduler)
-        self.timesteps = timestep.reshape(1)
-        self.prediction: Any = None  # until the pipeline steps
-
-    # `retrieve_timesteps` of the pipelines reads this signature to learn what a scheduler takes
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
-        sigmas: Sequence[float] | None = None,
-        mu: float | None = None,
-        timesteps: Sequence[float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        pass
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        pass
-
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **kwargs: Any) -> SchedulerOutput:
-        self.prediction = model_output
-        return SchedulerOutput(sample)
+    def detach(self) -> "Visit":
+        """Without the graph of its predictions."""
+        return replace(self, steps=tuple(replace(step, prediction=step.prediction.detach()) for step in self.steps))
 
 
 class Routed:
@@ -208,92 +77,19 @@ class Routed:
         return getattr(self._module, name)
 
 
-class PromptMemo:
-    """Remembers what `encode_prompt` returned, for all parties that share their encoders. Clear it after each batch.
+def denoiser_name(pipeline: DiffusionPipeline) -> str:
+    """The attribute of the pipeline that holds its denoiser: `"transformer"` or `"unet"`.
 
-    The key is every argument of the call, bound to the signature (numbers and flags too, tensors and images by
-    content), plus the identity of the modules that encode and the pipeline's settings.
-
-    Args:
-        timing (`Callable`, *optional*): A context manager to run the encoders in.
+    Raises:
+        ValueError: if the pipeline has none of them, or two.
     """
-
-    def __init__(self, timing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext):
-        self._store: dict[Any, Any] = {}
-        self._timing = timing
-        self.num_encodings = 0
-
-    def clear(self) -> None:
-        self._store.clear()
-
-    def encode(self, pipeline: DiffusionPipeline, encoders: Any, *args: Any, **kwargs: Any) -> Any:
-        """`pipeline.encode_prompt(*args, **kwargs)`, once for equal arguments and `encoders`, without gradient."""
-        encode_prompt = type(pipeline).encode_prompt
-        bound = _signature(encode_prompt).bind(None, *args, **kwargs)
-        bound.apply_defaults()
-        key = (encode_prompt, encoders, _content(bound.arguments))
-        if key not in self._store:
-            # Encoders run in their own dtype also inside a party's mixed precision: what is shared must not depend on
-            # who asks
-            own_dtype = torch.autocast(pipeline._execution_device.type, enabled=False)
-            with torch.no_grad(), own_dtype, self._timing():
-                # The arguments stay alive with their entry: an object that is known by its id keeps it
-                self._store[key] = encode_prompt(pipeline, *args, **kwargs), bound
-            self.num_encodings += 1
-        return _fresh_containers(self._store[key][0])
-
-
-_signature = functools.cache(inspect.signature)
-
-
-def _encoders(pipeline: DiffusionPipeline) -> Any:
-    """What `encode_prompt` reads besides its arguments: the modules that encode, and settings as SDXL's
-    `force_zeros_for_empty_prompt`."""
-    components = pipeline.components
-    others = {"scheduler", "transformer", "unet", "vae", "safety_checker", "feature_extractor"}
-    parts = {name: id(part) for name, part in components.items() if name not in others}
-    settings = {k: v for k, v in pipeline.config.items() if k not in components and not k.startswith("_")}
-    return _content([parts, settings])
-
-
-def _content(value: Any) -> Any:
-    """A hashable stand-in that is equal for equal values."""
-    if isinstance(value, Tensor):
-        raw = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return ("tensor", value.dtype, value.device, value.shape, raw)
-    if isinstance(value, (Image, np.ndarray)):
-        array = np.asarray(value)
-        return (type(value).__name__, array.dtype.str, array.shape, array.tobytes())
-    if isinstance(value, dict):
-        return ("dict", *((key, _content(item)) for key, item in sorted(value.items())))
-    if isinstance(value, (list, tuple)):
-        return (type(value).__name__, *(_content(item) for item in value))
-    try:
-        hash(value)
-    except TypeError:
-        return ("object", id(value))
-    return (type(value).__name__, value)
-
-
-def _fresh_containers(value: Any) -> Any:
-    """The same in lists and dicts of its own: Z-Image edits the lists of prompts and embeddings that it is given."""
-    if type(value) is dict:
-        return {key: _fresh_containers(item) for key, item in value.items()}
-    return type(value)(_fresh_containers(item) for item in value) if type(value) in (list, tuple) else value
-
-
-def sample_arguments(pipeline_class: type[DiffusionPipeline]) -> set[str]:
-    """The arguments of a pipeline's `__call__` that say what a sample is made of besides its prompt: further texts,
-    pictures, videos, embeddings. Told by their annotations, which for one value a sample allow a list of texts, a
-    picture or a tensor."""
-    annotations = {name: str(p.annotation) for name, p in inspect.signature(pipeline_class.__call__).parameters.items()}
-    return {
-        name
-        for name, annotation in annotations.items()
-        if re.search(r"[Ll]ist\[str\]|Image|Tensor|Condition", annotation)
-        and "callback" not in name
-        and name not in ("prompt", "latents", "sigmas")
-    }
+    names = [name for name in ("transformer", "unet") if isinstance(getattr(pipeline, name, None), nn.Module)]
+    if len(names) != 1 or getattr(pipeline, "transformer_2", None) is not None:
+        raise ValueError(
+            f"{type(pipeline).__name__} has no single denoiser: exactly one of `transformer` and `unet` and no "
+            f"`transformer_2` is needed, got {sorted(pipeline.components)}."
+        )
+    return names[0]
 
 
 def tuner_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
@@ -315,17 +111,18 @@ def active_adapter(layers: Sequence[BaseTunerLayer], name: str) -> Iterator[None
 
 
 class Policy:
-    """A pipeline that rolls out and that predicts.
+    """A pipeline that walks, and that follows.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]): Left as it is.
-        num_inference_steps (`int`): Denoising steps of a whole rollout.
+        num_inference_steps (`int`): Denoising steps of a whole walk.
         call_kwargs (`dict`, *optional*): For the pipeline's `__call__`: guidance, size, negative prompt ...
-        memo ([`PromptMemo`], *optional*): Shared by the parties of one batch. `None`: its own.
+        cache ([`EncodeCache`], *optional*): Shared by the parties of one batch. `None`: its own.
         adapter (`str`, *optional*): PEFT adapter of the denoiser that this policy is, or [`BACKBONE`]; by default
             whatever is active.
         autocast (`Callable`, *optional*): A context manager for each call of the denoiser, and for nothing else of the
             pipeline: a VAE may ask for float32. Under mixed precision what the denoiser predicts is float32.
+        timing (`Callable`, *optional*): A context manager for the time that the pipeline runs between two pauses.
 
     Raises:
         ValueError: if the pipeline lacks a seam, or `call_kwargs` holds a key that its `__call__` does not take; and at
@@ -337,9 +134,10 @@ class Policy:
         pipeline: DiffusionPipeline,
         num_inference_steps: int,
         call_kwargs: dict[str, Any] | None = None,
-        memo: PromptMemo | None = None,
+        cache: EncodeCache | None = None,
         adapter: str | None = None,
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        timing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
         self.denoiser_name = denoiser_name(pipeline)
         check_seams(pipeline)
@@ -350,16 +148,101 @@ class Policy:
                 f"{type(pipeline).__name__} takes no argument {unknown}; it takes {sorted(accepted.keys() - {'self'})}."
             )
         self.num_inference_steps, self.adapter = num_inference_steps, adapter
-        self.memo = memo or PromptMemo()
-        self._pipeline, self._autocast = pipeline, autocast
+        self.cache = cache or EncodeCache()
+        self.pipeline, self.timing = pipeline, timing
+        self._autocast = autocast
         self.denoiser = getattr(pipeline, self.denoiser_name)
         self._layers = tuner_layers(self.denoiser) if adapter is not None else []
-        self._encoders = _encoders(pipeline)
-        # One scheduler each: a field is asked in the middle of a rollout
-        self._rollout_scheduler = own_scheduler(pipeline.scheduler)
-        self._field_scheduler = own_scheduler(pipeline.scheduler)
-        self._scratch_generator: torch.Generator | None = None
-        self._has_worked: set[type] = set()  # with which seats
+        self._attention = [module for module in self.denoiser.modules() if hasattr(module, "set_processor")]
+        self._encoders = encoders_of(pipeline)
+        self._scheduler = own_scheduler(pipeline.scheduler)
+        self._begins: dict[tuple[int, int], int] = {}
+        self._outputs: dict[Any, Any] = {}  # for the empty denoiser: what a real one answers, as meta tensors
+        self.has_worked = False
+
+    @property
+    def name(self) -> str:
+        return type(self.pipeline).__name__
+
+    def walk(
+        self,
+        inputs: Inputs,
+        generators: list[torch.Generator],
+        move: Move,
+        denoiser: Callable[..., Any] | None = None,
+        output_type: str = "latent",
+        probe: Callable[[Step, Callable[[], Tensor]], None] | None = None,
+    ) -> "Walk":
+        """The pipeline's own `__call__`, visit by visit.
+
+        Args:
+            inputs (`Mapping[str, Sequence]`): Arguments of `__call__` with one value a sample: `{"prompt": [...]}`.
+            generators (`list[torch.Generator]`): One a sample, for what the pipeline draws; `move` has its own.
+            move (`Callable[[Step], Tensor]`): The next state of a stream, of the shape of `step.sample`. Called without
+                gradient, once a step.
+            denoiser (`Callable`, *optional*): A wrapper around the denoiser (DDP, DeepSpeed) that its calls go through.
+            output_type (`str`, *optional*): `"latent"`, or `"pil"` to decode the final latents.
+            probe (`Callable`, *optional*): Called at each step before `move`, with what the scheduler's own `step`
+                would answer as a function.
+        """
+        return Walk(self, inputs, generators, denoiser, move, output_type, probe)
+
+    def follow(
+        self,
+        walk: "Walk | None" = None,
+        inputs: Inputs | None = None,
+        generators: list[torch.Generator] | None = None,
+        denoiser: Callable[..., Any] | None = None,
+    ) -> "Follower":
+        """Asks this policy at the states of visits: `follow(visit)`.
+
+        Args:
+            walk ([`Walk`], *optional*): That it follows: begins at its first state, runs at its timesteps, and draws
+                what it draws. `None`: it replays visits of its own class, from `inputs` and `generators`.
+            inputs (*optional*): As for [`walk`]. `None`: those of the walk.
+            generators (*optional*): As for [`walk`], in the state in which the walk began. `None`: those of the walk.
+            denoiser (*optional*): As for [`walk`].
+        """
+        if walk is None and (inputs is None or generators is None):
+            raise ValueError("a follower needs a walk, or the inputs and generators of one.")
+        return Follower(self, inputs, generators, denoiser, walk)
+
+    # What walks and followers ask
+
+    def run(self, call: "_Call", denoiser: Callable[..., Any] | None) -> Any:
+        """The pipeline's `__call__` for a call; called within it."""
+        pipeline = copy.copy(self.pipeline)
+        pipeline.__class__ = _settled(_class(pipeline))
+        pipeline.set_progress_bar_config(disable=True)
+        # Past `DiffusionPipeline.__setattr__`, which writes into the config
+        own = vars(pipeline)
+        own["scheduler"] = proxy(self._scheduler, call)
+        if callable(getattr(pipeline, "encode_prompt", None)):
+            own["encode_prompt"] = functools.partial(self.cache.encode, pipeline, self._encoders)
+        for name in _state_makers(_class(self.pipeline)):
+            own[name] = functools.partial(call.first_state, name, getattr(pipeline, name))
+        denoise = functools.partial(self._denoise, self.denoiser if denoiser is None else denoiser)
+        own[self.denoiser_name] = Routed(self.denoiser, functools.partial(call.forward, denoise))
+        method: Any = type(self.pipeline).__call__
+        try:
+            output = method.__wrapped__(
+                pipeline,
+                **{name: list(values) for name, values in call.inputs.items()},
+                num_inference_steps=self.num_inference_steps,
+                generator=call.generators,
+                output_type=call.output_type,
+                return_dict=False,
+                **fresh_containers(self.call_kwargs),
+            )[0]
+        except Exception as error:
+            if call.is_moving or self.has_worked:  # not the pipeline's, or not for how it is called
+                raise
+            raise ValueError(f"{self.name} fails in its own `__call__`: {reason(error)}{self._hint(error)}") from error
+        finally:
+            # Its own functions refer to it: a cycle that would hold the graph until the next garbage collection
+            own.clear()
+        self.has_worked = True
+        return output
 
     def _denoise(self, denoiser: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self._autocast():
@@ -368,55 +251,47 @@ class Policy:
         # As accelerate does it: guidance, kernel and loss are differences of nearly equal numbers
         return convert_to_fp32(output) if mixed else output
 
-    @contextlib.contextmanager
-    def _copy(self, seat: _Seat, denoiser: Callable[..., Any] | None) -> Iterator[DiffusionPipeline]:
-        pipeline = copy.copy(self._pipeline)
-        pipeline.set_progress_bar_config(disable=True)
-        # Past `DiffusionPipeline.__setattr__`, which writes into the config
-        encode_prompt = functools.partial(self.memo.encode, pipeline, self._encoders)
-        vars(pipeline).update(scheduler=seat, encode_prompt=encode_prompt)
-        denoise = functools.partial(self._denoise, self.denoiser if denoiser is None else denoiser)
-        vars(pipeline)[self.denoiser_name] = Routed(self.denoiser, denoise)
-        try:
-            yield pipeline
-        finally:
-            # Its own functions refer to it: a cycle that would hold the graph until the next garbage collection
-            vars(pipeline).clear()
+    def empty_output(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Zeros in the form of what the denoiser answers to such arguments; `None` if it has not been seen yet."""
+        if (output := self._outputs.get(_kind(args, kwargs))) is None:
+            return None
+        return tree_map(
+            lambda x: torch.zeros(x.shape, dtype=x.dtype, device=self._outputs_device) if torch.is_tensor(x) else x,
+            output,
+        )
 
-    def _call(
-        self, pipeline: DiffusionPipeline, prompts: Sequence[str], generator: Any, output_type: str = "latent"
-    ) -> Any:
-        switch = contextlib.nullcontext() if self.adapter is None else active_adapter(self._layers, self.adapter)
-        seat = pipeline.scheduler
-        call: Any = type(pipeline).__call__
-        try:
-            with switch:
-                output = call.__wrapped__(
-                    pipeline,
-                    prompt=list(prompts),
-                    num_inference_steps=self.num_inference_steps,
-                    generator=generator,
-                    output_type=output_type,
-                    return_dict=False,
-                    **_fresh_containers(self.call_kwargs),
-                )[0]
-        except Exception as error:
-            if seat.in_step or type(seat) in self._has_worked:  # not the pipeline's, or not for how it is called
-                raise
-            raise ValueError(
-                f"{type(pipeline).__name__} fails in its own `__call__`: {reason(error)}{self._hint(error)}"
-            ) from error
-        self._has_worked.add(type(seat))
-        return output
+    def remember_output(self, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        kind = _kind(args, kwargs)
+        if kind not in self._outputs:
+            self._outputs_device = next(x.device for x in tree_flatten(output)[0] if torch.is_tensor(x))
+            self._outputs[kind] = tree_map(lambda x: x.detach().to("meta") if torch.is_tensor(x) else x, output)
+
+    def paused(self, run: Callable[[], Any], seed: int) -> Paused["Visit"]:
+        device = next(self.denoiser.parameters()).device
+        return Paused(run, self._attention, device, seed)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Its adapter, and its time."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.timing())
+            if self.adapter is not None:
+                stack.enter_context(active_adapter(self._layers, self.adapter))
+            yield
+
+    def begin(self, number: int, chunk: int, find: Callable[[], int]) -> int:
+        if (number, chunk) not in self._begins:
+            self._begins[number, chunk] = find()
+        return self._begins[number, chunk]
 
     def _hint(self, error: Exception) -> str:
         """What a pipeline that fails may need: encoders that it was loaded without, or arguments without a value, its
         required ones or else its pictures."""
-        encoders = [name for name in self._pipeline.components if name.startswith(("text_encoder", "tokenizer"))]
-        absent = [name for name in encoders if getattr(self._pipeline, name) is None]
+        encoders = [name for name in self.pipeline.components if name.startswith(("text_encoder", "tokenizer"))]
+        absent = [name for name in encoders if getattr(self.pipeline, name) is None]
         if absent and "NoneType" in str(error):
             return f"; it is without its {absent}: load it with them, or give it an `encode_prompt` that does without"
-        parameters = _signature(type(self._pipeline).__call__).parameters.values()
+        parameters = signature(type(self.pipeline).__call__).parameters.values()
         required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         pictures = [p.name for p in parameters if p.default is None and PICTURE.search(p.name)]
         needed = [name for name in required if name not in ("self", "prompt")] or pictures
@@ -427,99 +302,366 @@ class Policy:
             "pipeline of text alone"
         )
 
-    def rollout(
-        self,
-        prompts: Sequence[str],
-        generators: list[torch.Generator],
-        on_step: OnStep,
-        num_steps: int | None = None,
-        denoiser: nn.Module | None = None,
-        output_type: str = "latent",
-    ) -> Any:
-        """Runs the pipeline's own `__call__`, under the caller's gradient mode, with `on_step` deciding each next
-        state.
 
-        Args:
-            prompts (`Sequence[str]`): The batch.
-            generators (`list[torch.Generator]`): One a sample, for the initial noise.
-            on_step (`Callable[[Step], Tensor]`): Returns the next state; called once a denoising step.
-            num_steps (`int`, *optional*): Only the first so many steps are computed.
-            denoiser (`nn.Module`, *optional*): A wrapper around the denoiser (DDP, DeepSpeed) that its calls go
-                through.
-            output_type (`str`, *optional*): `"latent"`, or `"pil"` to decode the final latents.
+class _Call:
+    """A `__call__` of a pipeline that is paused before forward passes of its denoiser: what [`Walk`] and [`Follower`]
+    share."""
 
-        Returns:
-            The final latents (`Tensor`), images or videos, as the pipeline returns them.
-        """
-        seat = _RolloutSeat(self._rollout_scheduler, on_step, num_steps)
-        with self._copy(seat, denoiser) as pipeline:
-            output = self._call(pipeline, prompts, generators, output_type)
-        if seat.index != len(seat.timesteps):
-            raise ValueError(
-                f"{type(self._pipeline).__name__} lacks a seam: it called `scheduler.step` {seat.index} times for "
-                f"{len(seat.timesteps)} timesteps; one call a timestep is needed."
-            )
+    output_type = "latent"
+    inputs: Inputs
+    generators: list[torch.Generator]
+    _seed: int  # of the global generators
+
+    def __init__(self, policy: Policy, denoiser: Callable[..., Any] | None):
+        self.policy, self._denoiser = policy, denoiser
+        self._paused: Paused[Visit] | None = None
+        self.proxies: list[Any] = []
+        self._streams: dict[int, int] = {}
+        self._steps: list[Step] = []  # since the last pause
+        self.place = 0  # the index of the next visit
+        self.output: Any = None  # of the pipeline, at its end
+        self.is_moving = False  # what others were asked within a step may raise
+        self._computes, self._pauses, self._has_begun = True, True, False
+
+    # Asked by the pipeline
+
+    def stream(self, number: int) -> int:
+        return self._streams.setdefault(number, len(self._streams))
+
+    def begin(self, number: int, chunk: int, find: Callable[[], int]) -> int:
+        return self.policy.begin(number, chunk, find)
+
+    def times(self, number: int, chunk: int, own: Times) -> Times:
+        raise NotImplementedError
+
+    def first_state(self, name: str, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def _go(self, step: Step, scheduler_step: Callable[[], Tensor]) -> Step:
+        """The step with its next state."""
+        raise NotImplementedError
+
+    def step(self, step: Step, scheduler_step: Callable[[], Tensor]) -> Tensor:
+        if self._pauses:
+            if any(step.stream == other.stream for other in self._steps):
+                raise ValueError(
+                    f"{self.policy.name} steps its scheduler twice between two calls of its "
+                    f"{self.policy.denoiser_name}."
+                )
+            step = self._go(step, scheduler_step)
+            self._steps.append(step)
+        next_sample = step.sample if step.next_sample is None else step.next_sample
+        # What the pipeline goes on with is its own to write into
+        return next_sample.to(step.sample.dtype, copy=True)
+
+    def forward(self, denoise: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._pauses and (self._steps or not self._has_begun):
+            self._has_begun = True
+            self._pause()
+        if not self._computes:
+            output = self.policy.empty_output(args, kwargs)
+            if output is not None:
+                return output
+            with torch.no_grad():  # of a kind that is seen for the first time
+                output = denoise(*args, **kwargs)
+        else:
+            output = denoise(*args, **kwargs)
+        self.policy.remember_output(args, kwargs, output)
         return output
 
-    def predict(self, x: Tensor, timestep: Tensor, prompts: Sequence[str], denoiser: nn.Module | None = None) -> Tensor:
-        """The guided prediction at state `x` (in the pipeline's own latent shape) and `timestep`: the field. Under the
-        caller's gradient mode; `denoiser`: as for [`rollout`]."""
-        seat = _FieldSeat(self._field_scheduler, timestep)
-        if self._scratch_generator is None:  # its own, so that the global generator is left alone
-            self._scratch_generator = torch.Generator(x.device)
-        with self._copy(seat, denoiser) as pipeline:
-            prepare_latents = pipeline.prepare_latents
+    # Asked by who walks or follows
 
-            def given_latents(*args: Any, **kwargs: Any) -> Any:
-                # The pipeline's own call makes what comes with the latents (position ids); its noise is dropped
-                prepared = prepare_latents(*args, **kwargs)
-                return (x, *prepared[1:]) if isinstance(prepared, tuple) else x
+    def __enter__(self) -> Any:
+        return self
 
-            vars(pipeline)["prepare_latents"] = given_latents
-            self._call(pipeline, prompts, self._scratch_generator)
-        return seat.prediction
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close(failed=error is not None)
 
-    @torch.no_grad()
-    def self_check(self, prompts: Sequence[str], num_steps: int = 2) -> list[Step]:
-        """Compares the field with the pipeline's own run at its first `num_steps` states.
+    def close(self, failed: bool = False) -> None:
+        """Runs the pipeline to its end with the empty denoiser, so that it puts back what it has changed. With
+        `failed`, what it raises on the way is left out."""
+        try:
+            if self._paused is not None and self._paused.began and not self._paused.ended:
+                self._pauses = False
+                with torch.no_grad():
+                    self._resume(computes=False)
+        except Exception:
+            if not failed:
+                raise
+        finally:
+            self._end()
 
-        Returns:
-            `list[Step]`: the steps of that run.
+    def _end(self) -> None:
+        if self._paused is not None:
+            self._paused.abandon()
+            self._paused = None
+        for own in self.proxies:
+            dissolve(own)
+        self.proxies.clear()
+        self._steps = []
 
-        Raises:
-            ValueError: if the field disagrees with the run, or a prediction is not finite.
-        """
-        steps: list[Step] = []
+    def _start(self) -> None:
+        """Runs the pipeline up to the first forward pass."""
+        self._paused = self.policy.paused(self._run, self._seed)
+        if self._resume(computes=True) is None:
+            raise ValueError(f"{self.policy.name} never calls its {self.policy.denoiser_name}.")
 
-        def record(step: Step) -> Tensor:
-            steps.append(step)
-            level, level_next = step.schedule.levels[step.index : step.index + 2]
-            return step.sample.float() + (level_next - level) * step.prediction.float()
+    def _run(self) -> None:
+        self.output = self.policy.run(self, self._denoiser)
 
-        generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-        self.rollout(prompts, generators, record, num_steps=num_steps)
-        for step in steps:
-            if not step.prediction.isfinite().all():
-                raise ValueError(
-                    f"{type(self._pipeline).__name__} predicts NaN or infinity at step {step.index}: its "
-                    f"{self.denoiser_name} holds such numbers, or {step.prediction.dtype} is too narrow for it."
-                )
-            prediction = self.predict(step.sample, step.timestep, prompts)
-            gap = _relative_gap(prediction, step.prediction)
-            # The same numbers through the same kernels: what is left is the non-determinism of some GPU kernels
-            if not gap < (1e-4 if prediction.dtype == torch.float32 else 2e-2):
-                raise ValueError(
-                    f"{type(self._pipeline).__name__} cannot be asked at a given state: its prediction at step "
-                    f"{step.index} differs from its own run by {gap:.1e} (relative). Something in its `__call__` "
-                    "depends on the steps before."
-                )
-        return steps
+    def _pause(self) -> None:
+        assert self._paused is not None
+        self._paused.pause(self._take())
+
+    def _take(self) -> Visit:
+        visit, self._steps = Visit(self.place, tuple(self._steps)), []
+        if visit.steps:
+            self.place += 1
+        return visit
+
+    def _resume(self, computes: bool) -> Visit | None:
+        """Goes on to the next pause: what was stepped until then; `None` at the end if there was nothing."""
+        assert self._paused is not None
+        self._computes = computes
+        try:
+            with self.policy.active():
+                visit = self._paused.resume()
+        except BaseException:
+            self._end()
+            raise
+        if self._paused.ended:
+            visit = self._take() if self._steps else None
+            self._end()
+        return visit
 
 
-def _relative_gap(a: Tensor, b: Tensor) -> float:
-    if a.shape != b.shape:
-        return float("inf")
-    return ((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-12)).item()
+class Walk(_Call):
+    """What [`Policy.walk`] returns: an iterator of [`Visit`]s, each forward pass under the gradient mode of who asks
+    for it. Used as a context manager, or in a `for` loop, it may be left early.
+
+    Attributes:
+        place (`int`): The index of the next visit.
+        output: At its end, what the pipeline returns: latents (`Tensor`), images or videos.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        inputs: Inputs,
+        generators: list[torch.Generator],
+        denoiser: Callable[..., Any] | None,
+        move: Move,
+        output_type: str,
+        probe: Callable[[Step, Callable[[], Tensor]], None] | None,
+    ):
+        super().__init__(policy, denoiser)
+        self.inputs, self.generators, self.output_type = inputs, generators, output_type
+        self._seed = generators[0].initial_seed()
+        self._move, self._probe = move, probe
+        # What a follower needs to know
+        self.policy_name, self.policy_class = policy.name, _class(policy.pipeline)
+        self.began_with = [generator.get_state() for generator in generators]
+        self.all_times: dict[tuple[int, int], Times] = {}
+        self.prepared: dict[str, list[Tensor]] = {}
+        self._prepared_at: dict[tuple[int, torch.Size], str] = {}
+        self.ended = False
+
+    def __iter__(self) -> Iterator[Visit]:
+        with self:
+            while (visit := self.advance()) is not None:
+                yield visit
+                del visit  # and with it the graph, before the next one grows
+
+    def __next__(self) -> Visit:
+        if (visit := self.advance()) is None:
+            raise StopIteration
+        return visit
+
+    def advance(self) -> Visit | None:
+        """The next visit, `None` at the end."""
+        return self._leg(computes=True)
+
+    def jump(self, place: int) -> None:
+        """Goes on to a visit with the empty denoiser and without moving: what a pipeline keeps between its steps is
+        not what it would have been, but for what depends on their number alone."""
+        while self.place < place:
+            if self._leg(computes=False) is None:
+                raise IndexError(f"{self.policy.name} has {self.place} visits, and not {place + 1}.")
+
+    def plan(self) -> list[Visit]:
+        """All visits from here on as they will be, by the empty denoiser: their streams, times and chunks."""
+        plan = []
+        while (visit := self._leg(computes=False)) is not None:
+            plan.append(visit)
+        return plan
+
+    def run(self) -> Any:
+        """To its end: what the pipeline returns."""
+        with self:
+            while self.advance() is not None:
+                pass
+        return self.output
+
+    def _leg(self, computes: bool) -> Visit | None:
+        if self.ended:
+            return None
+        if self._paused is None:
+            self._start()
+        visit = self._resume(computes)
+        self.ended = self._paused is None
+        return visit
+
+    def close(self, failed: bool = False) -> None:
+        super().close(failed)
+        self.ended = True
+
+    def times(self, number: int, chunk: int, own: Times) -> Times:
+        self.all_times[number, chunk] = own
+        return own
+
+    def first_state(self, name: str, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        prepared = prepare(*args, **kwargs)
+        first = prepared[0] if isinstance(prepared, tuple) else prepared
+        if isinstance(first, Tensor):
+            self.prepared.setdefault(name, []).append(first.detach().clone())  # it may be written into
+            self._prepared_at[first.data_ptr(), first.shape] = name
+        return prepared
+
+    def _go(self, step: Step, scheduler_step: Callable[[], Tensor]) -> Step:
+        if self.place == 0:
+            name = self._prepared_at.get((step.sample.data_ptr(), step.sample.shape))
+            if name is not None:
+                _states_of(_class(self.policy.pipeline))[name] = step.stream
+        if not self._computes:
+            return step
+        self.is_moving = True
+        if self._probe is not None:
+            self._probe(step, scheduler_step)
+        with torch.no_grad():
+            next_sample = self._move(replace(step, prediction=step.prediction.detach())).detach()
+        self.is_moving = False
+        return replace(step, next_sample=next_sample)
+
+
+class Follower(_Call):
+    """What [`Policy.follow`] returns: `follower(visit)` gives the prediction for each of the visit's steps, under the
+    caller's gradient mode.
+
+    It goes through its own `__call__`, from each visit to where that visit went (`step.next_sample`). A visit that is
+    not the next one is jumped to with the empty denoiser, so only a pipeline whose predictions do not depend on earlier
+    ones may be asked so.
+
+    Raises:
+        ValueError: if the pipeline is not at the state, time or stream that it is asked about.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        inputs: Inputs | None,
+        generators: list[torch.Generator] | None,
+        denoiser: Callable[..., Any] | None,
+        walk: Walk | None,
+    ):
+        super().__init__(policy, denoiser)
+        self._walk = walk
+        self.inputs = walk.inputs if inputs is None else inputs  # type: ignore[union-attr]
+        if generators is None:
+            states = walk.began_with  # type: ignore[union-attr]
+            generators = walk.generators  # type: ignore[union-attr]
+        else:
+            states = [generator.get_state() for generator in generators]
+        self._seed = generators[0].initial_seed()
+        self.generators = []
+        for generator, state in zip(generators, states, strict=True):
+            twin = torch.Generator(generator.device)
+            twin.set_state(state)
+            self.generators.append(twin)
+        self._calls: dict[str, int] = {}
+        self._handed: dict[int, Tensor] = {}
+
+    def __call__(self, visit: Visit) -> tuple[Tensor, ...]:
+        self._asked = visit
+        if self._paused is None:
+            if self.place:
+                raise self._not_there(f"it ended after {self.place} visits")
+            self._start()
+        if visit.index < self.place:
+            raise ValueError(
+                f"a follower does not go back: it is at visit {self.place}, and was asked at {visit.index}."
+            )
+        while self.place < visit.index:
+            with torch.no_grad():
+                self._leg(computes=False)
+        steps = self._leg(computes=True).steps
+        if len(steps) != len(visit.steps):
+            raise self._not_there(f"it steps {len(steps)} streams, the walk {len(visit.steps)}")
+        return tuple(step.prediction for step in steps)
+
+    def _leg(self, computes: bool) -> Visit:
+        if self._paused is None or (visit := self._resume(computes)) is None:
+            raise self._not_there(f"it ended after {self.place} visits")
+        return visit
+
+    def times(self, number: int, chunk: int, own: Times) -> Times:
+        if self._walk is None:
+            return own
+        times = self._walk.all_times.get((number, chunk))
+        if times is None or times.timesteps.shape[0] < own.timesteps.shape[0]:
+            raise self._not_there("it sets its timesteps otherwise")
+        return times
+
+    def first_state(self, name: str, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        prepared = prepare(*args, **kwargs)
+        number = self._calls.get(name, 0)
+        self._calls[name] = number + 1
+        stream = _states_of(_class(self.policy.pipeline) if self._walk is None else self._walk.policy_class).get(name)
+        if stream is None:
+            return prepared
+        if self._walk is not None:
+            given = self._walk.prepared.get(name, [])[number : number + 1]
+        else:
+            steps = self._asked.steps if self._asked.index == number == 0 else ()
+            given = [step.sample for step in steps if step.stream == stream]
+        if not given:
+            return prepared
+        first = prepared[0] if isinstance(prepared, tuple) else prepared
+        if first.shape != given[0].shape:
+            raise self._not_there(f"its first state is {tuple(first.shape)}, the walk's {tuple(given[0].shape)}")
+        self._handed[stream] = handed = given[0].to(first.dtype, copy=True)
+        return (handed, *prepared[1:]) if isinstance(prepared, tuple) else handed
+
+    def _go(self, step: Step, scheduler_step: Callable[[], Tensor]) -> Step:
+        asked = {other.stream: other for other in self._asked.steps}.get(step.stream)
+        if self._computes:
+            return replace(step, next_sample=self._same(step, asked).next_sample)
+        if asked is not None and self.place == self._asked.index - 1:  # arrives
+            return replace(step, next_sample=asked.sample)
+        return step
+
+    def step(self, step: Step, scheduler_step: Callable[[], Tensor]) -> Tensor:
+        self._handed[step.stream] = handed = super().step(step, scheduler_step)
+        return handed
+
+    def _same(self, step: Step, asked: Step | None) -> Step:
+        """What was asked, if the pipeline is there."""
+        if asked is None or (step.chunk, step.index) != (asked.chunk, asked.index):
+            raise self._not_there(f"it steps stream {step.stream} at step {step.index} of chunk {step.chunk}")
+        if step.sample.shape != asked.sample.shape:
+            raise self._not_there(f"its state is {tuple(step.sample.shape)}, the walk's {tuple(asked.sample.shape)}")
+        handed = self._handed.get(step.stream)
+        if handed is not None and handed.data_ptr() == step.sample.data_ptr():
+            return asked
+        # A pipeline that takes its states apart; this waits for the device
+        if not torch.equal(step.sample, asked.sample.to(step.sample.dtype)):
+            raise self._not_there("its state is another")
+        return asked
+
+    def _not_there(self, what: str) -> ValueError:
+        theirs = self.policy.name if self._walk is None else self._walk.policy_name
+        return ValueError(
+            f"{self.policy.name} does not come to the states that {theirs} visits: {what}, at visit {self.place}."
+        )
 
 
 def check_seams(pipeline: DiffusionPipeline) -> None:
@@ -528,10 +670,6 @@ def check_seams(pipeline: DiffusionPipeline) -> None:
     missing = None
     if not hasattr(cls.__call__, "__wrapped__"):
         missing = "its `__call__` is not decorated with `torch.no_grad()`, so there is no version with gradient to run"
-    elif not callable(getattr(cls, "encode_prompt", None)):
-        missing = "it has no `encode_prompt`"
-    elif not callable(getattr(cls, "prepare_latents", None)):
-        missing = "it has no `prepare_latents`"
     elif not hasattr(getattr(pipeline, "scheduler", None), "step"):
         missing = "it has no `scheduler` with a `step`"
     if missing:
@@ -548,3 +686,40 @@ def _is_offloaded(module: nn.Module) -> bool:
     # A registry of diffusers alone says nothing: a pipeline's first call leaves an empty one behind
     registries: list[Any] = [part._diffusers_hook for part in module.modules() if hasattr(part, "_diffusers_hook")]
     return hasattr(module, "_hf_hook") or any(registry.get_hook("group_offloading") for registry in registries)
+
+
+def _class(pipeline: Any) -> Any:
+    return type(pipeline)
+
+
+@functools.cache
+def _settled(cls: Any) -> Any:
+    """The class with its device looked up once: `_execution_device` walks all modules at each use."""
+
+    def device(self: DiffusionPipeline) -> torch.device:
+        if "_settled_device" not in vars(self):
+            vars(self)["_settled_device"] = cls._execution_device.fget(self)
+        return vars(self)["_settled_device"]
+
+    return type(cls.__name__, (cls,), {"_execution_device": property(device), "__module__": cls.__module__})
+
+
+@functools.cache
+def _state_makers(cls: Any) -> list[str]:
+    """Methods that may make the first state of a stream: `prepare_latents`, `prepare_audio_latents` ..."""
+    return [name for name in dir(cls) if re.fullmatch(r"prepare_(\w+_)?latents", name) and callable(getattr(cls, name))]
+
+
+@functools.cache
+def _states_of(cls: Any) -> dict[str, int]:
+    """Of these methods those that do, and for which stream; walks find out more of them."""
+    return {"prepare_latents": 0}
+
+
+def _kind(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A kind of call of a denoiser: its arguments' names, and the shape of the first, which is the state. Not that of
+    the others: on other processes a prompt may be longer."""
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    first = args[0] if args else next(iter(kwargs.values()), None)
+    shapes = [x.shape for x in tree_flatten(first)[0] if torch.is_tensor(x)]
+    return len(args), tuple(sorted(given)), tuple(shapes), kwargs.get("return_dict", True)

@@ -30,6 +30,11 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
+def noise_generators(generators: Sequence[torch.Generator]) -> list[torch.Generator]:
+    """For the noise of a walk's kernel: a pipeline may draw from its own generators at any time."""
+    return [torch.Generator().manual_seed(seed_of(generator.initial_seed(), 1)) for generator in generators]
+
+
 def routed_dataset(
     dataset: Any,
     task_ids: Sequence[str],

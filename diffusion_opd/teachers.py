@@ -36,7 +36,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .config import check_types
 from .errors import brief, one_sentence, why_not
-from .policy import check_seams, denoiser_name, is_flow, own_scheduler, tuner_layers
+from .policy import check_seams, denoiser_name, tuner_layers
+from .scheduler_proxy import is_flow, own_scheduler
 
 MANIFEST_NAME = "teacher_manifest.json"
 STUDENT_ADAPTER = "default"

@@ -3,7 +3,7 @@
 
 Reads as the paper's Algorithm 1: each optimizer step visits every task; the student denoises its prompts; at every
 state it visits, the task's teacher says what it would have done there; the closed-form divergence of the two steps is
-backpropagated at once. Rollout and gradient are one pass, inside the pipeline's own `__call__` (see policy.py).
+backpropagated at once. Rollout and gradient are one pass through the pipeline's own `__call__` (see policy.py).
 """
 
 import contextlib
@@ -29,8 +29,11 @@ from . import objectives
 from .base_trainer import DiffusionTrainer, refuse_unread_columns, whole_cycles
 from .config import DiffusionOPDConfig, check_call_kwargs
 from .errors import one_sentence
-from .policy import Step, denoiser_name
-from .sampling import PROMPT, TEACHER, is_prompt, routed_dataset
+from .policy import Move, Visit, denoiser_name
+from .queries import learnt_visits
+from .sampling import PROMPT, TEACHER, is_prompt, noise_generators, routed_dataset
+from .scheduler_proxy import Step
+from .startup import check_teacher
 from .student import load_student, whole_modules
 from .teachers import (
     MANIFEST_NAME,
@@ -40,7 +43,6 @@ from .teachers import (
     name_teachers,
     same_weights,
 )
-from .transitions import Transition
 
 logger = get_logger(__name__)
 
@@ -202,26 +204,21 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     def _check_parties(self, copies: set[str]) -> None:
         """Asks everybody once: refuses what does not fit, warns about a teacher with nothing to teach: the `copies` of
         the student, and what predicts as it does."""
-        args, step, prompts = self.args, self._first_step, self._check_prompts
+        args, step = self.args, self.checked.visits[0].steps[0]
         noise_level: Any = args.noise_level  # a number since `__post_init__`
         needs_noise = noise_level > 0 and args.objective != "velocity"
         self.kernel = self.choose_kernel(args.transition, noise_level, needs_noise)
+        self.student.timing = partial(self.stopwatch.section, "student")
         for key, teacher in self.teachers.items():
+            teacher.timing = partial(self.stopwatch.section, "teacher")
             with self._present(key):
                 source, dtype = self.loaded_teachers[key].spec.source, next(teacher.denoiser.parameters()).dtype
                 with one_sentence(
                     f"teacher {key!r} ({source}) of {dtype} cannot be asked at the student's states of shape "
                     f"{tuple(step.sample.shape)} and {step.sample.dtype}"
                 ):
-                    teacher.self_check(prompts, args.num_learnt_steps)
-                    with torch.no_grad():
-                        prediction = teacher.predict(step.sample, step.timestep, prompts)
-                if prediction.shape != step.prediction.shape:
-                    raise ValueError(
-                        f"teacher {key!r} ({source}) predicts {tuple(prediction.shape)} at the student's states, the "
-                        f"student predicts {tuple(step.prediction.shape)}."
-                    )
-                if key in copies or torch.equal(prediction, step.prediction):
+                    same = check_teacher(teacher, self.checked)
+                if key in copies or same:
                     logger.warning(
                         f"Teacher {key!r} ({source}) predicts exactly what the untrained student predicts: there is "
                         "nothing to learn from it."
@@ -233,67 +230,70 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     def training_step(  # type: ignore[override]  # Trainer says a dict of tensors; `identity` collates rows
         self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None
     ) -> Tensor:
-        """One micro-batch: the student's rollout on one task's prompts, with the backward pass of each step inside
-        it."""
-        model.eval()  # the rollout is a sample of the policy that is trained: no dropout
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
+        """One micro-batch: the student walks, the task's teacher follows, and each visit has its backward pass."""
+        self._begin_micro_batch(model)
         prompts, task = [example[PROMPT] for example in inputs], inputs[0][TEACHER]
         generators = self._generators(len(inputs), _TRAIN, self.state.global_step, *self._place_in_step(task))
-        scale = 1 / (self.args.num_learnt_steps * self.current_gradient_accumulation_steps)
+        scale = 1 / (len(self.learnt) * self.current_gradient_accumulation_steps)
         losses = []
-
-        held_sync = self._held_gradient_sync(model, self.args.num_learnt_steps)
-        with self._present(task), held_sync as release_sync:
-
-            def learn(step: Step) -> Tensor:
-                loss, kl, target, next_state = self._compare(step, prompts, task, generators)
-                for what, tensor in {"student": step.prediction, "teacher": target, "loss": loss}.items():
-                    self.watch(what, task, tensor)
-                with self.stopwatch.section("student"):
-                    self._backward(loss.mean() * scale)
+        with (
+            self._present(task),
+            self._held_gradient_sync(model, len(self.learnt)) as release_sync,
+            self.student.walk({PROMPT: prompts}, generators, self._move(generators), denoiser=model) as walk,
+            self.teachers[task].follow(walk) as follow,
+        ):
+            for visit in learnt_visits(walk, self.learnt, before_last=release_sync):
+                with torch.no_grad():
+                    targets = follow(visit)  # what the specialist does at these very states
+                loss, kl = self._divergence(visit, targets)  # Eq. 10-12
+                self._backward(loss.mean() * scale)  # Eq. 15; the graph of one visit lives at a time
                 losses.append(loss.mean().detach())
-                self.record("kl", kl.mean())
-                self.record(f"kl/{task}", kl.mean())
-                self.record(f"kl_step/{step.index}", kl.mean())
-                if self.args.objective != "kl":
-                    self.record(f"loss/{task}", loss.mean())
-                    self.record(f"loss_step/{step.index}", loss.mean())
-                if step.index == self.args.num_learnt_steps - 2:
-                    release_sync()
-                return next_state
-
-            with self.stopwatch.section("student"):
-                self.student.rollout(prompts, generators, learn, self.args.num_learnt_steps, denoiser=model)
+                self._note(task, visit, targets, loss, kl)
         self._end_micro_batch()
         self._micro_step += 1
         return torch.stack(losses).mean() / self.current_gradient_accumulation_steps
 
-    def _compare(
-        self, step: Step, prompts: Sequence[str], task: str, generators: list[torch.Generator]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Student and teacher at one visited state: the objective and the KL of each sample, the teacher's prediction,
-        and the student's next state."""
-        with torch.no_grad(), self.stopwatch.section("teacher"):
-            target = self.teachers[task].predict(step.sample, step.timestep, prompts)
-        student = self.kernel(step.sample, step.prediction, step.schedule, step.index)
-        teacher = self.kernel(step.sample, target, step.schedule, step.index)
-        next_state = self._next_state(student, teacher, generators).detach()
+    def _move(self, generators: list[torch.Generator]) -> Move:
+        """Where a walk goes: the policy is the student's own."""
+        noise = noise_generators(generators)
 
-        kl = objectives.kl(student, teacher)
-        if self.args.objective == "velocity":
-            loss = objectives.velocity(step.prediction, target)
-        elif self.args.objective == "policy_gradient":
-            loss = objectives.policy_gradient(kl, student, next_state)
-        else:
-            loss = kl
-        return loss, kl, target, next_state
+        def move(step: Step) -> Tensor:
+            transition = self.kernel(step.sample, step.prediction, step.schedule, step.index)
+            if transition.std == 0:
+                return transition.mean
+            return transition.sample(randn_tensor(transition.mean.shape, noise, transition.mean.device, torch.float32))
 
-    def _next_state(self, student: Transition, teacher: Transition, generators: list[torch.Generator]) -> Tensor:
-        """Where the rollout goes: the policy is the student's own."""
-        if student.std == 0:
-            return student.mean
-        return student.sample(randn_tensor(student.mean.shape, generators, student.mean.device, torch.float32))
+        return move
+
+    def _divergence(self, visit: Visit, targets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The objective and the KL of each sample at a visit: the mean over its streams."""
+        losses, kls = [], []
+        for step, target in zip(visit.steps, targets, strict=True):
+            student = self.kernel(step.sample, step.prediction, step.schedule, step.index)
+            teacher = self.kernel(step.sample, target, step.schedule, step.index)
+            kl = objectives.kl(student, teacher)
+            if self.args.objective == "velocity":
+                loss = objectives.velocity(step.prediction, target)
+            elif self.args.objective == "policy_gradient":
+                next_sample: Any = step.next_sample
+                loss = objectives.policy_gradient(kl, student, next_sample)
+            else:
+                loss = kl
+            losses.append(loss)
+            kls.append(kl)
+        return torch.stack(losses).mean(0), torch.stack(kls).mean(0)
+
+    def _note(self, task: str, visit: Visit, targets: Sequence[Tensor], loss: Tensor, kl: Tensor) -> None:
+        """Metrics of a visit, and the watch for NaN."""
+        for step, target in zip(visit.steps, targets, strict=True):
+            self.watch("student", task, step.prediction)
+            self.watch("teacher", task, target)
+        self.watch("loss", task, loss)
+        for name in ("kl", f"kl/{task}", f"kl_step/{visit.index}"):
+            self.record(name, kl.mean())
+        if self.args.objective != "kl":
+            self.record(f"loss/{task}", loss.mean())
+            self.record(f"loss_step/{visit.index}", loss.mean())
 
     def _place_in_step(self, task: str) -> tuple[int, int]:
         """Which task, and which of its micro-batches of this optimizer step."""
@@ -353,16 +353,16 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         self, prompts: Sequence[str], task: str, generators: list[torch.Generator]
     ) -> tuple[Tensor, Tensor]:
         losses, kls = [], []
-
-        def watch(step: Step) -> Tensor:
-            loss, kl, _, next_state = self._compare(step, prompts, task, generators)
-            losses.append(loss)
-            kls.append(kl)
-            return next_state
-
-        with self._present(task):
-            self.student.rollout(prompts, generators, watch, self.args.num_learnt_steps)
-        self.memo.clear()
+        with (
+            self._present(task),
+            self.student.walk({PROMPT: prompts}, generators, self._move(generators)) as walk,
+            self.teachers[task].follow(walk) as follow,
+        ):
+            for visit in learnt_visits(walk, self.learnt):
+                loss, kl = self._divergence(visit, follow(visit))
+                losses.append(loss)
+                kls.append(kl)
+        self.cache.clear()
         return torch.stack(losses).mean(0), torch.stack(kls).mean(0)
 
     # What a checkpoint and a card say about the teachers

@@ -5,16 +5,18 @@ The policy draws groups of samples with noise in each learnt step; each step's G
 of samples that are better than their group become more likely.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import objectives
-from ..policy import Step, is_flow
-from ..sampling import seed_of
+from ..policy import Visit
+from ..sampling import PROMPT, noise_generators, seed_of
+from ..scheduler_proxy import Step, is_flow
 from ..transitions import Schedule, Transition
 from .config import DiffusionGRPOConfig
 from .objectives import clipped_surrogate, log_ratio, normalised_log_ratio
@@ -85,36 +87,33 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         # Of the seed and the step alone, and so the same on all processes
         order = np.random.default_rng(seed_of(self.args.seed, _TRAIN, self.state.global_step))
         window = self.args.sde_window(order.integers)
-        timesteps, schedules = [], []
         kept: dict[str, list[Tensor]] = {"states": [], "means": [], "noise": []}
+        noise_of = noise_generators(generators)
 
-        def visit(step: Step) -> Tensor:
-            self.watch("rollout", task, step.prediction)
-            schedules.append(step.schedule)
-            timesteps.append(step.timestep)
-            if step.index not in window:
+        def move(step: Step) -> Tensor:
+            if walk.place not in window:
                 return _move(self._ode, step)
             transition = self.kernel(step.sample, step.prediction, step.schedule, step.index)
-            noise = randn_tensor(transition.mean.shape, generators, transition.mean.device, torch.float32)
+            noise = randn_tensor(transition.mean.shape, noise_of, transition.mean.device, torch.float32)
             for name, tensor in zip(kept, (step.sample, transition.mean, noise), strict=True):
                 kept[name].append(tensor)
             return transition.sample(noise)
 
-        images = self._run(self.student, prompts, generators, visit)
+        with self.student.walk({PROMPT: prompts}, generators, move, output_type="pil") as walk:
+            for visit in walk:
+                (step,) = visit.steps
+                self.watch("rollout", task, step.prediction)
         tensors = {name: torch.stack(rows) for name, rows in kept.items()}
-        tensors |= {"timesteps": torch.stack(timesteps), "window": torch.tensor([window.start, window.stop])}
-        return schedules[0], tensors, images
+        tensors["window"] = torch.tensor([window.start, window.stop])
+        return step.schedule, tensors, list(walk.output)
 
-    def _learnt_steps(self, rollout: Rollout) -> range:
-        return range(*rollout.tensors["window"].tolist())
+    def _visits(self, rollout: Rollout) -> list[Visit]:
+        return self._chain(range(*rollout.tensors["window"].tolist()), rollout.tensors["states"].unbind())
 
-    def _loss(self, model: nn.Module, rollout: Rollout, index: int) -> Tensor:
-        args, schedule = self.args, rollout.schedule
-        row = index - int(rollout.tensors["window"][0])
-        x, old_mean, noise = (rollout.tensors[name][row] for name in ("states", "means", "noise"))
-
-        base = None if self.base is None else self._predict(self.base, x, rollout, index)
-        prediction = self._predict(self.student, x, rollout, index, model)
+    def _loss(self, rollout: Rollout, number: int, at: Step, predictions: Mapping[str, Tensor]) -> Tensor:
+        args, x, schedule, index = self.args, at.sample, at.schedule, at.index
+        old_mean, noise = rollout.tensors["means"][number], rollout.tensors["noise"][number]
+        prediction, base = predictions["student"], predictions.get("base")
         step: Transition = self.kernel(x, prediction, schedule, index)
         ratio, weight = log_ratio(step.mean, old_mean, noise, step.std), 1.0
         if args.loss_type == "grpo_guard":
@@ -128,7 +127,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         self.record("clip_ratio/region_mean", (clipped.low | clipped.high).float().mean())
         self.record("log_ratio/mean", ratio.mean())
         self.record("log_ratio/std", ratio.std(correction=0))
-        self.record(f"log_ratio_step/{index}", ratio.mean())
+        self.record(f"log_ratio_step/{number + int(rollout.tensors['window'][0])}", ratio.mean())
         if base is not None:
             kl = objectives.kl(step, self.kernel(x, base, schedule, index)).mean()
             self.record("kl", kl)

@@ -4,6 +4,8 @@ No likelihoods and no stochastic sampler: the old policy draws samples, the rewa
 trained policy is contrasted with the old one at noised versions of these samples.
 """
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ..objectives import velocity
-from ..policy import Step
+from ..policy import Policy, Visit
+from ..sampling import PROMPT
+from ..scheduler_proxy import Step
 from ..shards import local_shards, reshard, shards_changed
 from ..teachers import STUDENT_ADAPTER
 from ..transitions import Schedule, denoised, noised
@@ -94,31 +98,32 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
     def _roll_out(
         self, task: str, prompts: list[str], generators: list[torch.Generator]
     ) -> tuple[Schedule, dict[str, Tensor], list[Any]]:
-        timesteps = []
-        last: dict[str, Any] = {}
+        with self.old.walk({PROMPT: prompts}, generators, partial(_move, self._ode), output_type="pil") as walk:
+            for visit in walk:
+                (step,) = visit.steps
+                self.watch("rollout", task, step.prediction)
+        return step.schedule, {"x_0": step.next_sample}, list(walk.output)
 
-        def visit(step: Step) -> Tensor:
-            self.watch("rollout", task, step.prediction)
-            last.update(schedule=step.schedule, x_0=_move(self._ode, step))
-            timesteps.append(step.timestep)
-            return last["x_0"]
+    def _visits(self, rollout: Rollout) -> list[Visit]:
+        x_0, states = rollout.tensors["x_0"], []
+        for place in self.learnt:
+            key = self.tasks.index(rollout.task) * self.args.num_inference_steps + place
+            generators = self._generators(len(x_0), _NOISE, self.state.global_step, key, rollout.place)
+            noise = randn_tensor(x_0.shape, generators, x_0.device, torch.float32)
+            # In the dtype that the denoiser is given in a rollout
+            states.append(noised(x_0, noise, *self.plan[place].levels[0]).to(self._state_dtype))
+        return self._chain(self.learnt, states)
 
-        images = self._run(self.old, prompts, generators, visit)
-        return last["schedule"], {"timesteps": torch.stack(timesteps), "x_0": last["x_0"]}, images
+    @property
+    def _compared(self) -> dict[str, Policy]:
+        return {"old": self.old} | super()._compared
 
-    def _loss(self, model: nn.Module, rollout: Rollout, index: int) -> Tensor:
-        args, x_0, schedule = self.args, rollout.tensors["x_0"], rollout.schedule
-        key = self.tasks.index(rollout.task) * args.num_inference_steps + index
-        generators = self._generators(len(x_0), _NOISE, self.state.global_step, key, rollout.place)
-        noise = randn_tensor(x_0.shape, generators, x_0.device, torch.float32)
-        # In the dtype that the denoiser is given in a rollout
-        x = noised(x_0, noise, schedule, index).to(self._state_dtype)
-
-        old = self._predict(self.old, x, rollout, index)
-        base = None if self.base is None else self._predict(self.base, x, rollout, index)
-        new = self._predict(self.student, x, rollout, index, model)
+    def _loss(self, rollout: Rollout, number: int, step: Step, predictions: Mapping[str, Tensor]) -> Tensor:
+        args, x_0 = self.args, rollout.tensors["x_0"]
+        new, old, base = predictions["student"], predictions["old"], predictions.get("base")
         r = optimality(rollout.advantages, args.advantage_clip)
-        contrast = nft(new, old, lambda v: denoised(x, v, schedule, index), x_0, r, args.nft_beta).mean()
+        denoise = partial(_denoise, step)
+        contrast = nft(new, old, denoise, x_0, r, args.nft_beta).mean()
         # As the loss of advantages, not of their share of the clip range: `beta` weighs against that
         loss = args.advantage_clip * contrast
         self.record("loss/contrast", contrast)
@@ -179,3 +184,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
     def _save_state(self, folder: Path) -> None:
         super()._save_state(folder)
         self.save_shards({str(index): old for index, old in enumerate(self._old_weights)}, folder, OLD_NAME)
+
+
+def _denoise(step: Step, prediction: Tensor) -> Tensor:
+    return denoised(step.sample, prediction, step.schedule, step.index)

@@ -5,10 +5,11 @@ and processes), then learnt from. `get_batch_samples` of transformers' Trainer h
 where rollouts happen.
 """
 
+import contextlib
 import copy
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +28,10 @@ from transformers.trainer_utils import EvalLoopOutput, set_seed
 
 from ..base_trainer import DiffusionTrainer, is_checkpoint, refuse_unread_columns, whole_cycles
 from ..checkpoints import give_ordinary_mode
-from ..policy import BACKBONE, Policy, Step
+from ..policy import BACKBONE, Policy, Visit
 from ..sampling import PROMPT, TASK, check_no_splits, is_prompt, routed_dataset, stream_columns, tasks_in
+from ..scheduler_proxy import Step
+from ..startup import require_independence
 from ..student import load_student
 from ..teachers import STUDENT_ADAPTER, add_adapter, frozen_copy
 from ..transitions import BoundKernel, Schedule
@@ -51,7 +54,7 @@ class Rollout:
         prompts (`list[str]`): One a sample.
         place (`int`): Which of its task's micro-batches of the optimizer step.
         schedule (`Schedule`): The noise levels.
-        tensors (`dict[str, Tensor]`): `timesteps`, `[N]`, and what the trainer keeps of the samples.
+        tensors (`dict[str, Tensor]`): What the trainer keeps of the samples.
         advantages (`Tensor`): `[batch]`.
     """
 
@@ -74,6 +77,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     _task_column = TASK
     _config_class = DiffusionRLConfig
+    _section = "policy"
 
     def __init__(
         self,
@@ -125,7 +129,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
             optimizers=optimizers,
         )
         self._rollouts: list[Rollout] = []
-        self._state_dtype = self._first_step.sample.dtype
+        require_independence(self.student, self.checked)
+        self._state_dtype = self.checked.visits[0].steps[0].sample.dtype
         self._ode = self.choose_kernel("ode", 0.0, needs_noise=False)
         self.base = self._frozen_policy(BACKBONE, args.mixed_dtype) if args.beta > 0 else None
         self._prepare()
@@ -179,7 +184,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
             prompts = [example[PROMPT] for example in batch]
             with self.stopwatch.section("rollout"):
                 schedule, tensors, images = self._roll_out(task, prompts, generators)
-            self.memo.clear()
+            self.cache.clear()
             with self.stopwatch.section("reward"):
                 rewards[task].append(self.rewards(task, batch, images, self.state))
             drawn.append((task, prompts, place, schedule, tensors))
@@ -194,10 +199,6 @@ class DiffusionRLTrainer(DiffusionTrainer):
     ) -> tuple[Schedule, dict[str, Tensor], Any]:
         """Samples of the policy that a trainer rolls out: the schedule, what it keeps, and the images."""
         raise NotImplementedError
-
-    def _run(self, policy: Policy, prompts: Sequence[str], generators: list[torch.Generator], visit: Any) -> list[Any]:
-        """Images of a rollout; `visit(step) -> next state`."""
-        return list(policy.rollout(prompts, generators, visit, output_type="pil"))
 
     def _advantages(self, task: str, rewards: Tensor) -> Tensor:
         """Advantages of this process's samples from `rewards`, `[micro-batches, batch, functions]`."""
@@ -232,21 +233,19 @@ class DiffusionRLTrainer(DiffusionTrainer):
     def training_step(  # type: ignore[override]  # Trainer says a dict of tensors; `get_batch_samples` gives these
         self, model: nn.Module, inputs: Rollout, num_items_in_batch: Any = None
     ) -> Tensor:
-        """One micro-batch of samples: a backward pass for each learnt step."""
-        model.eval()  # what rolled out is what is trained: no dropout
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
-        steps = self._learnt_steps(inputs)
-        scale = 1 / (len(steps) * self.current_gradient_accumulation_steps)
+        """One micro-batch of samples: the trained policy, and those it is compared with, follow where the rollout went,
+        or to noised versions of what it made; each visit has its backward pass."""
+        self._begin_micro_batch(model)
+        visits = self._visits(inputs)
+        scale = 1 / (len(visits) * self.current_gradient_accumulation_steps)
         losses = []
-        with self._held_gradient_sync(model, len(steps)) as release_sync:
-            for index in steps:
-                if index == steps[-1]:
+        with self._held_gradient_sync(model, len(visits)) as release_sync, self._followers(model, inputs) as ask:
+            for number, visit in enumerate(visits):
+                if number == len(visits) - 1:
                     release_sync()
-                loss = self._loss(model, inputs, index)
+                loss = self._loss(inputs, number, visit.steps[0], ask(visit))
+                self._backward(loss * scale)
                 self.watch("loss", inputs.task, loss)
-                with self.stopwatch.section("policy"):
-                    self._backward(loss * scale)
                 losses.append(loss.detach())
         self._end_micro_batch()
         return torch.stack(losses).mean() / self.current_gradient_accumulation_steps
@@ -255,26 +254,55 @@ class DiffusionRLTrainer(DiffusionTrainer):
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
 
-    def _learnt_steps(self, rollout: Rollout) -> range:
-        return range(self.args.num_learnt_steps)
-
-    def _loss(self, model: nn.Module, rollout: Rollout, index: int) -> Tensor:
-        """Mean loss of the samples at one learnt step, with its graph."""
+    def _visits(self, rollout: Rollout) -> list[Visit]:
+        """Where the policies are asked."""
         raise NotImplementedError
 
-    def _predict(
-        self, policy: Policy, x: Tensor, rollout: Rollout, index: int, model: nn.Module | None = None
-    ) -> Tensor:
-        """What a policy predicts at states of a step; with gradient through `model`, the engine's wrapper."""
-        timestep = rollout.tensors["timesteps"][index]
-        if model is not None:
-            with self.stopwatch.section("policy"):
-                prediction = policy.predict(x, timestep, rollout.prompts, denoiser=model)
-        else:
-            with torch.no_grad(), self.stopwatch.section("reference"):
-                prediction = policy.predict(x, timestep, rollout.prompts)
-        self.watch("reference" if model is None else "student", rollout.task, prediction)
-        return prediction
+    def _loss(self, rollout: Rollout, number: int, step: Step, predictions: Mapping[str, Tensor]) -> Tensor:
+        """Mean loss of the samples at the `number`-th visit, with its graph; the predictions are by policy."""
+        raise NotImplementedError
+
+    @property
+    def _compared(self) -> dict[str, Policy]:
+        """The frozen policies that the trained one is compared with."""
+        return {} if self.base is None else {"base": self.base}
+
+    @contextlib.contextmanager
+    def _followers(self, model: nn.Module, rollout: Rollout) -> Iterator[Callable[[Visit], dict[str, Tensor]]]:
+        """Asks all policies at visits of a rollout: the trained one, with gradient through the engine's wrapper, and
+        the frozen ones."""
+        began = self.state.global_step - self.state.global_step % self.args.num_iterations
+        place = began, self.tasks.index(rollout.task), rollout.place
+        given: Any = {
+            "inputs": {PROMPT: rollout.prompts},
+            "generators": self._generators(len(rollout.prompts), _TRAIN, *place),
+        }
+        with contextlib.ExitStack() as stack:
+            trained = stack.enter_context(self.student.follow(**given, denoiser=model))
+            frozen = {name: stack.enter_context(policy.follow(**given)) for name, policy in self._compared.items()}
+
+            def ask(visit: Visit) -> dict[str, Tensor]:
+                predictions = {}
+                with torch.no_grad(), self.stopwatch.section("reference"):
+                    for name, follow in frozen.items():
+                        (predictions[name],) = follow(visit)
+                        self.watch("reference", rollout.task, predictions[name])
+                with self.stopwatch.section("policy"):
+                    (predictions["student"],) = trained(visit)
+                self.watch("student", rollout.task, predictions["student"])
+                return predictions
+
+            yield ask
+
+    def _chain(self, places: Sequence[int], states: Sequence[Tensor]) -> list[Visit]:
+        """Visits at these places of a walk, one after the other."""
+        nothing: Any = None
+        visits = []
+        for number, (place, state) in enumerate(zip(places, states, strict=True)):
+            ((schedule, index),) = self.plan[place].levels
+            next_state = states[number + 1] if place + 1 in places else None
+            visits.append(Visit(place, (Step(0, 0, index, nothing, state, nothing, schedule, next_state),)))
+        return visits
 
     # Evaluation by rewards, with the sampler that users have
 
@@ -306,10 +334,9 @@ class DiffusionRLTrainer(DiffusionTrainer):
                 if example.get(TASK) not in self.tasks or not is_prompt(example.get(PROMPT)):
                     raise ValueError(f"eval_dataset: {example} is no prompt for one of the tasks {self.tasks}.")
             generators = self._generators(len(batch), _EVAL, number, 0, 0)
-            images = self._run(
-                self.student, [example[PROMPT] for example in batch], generators, lambda step: _move(self._ode, step)
-            )
-            self.memo.clear()
+            given = {PROMPT: [example[PROMPT] for example in batch]}
+            images = list(self.student.walk(given, generators, partial(_move, self._ode), output_type="pil").run())
+            self.cache.clear()
             # task, reward, and each function's own
             results = torch.full((len(batch), 2 + len(names)), torch.nan, device=self.accelerator.device)
             for task, chosen, scores in self._score(batch, images):

@@ -1,0 +1,286 @@
+"""Whether a run fits together, asked before it begins: at the user's own batch, with few calls of a denoiser.
+
+The student walks its first two visits with gradient, and its last learnt one (of what is made chunk after chunk, two of
+the next chunk); the empty denoiser does the rest. A copy of it follows and must agree; so must one that jumps, and one
+that is asked for a single sample of the batch. Its steps without noise must be those of its scheduler.
+
+This file knows policies, and no loss or trainer.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from .policy import Inputs, Policy, Visit, Walk
+from .queries import first_steps
+from .scheduler_proxy import Step
+from .transitions import Schedule, ddim, ode
+
+
+@dataclass(frozen=True)
+class Place:
+    """A visit of a walk, as it will be: its chunk, and the noise level of each stream."""
+
+    chunk: int
+    levels: tuple[tuple[Schedule, int], ...]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """
+    What the start-up check has found out about the student.
+
+    Attributes:
+        plan (`list[Place]`): Every visit of a walk.
+        learnt (`tuple[int, ...]`): Where it learns.
+        visits (`list[Visit]`): Those that were walked, without graph.
+        walk ([`Walk`]): That they are of; it has ended, and can be followed.
+        depends (`float`): How far a prediction is from that of a copy which did not see the steps before, relative.
+    """
+
+    plan: list[Place]
+    learnt: tuple[int, ...]
+    visits: list[Visit]
+    walk: Walk
+    depends: float
+
+
+def seeded(count: int) -> list[torch.Generator]:
+    """Generators for a batch of the check."""
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+def check_student(
+    policy: Policy, inputs: Inputs, fraction: float, backward: Callable[[Tensor], None] = Tensor.backward
+) -> Checked:
+    """Asks the student, and leaves the gradients of its first two visits.
+
+    Args:
+        policy ([`Policy`]): The student.
+        inputs (`Mapping[str, Sequence]`): A batch as those of the run.
+        fraction (`float`): Of the visits, where it learns (see [`first_steps`]).
+        backward (`Callable`, *optional*): Of a loss.
+
+    Raises:
+        ValueError: if something does not fit; the sentence says what.
+    """
+    count = len(next(iter(inputs.values())))
+    with policy.walk(inputs, seeded(count), _noiseless, probe=_agree_with_scheduler(policy)) as walk:
+        visits = [_differentiated(policy, walk, count, backward)]
+        with torch.no_grad(), policy.walk(inputs, seeded(count), _noiseless) as dry:
+            plan = _checked_plan(policy, dry)
+        learnt = first_steps([place.chunk for place in plan], fraction)
+        if len(plan) > 1:
+            visits.append(_differentiated(policy, walk, count, backward))
+        last = [learnt[-1]]
+        if plan[-1].chunk > 0:
+            second = next(index for index, place in enumerate(plan) if place.chunk == 1)
+            last = [second, second + 1, learnt[-1]]
+        for place in sorted(set(last)):
+            if walk.place <= place < len(plan):
+                with torch.no_grad():
+                    walk.jump(place)
+                    visits.append(_finite(policy, walk.advance()))
+    with torch.no_grad():
+        with policy.follow(walk) as copy:
+            for visit in visits:
+                gap = _gap(copy(visit), visit)
+                if not gap < _tolerance(visit):
+                    raise ValueError(
+                        f"{policy.name} cannot be followed: at visit {visit.index} a copy that went where it went "
+                        f"predicts otherwise, by {gap:.1e} (relative). Something in its `__call__` is drawn anew."
+                    )
+        with policy.follow(walk) as copy:
+            visit = visits[min(1, len(visits) - 1)]
+            depends = _gap(copy(visit), visit)
+        if count > 1:
+            _check_rows(policy, inputs, visits[0])
+    return Checked(plan, learnt, visits, walk, depends)
+
+
+def check_teacher(policy: Policy, checked: Checked) -> bool:
+    """Asks a teacher at the states that the student has visited.
+
+    Returns:
+        `bool`: whether it predicts exactly what the student does.
+
+    Raises:
+        ValueError: if it cannot be asked there, or answers in another shape, or not with finite numbers.
+    """
+    student = checked.walk.policy
+    rounds = 1 if _same_way(policy, student) else 2
+    answers: list[list[tuple[Tensor, ...]]] = []
+    with torch.no_grad():
+        for _ in range(rounds):
+            with policy.follow(checked.walk) as follow:
+                answers.append([follow(visit) for visit in checked.visits])
+    for visit, targets in zip(checked.visits, answers[0], strict=True):
+        for step, target in zip(visit.steps, targets, strict=True):
+            if target.shape != step.prediction.shape:
+                raise ValueError(
+                    f"it predicts {tuple(target.shape)} at the student's states, the student predicts "
+                    f"{tuple(step.prediction.shape)}"
+                )
+            _require_finite(policy, visit.index, target)
+    for visit, one, other in zip(checked.visits, answers[0], answers[-1], strict=True):
+        for a, b in zip(one, other, strict=True):
+            if not (gap := _relative_gap(a, b)) < _tolerance(visit):
+                raise ValueError(f"asked twice at visit {visit.index}, it predicts otherwise, by {gap:.1e} (relative)")
+    first, answered = checked.visits[0], answers[0][0]
+    return all(torch.equal(a.to(s.prediction.dtype), s.prediction) for a, s in zip(answered, first.steps, strict=True))
+
+
+def require_independence(policy: Policy, checked: Checked) -> None:
+    """For those who ask at single states of their own choice.
+
+    Raises:
+        ValueError: if predictions depend on the steps before, or a visit is more than one state.
+    """
+    if not checked.depends < _tolerance(checked.visits[0]):
+        raise ValueError(
+            f"{policy.name} cannot be asked at a given state: without the steps before, its prediction differs by "
+            f"{checked.depends:.1e} (relative). Something in its `__call__` depends on them."
+        )
+    if any(place.chunk or len(place.levels) > 1 for place in checked.plan):
+        raise ValueError(
+            f"{policy.name} makes several streams, or chunk after chunk; learning from rewards takes pipelines that "
+            "make one sample at once."
+        )
+
+
+def sees_the_end(policy: Policy, prompt: str, count: int) -> bool:
+    """Whether the denoiser is given something else for a prompt than for the prompt without its last character."""
+    seen: list[Any] = []
+    for text in (prompt, prompt[:-1]):
+
+        def look(*args: Any, **kwargs: Any) -> Any:
+            seen.append((args, kwargs))
+            return policy.empty_output(args, kwargs)
+
+        with torch.no_grad(), policy.walk({"prompt": [text] * count}, seeded(count), _noiseless, denoiser=look) as walk:
+            walk.advance()
+    half = len(seen) // 2
+    return not all(_equal(a, b) for a, b in zip(seen[:half], seen[half:], strict=True))
+
+
+def _same_way(policy: Policy, student: Policy) -> bool:
+    """Whether what is known of the student's `__call__` is known of this one's."""
+    return type(policy.pipeline) is type(student.pipeline) and policy.call_kwargs.keys() == student.call_kwargs.keys()
+
+
+def _noiseless(step: Step) -> Tensor:
+    kernel = ode if step.schedule.is_flow else ddim
+    return kernel(step.sample, step.prediction, step.schedule, step.index).mean
+
+
+def _agree_with_scheduler(policy: Policy) -> Callable[[Step, Callable[[], Tensor]], None]:
+    def agree(step: Step, scheduler_step: Callable[[], Tensor]) -> None:
+        with torch.no_grad():
+            ours, theirs = _noiseless(step), scheduler_step().float()
+        way = (ours - step.sample.float()).norm()
+        rounding = torch.finfo(step.sample.dtype).eps + torch.finfo(step.prediction.dtype).eps
+        gap = (ours - theirs).norm()
+        if not gap <= 1e-2 * way + 4 * rounding * theirs.norm():
+            scheduler = type(policy.pipeline.scheduler).__name__
+            raise ValueError(
+                f"{policy.name} steps otherwise than `{'ode' if step.schedule.is_flow else 'ddim'}`: at visit "
+                f"{step.index} its {scheduler} goes elsewhere, by {(gap / way).item():.1e} of the way; a setting of "
+                "the scheduler, or an argument of its `step`, means something that is not supported."
+            )
+
+    return agree
+
+
+def _differentiated(policy: Policy, walk: Walk, count: int, backward: Callable[[Tensor], None]) -> Visit:
+    visit = _finite(policy, walk.advance())
+    for step in visit.steps:
+        if step.sample.shape[0] != count:
+            raise ValueError(
+                f"{policy.name} has a state of shape {tuple(step.sample.shape)} for a batch of {count}: one row a "
+                "sample is needed."
+            )
+    loss = torch.stack([step.prediction.float().square().mean() for step in visit.steps]).sum()
+    if loss.requires_grad:
+        try:
+            backward(loss)
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise ValueError(
+                f"the gradient of {policy.name} crosses its denoising steps: something that its first step computes is "
+                "used in the second one."
+            ) from error
+    return visit.detach()
+
+
+def _checked_plan(policy: Policy, dry: Walk) -> list[Place]:
+    plan = dry.plan()
+    last: dict[tuple[int, int], Step] = {}
+    for visit in plan:
+        for step in visit.steps:
+            last[step.stream, step.chunk] = step
+    for step in last.values():
+        if step.index + 1 != (steps := len(step.schedule.levels) - 1):
+            raise ValueError(
+                f"{policy.name} lacks a seam: it called `scheduler.step` {step.index + 1} times for {steps} timesteps; "
+                "one call a timestep is needed."
+            )
+    return [Place(visit.chunk, tuple((step.schedule, step.index) for step in visit.steps)) for visit in plan]
+
+
+def _check_rows(policy: Policy, inputs: Inputs, visit: Visit) -> None:
+    """Refuses a batch whose samples meet: FLUX.2-klein takes two pictures as two for every sample."""
+    alone = {name: values[:1] for name, values in inputs.items()}
+    steps = tuple(
+        Step(s.stream, s.chunk, s.index, s.timestep, s.sample[:1], s.prediction[:1], s.schedule) for s in visit.steps
+    )
+    row = Visit(visit.index, steps)
+    with policy.follow(inputs=alone, generators=seeded(1)) as follow:
+        gap = _gap(follow(row), row)
+    if not gap < 100 * _tolerance(row):
+        raise ValueError(
+            f"the samples of a batch are not independent in {policy.name}: alone, the first one is predicted "
+            f"otherwise, by {gap:.1e} (relative); set the batch size of a process to 1."
+        )
+
+
+def _finite(policy: Policy, visit: Visit | None) -> Visit:
+    assert visit is not None
+    for step in visit.steps:
+        _require_finite(policy, visit.index, step.prediction)
+    return visit
+
+
+def _require_finite(policy: Policy, place: int, prediction: Tensor) -> None:
+    if not prediction.isfinite().all():
+        raise ValueError(
+            f"{policy.name} predicts NaN or infinity at step {place}: its {policy.denoiser_name} holds such numbers, "
+            f"or {prediction.dtype} is too narrow for it."
+        )
+
+
+def _tolerance(visit: Visit) -> float:
+    # The same numbers through the same kernels: what is left is the non-determinism of some GPU kernels
+    return 1e-4 if visit.steps[0].prediction.dtype == torch.float32 else 2e-2
+
+
+def _gap(predictions: Sequence[Tensor], visit: Visit) -> float:
+    return max(_relative_gap(p, step.prediction) for p, step in zip(predictions, visit.steps, strict=True))
+
+
+def _relative_gap(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    return ((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-12)).item()
+
+
+def _equal(a: Any, b: Any) -> bool:
+    mine, theirs = tree_flatten(a), tree_flatten(b)
+    return mine[1] == theirs[1] and all(
+        (x.shape == y.shape and torch.equal(x, y)) if torch.is_tensor(x) and torch.is_tensor(y) else True
+        for x, y in zip(mine[0], theirs[0], strict=True)
+    )
