@@ -39,6 +39,7 @@ class Paused(Generic[T]):
         self._modules = modules
         self._device_types = list(dict.fromkeys(["cpu", device.type]))
         self._own: dict[str, Any] = {}  # what the function has changed itself
+        self._functions: list[Any] = []
         self._generators = [torch.default_generator]
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
@@ -80,6 +81,7 @@ class Paused(Generic[T]):
     def _state(self) -> Iterator[None]:
         callers = self._read()
         entered = callers | self._own
+        entered["functions"] = callers["functions"] + self._functions
         self._write(callers, entered)
         random = [generator.get_state() for generator in self._generators]
         for generator, state in zip(self._generators, self._random, strict=True):
@@ -89,8 +91,9 @@ class Paused(Generic[T]):
             yield
         finally:
             left = self._read()
+            self._functions = left["functions"][len(callers["functions"]) :]  # a stack, with the caller's below
             for name, value in left.items():
-                if value != entered[name]:
+                if name != "functions" and value != entered[name]:
                     self._own.pop(name, None)
                     if value != callers[name]:
                         self._own[name] = value
