@@ -26,9 +26,9 @@ from transformers import TrainerCallback  # noqa: E402
 import diffusion_opd  # noqa: E402
 from diffusion_opd.base_trainer import DiffusionTrainer  # noqa: E402
 from diffusion_opd.student import whole_modules  # noqa: E402
+from tests.adapters import save_peft  # noqa: E402
 from tests.cpu_engines import Wire, fsdp_on_cpu, leave  # noqa: E402
 from tests.launched import serve  # noqa: E402
-from tests.test_teachers import save_peft  # noqa: E402
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS  # noqa: E402
 
 

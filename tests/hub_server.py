@@ -2,7 +2,7 @@
 
     with HubServer() as hub:
         hub.publish("acme/model", folder)
-        subprocess.run([...], env={**os.environ, **hub.environment(cache)})
+        result = client(hub, folder / "home", "result = ...")
 
 A repository has branches of commits, a commit has files, and a file has the id that git or LFS would give it. Whoever
 writes, or reads what is private, needs `TOKEN`. huggingface_hub reads its endpoint when it is imported, so clients run
@@ -13,7 +13,10 @@ library only.
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -125,6 +128,19 @@ class HubServer(ThreadingHTTPServer):
         paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         files = {p.relative_to(folder).as_posix(): File(p.read_bytes(), p.suffix in LFS_SUFFIXES) for p in paths}
         return repository.commit("published", files, branch).id
+
+
+def client(hub: HubServer, home: Path, code: str, **variables: str) -> dict:
+    """Runs code as a user would, against the Hub with the cache `home`; returns what it puts into `result`."""
+    answer = home / "answer.json"
+    home.mkdir(exist_ok=True)
+    code += f"\nimport json\nopen({str(answer)!r}, 'w').write(json.dumps(result))\n"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **hub.environment(home), **variables}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=home, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return json.loads(answer.read_text())
 
 
 ROUTES: list[tuple[str, re.Pattern, Callable]] = []

@@ -23,7 +23,7 @@ from diffusion_opd.config import DiffusionConfig
 from diffusion_opd.rl.config import DiffusionRLConfig
 from diffusion_opd.transitions import Schedule, cps, dance_sde, flow_sde, ode
 from examples import opd_sd35
-from tests.test_transitions import SHIFT_3, kl_weights, sigmas
+from tests.grids import SHIFT_3, kl_weights, sigmas
 from tests.tiny_pipelines import LORA_TARGETS, sd3
 
 ROOT = Path(__file__).parents[1]

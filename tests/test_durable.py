@@ -22,13 +22,12 @@ from transformers import TrainerCallback
 
 from diffusion_opd import DiffusionOPDConfig
 from diffusion_opd.checkpoints import last_checkpoint, what_is_torn
-from tests import durable_run, test_rl_trainers
+from tests import durable_run, rl_training
 from tests.durable_run import Poison
-from tests.hub_server import HubServer
-from tests.test_hub import client
-from tests.test_rl_trainers import GRPO, NFT
-from tests.test_trainer import history, trained, trainer_of
+from tests.hub_server import HubServer, client
+from tests.rl_training import GRPO, NFT
 from tests.tiny_pipelines import BUILDERS
+from tests.training import history, trained, trainer_of
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.durable_run"])
@@ -244,14 +243,14 @@ def teachers() -> dict:
 @pytest.mark.parametrize("cls", [NFT, GRPO])
 def test_nan_while_learning_from_rewards(tmp_path, cls):
     settings = dict(max_steps=3, beta=0.1, learning_rate=1e-3, lr_scheduler_type="constant", num_iterations=2)
-    untouched = test_rl_trainers.trainer_of(cls, tmp_path, **settings | {"max_steps": 1})
+    untouched = rl_training.trainer_of(cls, tmp_path, **settings | {"max_steps": 1})
     untouched.train()
-    stopped = test_rl_trainers.trainer_of(cls, tmp_path, **settings)
+    stopped = rl_training.trainer_of(cls, tmp_path, **settings)
     poison(stopped, "student", (2,))
     with pytest.raises(FloatingPointError, match="optimizer step 2: NaN or Inf in the student's prediction for task"):
         stopped.train()
     assert torch.equal(trained(stopped), trained(untouched))
-    skipping = test_rl_trainers.trainer_of(cls, tmp_path, nan_policy="skip", **settings)
+    skipping = rl_training.trainer_of(cls, tmp_path, nan_policy="skip", **settings)
     poison(skipping, "student", (2,))
     skipping.train()
     assert history(skipping, "skipped_steps") == [0, 1]
@@ -260,7 +259,7 @@ def test_nan_while_learning_from_rewards(tmp_path, cls):
 
 @pytest.mark.parametrize("cls", [NFT, GRPO])
 def test_nan_in_a_rollout_is_seen(tmp_path, cls):
-    trainer = test_rl_trainers.trainer_of(cls, tmp_path)
+    trainer = rl_training.trainer_of(cls, tmp_path)
     trainer.model.register_forward_hook(
         lambda _, inputs, output: None if torch.is_grad_enabled() else (output[0] * math.nan,)
     )
@@ -378,7 +377,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import hf_api
 from diffusion_opd import base_trainer
 from diffusion_opd.checkpoints import last_checkpoint
-from tests.test_trainer import trainer_of
+from tests.training import trainer_of
 
 warnings = []
 class Keep(logging.Handler):

@@ -33,9 +33,9 @@ from diffusion_opd import (
     Teacher,
 )
 from diffusion_opd.errors import one_sentence
-from tests.test_teachers import save_diffusers, save_peft
-from tests.test_trainer import config, lora
+from tests.adapters import save_diffusers, save_peft
 from tests.tiny_pipelines import BUILDERS, CALL
+from tests.training import config, lora
 
 DENOISER = "transformer/diffusion_pytorch_model.safetensors"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n"

@@ -19,8 +19,7 @@ from peft import LoraConfig, get_peft_model
 
 from diffusion_opd import Teacher
 from examples import opd_sd35
-from tests.hub_server import HubServer
-from tests.test_hub import client
+from tests.hub_server import HubServer, client
 from tests.tiny_pipelines import CALL, sd3
 
 ROOT = Path(__file__).parents[1]

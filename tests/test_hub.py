@@ -5,11 +5,8 @@ endpoint when it is imported.
 """
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,28 +15,15 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load
 
+from tests.adapters import save_diffusers, save_peft
 from tests.card_rules import check_card
-from tests.hub_server import TOKEN, HubServer
-from tests.test_teachers import save_diffusers, save_peft
+from tests.hub_server import TOKEN, HubServer, client
 from tests.tiny_pipelines import BUILDERS, CALL
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = {"aesthetic": ["a red fox", "a lake"], "ocr": ['a sign that says "hi"', "a label"]}
 PROMPTS |= {"bare": ["two dogs", "a cat and a dog"], "geneval": ["three green cups", "a bus below a tree"]}
 PROMPTS |= {"editor": ["the same at night", "the same in winter"]}
-
-
-def client(hub: HubServer, home: Path, code: str, **variables: str) -> dict:
-    """Runs code as a user would, against the Hub with the cache `home`; returns what it puts into `result`."""
-    answer = home / "answer.json"
-    home.mkdir(exist_ok=True)
-    code += f"\nimport json\nopen({str(answer)!r}, 'w').write(json.dumps(result))\n"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **hub.environment(home), **variables}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=home, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return json.loads(answer.read_text())
 
 
 # The server itself

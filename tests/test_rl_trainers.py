@@ -14,60 +14,20 @@ from safetensors.torch import load_file
 from torch.distributions import Normal
 from transformers import TrainerCallback
 
-from diffusion_opd import DiffusionGRPOConfig, DiffusionGRPOTrainer, DiffusionNFTConfig, DiffusionNFTTrainer
+from diffusion_opd import DiffusionGRPOConfig, DiffusionNFTTrainer
 from diffusion_opd.sampling import seed_of
 from tests.card_rules import check_card
-from tests.test_trainer import guided_by_hand, history, latents, lora, trained
+from tests.rl_training import CONFIGS, DATA, GRPO, NFT, config, redness, trainer_of
 from tests.tiny_pipelines import BUILDERS, CALL, denoiser
+from tests.training import guided_by_hand, history, latents, lora, trained
 
-NFT, GRPO = DiffusionNFTTrainer, DiffusionGRPOTrainer
-CONFIGS = {NFT: DiffusionNFTConfig, GRPO: DiffusionGRPOConfig}
 BOTH = pytest.mark.parametrize("cls", [NFT, GRPO])
-DATA = Dataset.from_dict({"prompt": [f"prompt number {i}" for i in range(6)], "shade": [0.1 * i for i in range(6)]})
 TASKS = DATA.add_column("task", ["a", "b"] * 3)
 built = cache(lambda family="sd3": BUILDERS[family](0))  # to compare with; never trained
 
 
 def brightness(images, **kwargs):
     return [float(np.asarray(image, dtype=float).mean() / 255) for image in images]
-
-
-def redness(images, **kwargs):
-    """Of a video its first frame's."""
-    pictures = [np.asarray(image if not isinstance(image, list) else image[0], dtype=float) for image in images]
-    return [float((picture[..., 0] - picture[..., 2]).mean() / 255) for picture in pictures]
-
-
-def config(cls, out, family: str = "sd3", **kwargs):
-    call = dict(CALL[family])
-    defaults = dict(
-        per_device_train_batch_size=4,
-        num_generations=4,
-        max_steps=2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        num_inference_steps=3,
-        guidance_scale=call.pop("guidance_scale", None),
-        call_kwargs=call,
-        learning_rate=1e-2,
-        disable_tqdm=True,
-        image_steps=0,
-    )
-    return CONFIGS[cls](str(out), **(defaults | kwargs))
-
-
-def trainer_of(cls, out, family: str = "sd3", rewards=redness, data=DATA, peft_config=None, full=False, **kwargs):
-    extra = {key: kwargs.pop(key) for key in ("eval_dataset", "callbacks") if key in kwargs}
-    return cls(
-        BUILDERS[family](0),
-        rewards,
-        config(cls, out, family, **kwargs),
-        train_dataset=data,
-        peft_config=None if full else peft_config or lora(),
-        **extra,
-    )
 
 
 def weights_of(module: torch.nn.Module, part: str = "") -> torch.Tensor:

@@ -14,27 +14,16 @@ from diffusers import (
 )
 from torch import Tensor
 
-from diffusion_opd.objectives import kl
 from diffusion_opd.transitions import TRANSITIONS, Kernel, Schedule, Transition, cps, dance_sde, ddim, flow_sde, ode
+from tests.grids import SHIFT_3, kl_weights, randn, sigmas
 
 FLOW_KERNELS = pytest.mark.parametrize("kernel", [ode, flow_sde, dance_sde, cps], ids=lambda kernel: kernel.__name__)
 SDES = pytest.mark.parametrize("kernel", [flow_sde, dance_sde], ids=lambda kernel: kernel.__name__)
 PREDICTION_TYPES = pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 
-SHIFT_3 = FlowMatchEulerDiscreteScheduler(shift=3.0)  # the scheduler of SD3.5
-
-
-def sigmas(scheduler, steps: int = 10) -> tuple[float, ...]:
-    scheduler.set_timesteps(steps)
-    return tuple(scheduler.sigmas.tolist())
-
 
 def linear(first: float, last: float, steps: int) -> tuple[float, ...]:
     return tuple(torch.linspace(first, last, steps + 1, dtype=torch.float64).tolist())
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 # Gaussian data N(MEAN, spread^2): the exact prediction is affine in x and so is the mean of every kernel, so that a
@@ -379,18 +368,6 @@ def kl_weight(kernel: Kernel, levels: tuple[float, ...], index: int, a: float) -
     angle = a * math.pi / 2
     gap = (1 - s) * s_next * math.cos(angle) - s * (1 - s_next)
     return gap**2 / (2 * s_next**2 * math.sin(angle) ** 2) if s_next > 0 else gap**2 / 2
-
-
-def kl_weights(kernel: Kernel, levels: tuple[float, ...], a: float) -> list[float]:
-    x, student, teacher = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1), randn(2, 4, 8, 8, seed=2)
-    gap = (student - teacher).square().flatten(1).mean(1)
-    weights = []
-    for index in range(len(levels) - 1):
-        steps = (kernel(x, velocity, Schedule(levels), index, a) for velocity in (student, teacher))
-        ratio = kl(*steps) / gap
-        torch.testing.assert_close(ratio[0], ratio[1], rtol=1e-3, atol=0)  # a weight: the same for all samples
-        weights.append(ratio.mean().item())
-    return weights
 
 
 @FLOW_KERNELS

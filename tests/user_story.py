@@ -21,8 +21,8 @@ from transformers import TrainerCallback
 import diffusion_opd
 from diffusion_opd.base_trainer import DiffusionTrainer
 from diffusion_opd.teachers import LORA_NAME
+from tests.adapters import save_peft
 from tests.launched import serve
-from tests.test_teachers import save_peft
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS, denoiser
 
 PROMPTS = {task: Dataset.from_dict({"prompt": [f"{task} number {i}" for i in range(8)]}) for task in ("a", "b")}
