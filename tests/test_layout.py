@@ -1,66 +1,50 @@
-"""Which module may know which: kernels and objectives are pure, and the trainers are known to nobody."""
+"""Which module may know which: imports point down a list of layers, pure maths stays pure, and tests share helpers."""
 
 import ast
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
+
+import pytest
 
 import diffusion_opd
 
 FOLDER = Path(diffusion_opd.__file__).parent
-MAY_IMPORT = {
-    "transitions": set(),
-    "objectives": {"transitions"},
-    "sampling": set(),
-    "config": {"transitions"},
-    "policy": {"errors", "transitions"},
-    "errors": set(),
-    "teachers": {"config", "errors", "policy"},
-    "student": {"config", "errors", "policy", "shards", "teachers"},
-    "checkpoints": set(),
-    "shards": set(),
-    "engines": {"config"},
-    "stopwatch": set(),
-    "base_trainer": {
-        *("checkpoints", "config", "engines", "errors", "policy", "sampling", "shards", "stopwatch", "teachers"),
-        "transitions",
-    },
-    "trainer": {
-        *("base_trainer", "config", "errors", "objectives", "policy", "sampling", "student", "teachers"),
-        "transitions",
-    },
-    "rl.objectives": {"objectives"},
-    "rl.rewards": {"errors", "sampling"},
-    "rl.config": {"config"},
-    "rl.trainer": {
-        *("base_trainer", "checkpoints", "policy", "sampling", "student", "teachers", "transitions"),
-        *("rl.config", "rl.objectives", "rl.rewards"),
-    },
-    "rl.grpo_trainer": {
-        *("objectives", "policy", "sampling", "transitions"),
-        *("rl.config", "rl.objectives", "rl.trainer"),
-    },
-    "rl.nft_trainer": {
-        *("objectives", "policy", "shards", "teachers", "transitions"),
-        *("rl.config", "rl.objectives", "rl.trainer"),
-    },
-    "rl.__init__": {"rl.config", "rl.grpo_trainer", "rl.nft_trainer"},
-    "__init__": {"config", "rl.__init__", "teachers", "trainer"},
-}
+TESTS = Path(__file__).parent
+
+# Lowest first; a module imports modules of lower layers only. Names are patterns, the first that fits counts.
+LAYERS = [
+    ["errors", "transitions", "checkpoints", "stopwatch", "sampling", "shards"],
+    ["objectives"],
+    ["config"],
+    ["seat", "switch", "memo"],
+    ["policy"],
+    ["teachers.[!_]*"],
+    ["teachers", "teachers.__init__"],
+    ["student"],
+    ["engines", "callbacks.[!_]*", "publishing"],
+    ["callbacks.__init__"],
+    ["base_trainer"],
+    ["rl.objectives", "rl.rewards", "rl.config"],
+    ["rl.trainer"],
+    ["trainer", "rl.*_trainer"],
+    ["rl.__init__"],
+    ["__init__"],
+]
+# Torch and nothing else: equations that are read, and tested, without a model
+PURE = {"transitions", "objectives", "rl.objectives"}
 
 
-def imported(source: str, module: str = "a") -> set[str]:
-    """The modules of the package that `module` of it imports, in whatever way and wherever."""
-    found = set()
+def imports(source: str, package: str = "") -> Iterator[str]:
+    """What is imported, in whatever way and wherever, by its dotted name: of `from a import b` it is `a.b`."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            parents = [FOLDER.name, *module.split(".")][: -node.level] if node.level else []
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             start = ".".join([*parents, *([node.module] if node.module else [])])
-            names = [f"{start}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        found |= {module_of(name) for name in names if name.startswith(f"{FOLDER.name}.")}
-    return found
+            yield from (f"{start}.{alias.name}" for alias in node.names)
 
 
 def module_of(name: str) -> str:
@@ -74,20 +58,64 @@ def module_of(name: str) -> str:
     raise AssertionError(f"{name} is nowhere in the package")
 
 
-def test_imports_point_one_way():
-    paths = {".".join(path.relative_to(FOLDER).with_suffix("").parts): path for path in FOLDER.rglob("*.py")}
-    modules = {name: imported(path.read_text(), name) for name, path in paths.items()}
-    assert modules.keys() == MAY_IMPORT.keys()
-    for name, found in modules.items():
-        assert found <= MAY_IMPORT[name], name
+def of_the_package(source: str, module: str = "a") -> set[str]:
+    """The modules of the package that `module` of it imports."""
+    found = imports(source, f"{FOLDER.name}.{module}".rpartition(".")[0])
+    return {module_of(name) for name in found if name.startswith(f"{FOLDER.name}.")}
+
+
+def rank(module: str) -> int:
+    for number, patterns in enumerate(LAYERS):
+        if any(fnmatchcase(module, pattern) for pattern in patterns):
+            return number
+    raise AssertionError(f"{module} is in no layer: give it a place in LAYERS, above all that it imports")
+
+
+SOURCES = {
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts): path.read_text() for path in sorted(FOLDER.rglob("*.py"))
+}
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_point_down(module: str):
+    for other in of_the_package(SOURCES[module], module):
+        assert rank(other) < rank(module), f"{module} imports {other}, which is not of a lower layer"
+
+
+@pytest.mark.parametrize("module", sorted(PURE))
+def test_pure_maths_imports_torch_alone(module: str):
+    assert of_the_package(SOURCES[module], module) <= PURE
+    found = imports(SOURCES[module], f"{FOLDER.name}.{module}".rpartition(".")[0])
+    assert {name.partition(".")[0] for name in found} <= {"torch", FOLDER.name, *sys.stdlib_module_names}
+
+
+def test_the_first_stage_is_known_to_the_top_alone():
+    """Who distils needs no line of what learns from rewards."""
+    for module, source in SOURCES.items():
+        if not module.startswith("rl.") and module != "__init__":
+            assert not any(other.startswith("rl.") for other in of_the_package(source, module)), module
+
+
+def test_no_test_imports_another():
+    """What two of them need is a module of its own, so that each can be read, moved and run alone."""
+    tests = {path.stem for path in TESTS.rglob("test_*.py")}
+    for path in TESTS.rglob("*.py"):
+        names = imports(path.read_text(), ".".join(path.relative_to(TESTS.parent).parent.parts))
+        of_ours = {part for name in names if name.startswith(f"{TESTS.name}.") for part in name.split(".")}
+        assert not tests & of_ours, path
 
 
 def test_every_way_to_import_is_seen():
     lines = ["import {0}.config", "from {0} import config", "from {0}.config import check_noise"]
     for line in [*lines, "from . import config", "from .config import check_noise"]:
-        assert imported(f"def f():\n    {line.format(FOLDER.name)}") == {"config"}, line
+        assert of_the_package(f"def f():\n    {line.format(FOLDER.name)}") == {"config"}, line
     for line in (*lines, "from .. import config", "from ..config import check_noise"):
-        assert imported(line.format(FOLDER.name), "rl.trainer") == {"config"}, line
+        assert of_the_package(line.format(FOLDER.name), "rl.trainer") == {"config"}, line
     for line in ("from . import config", "from .config import SCALES", "from {0}.rl import config"):
-        assert imported(line.format(FOLDER.name), "rl.trainer") == {"rl.config"}, line
-    assert imported("from .rl import DiffusionNFTConfig") == {"rl.__init__"}
+        assert of_the_package(line.format(FOLDER.name), "rl.trainer") == {"rl.config"}, line
+    assert of_the_package("from .rl import DiffusionNFTConfig") == {"rl.__init__"}
+
+
+def test_a_module_without_a_layer_is_told_so():
+    with pytest.raises(AssertionError, match="new is in no layer"):
+        rank("new")
