@@ -109,7 +109,9 @@ class Die(TrainerCallback):
         if self.countdown == 0:
             harm()
             os.kill(os.getppid() if self.of_all else os.getpid(), self.end_with)
-            time.sleep(4)  # longer than a process waits before it minds a SIGTERM
+            listener = signal.getsignal(signal.SIGTERM).__self__
+            while not listener.is_checkpoint_requested:  # transformers waits before it minds a SIGTERM
+                time.sleep(0.05)
 
 
 class Poison(TrainerCallback):

@@ -14,10 +14,20 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 SECONDS_A_JOB = 600
+
+
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """A port for several processes to meet at, which the system gives to nobody else meanwhile: it is bound, though
+    nobody listens, and whoever sets SO_REUSEADDR, as torch's store does, may still listen there."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 class Launch:
@@ -32,13 +42,12 @@ class Launch:
     def run(self, options: list[str]) -> None:
         """Waits for one job; raises with what its processes have printed if one of them fails."""
         name = f"job_{next(self.jobs)}"
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        _write(self.folder / f"{name}.json", json.dumps({"options": options, "port": port}))
         ends = [self.folder / f"{name}_{rank}.code" for rank in range(self.processes)]
         deadline = time.monotonic() + SECONDS_A_JOB
-        while not all(end.exists() for end in ends) and self.process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+        with held_port() as port:
+            _write(self.folder / f"{name}.json", json.dumps({"options": options, "port": port}))
+            while not all(end.exists() for end in ends) and self.process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
         if [end.exists() and end.read_text() for end in ends] != ["0"] * self.processes:
             logs = [self.folder / "launcher.log", *self.folder.glob(f"{name}_*.log")]
             raise AssertionError("\n".join(f"{log.name}:\n{log.read_text()[-4000:]}" for log in logs))
@@ -80,7 +89,8 @@ def _be(log: Path, job: dict, run: Callable[[list[str]], None]) -> None:
     with contextlib.suppress(BaseException):
         output = os.open(log, os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1), os.dup2(output, 2)
-        os.environ.update(MASTER_PORT=str(job["port"]), TORCHELASTIC_USE_AGENT_STORE="False")
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
+        os.environ.update(address, TORCHELASTIC_USE_AGENT_STORE="False")
         try:
             run(job["options"])
             code = 0

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 
 from benchmarks.scale import Denoiser, Run
-from tests.launched import Launch
+from tests.launched import Launch, held_port
 from tests.tiny_pipelines import BUILDERS, denoiser
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
@@ -201,12 +200,9 @@ def test_ddp_on_other_families_and_transitions(tmp_path, one_process, mode, fami
 def test_two_nodes(tmp_path, one_process):
     """Two launchers that find each other by address, each with one process: as on two machines."""
     _, one = one_process("--mode", "lora", "--images")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    node = ("--config_file", str(CONFIGS / "multi_node.yaml"), "--main_process_port", port)
     (out := tmp_path / "two").mkdir()
-    with ThreadPoolExecutor() as pool:
+    with held_port() as port, ThreadPoolExecutor() as pool:
+        node = ("--config_file", str(CONFIGS / "multi_node.yaml"), "--main_process_port", str(port))
         options = [str(out), "--batch", "2", "--mode", "lora", "--images"]
         starts = [[*command("ddp", (*node, "--machine_rank", str(rank))), *options] for rank in range(2)]
         for done in pool.map(partial(subprocess.run, env=ENVIRONMENT, capture_output=True, timeout=600), starts):

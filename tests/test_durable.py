@@ -10,7 +10,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -25,6 +24,7 @@ from diffusion_opd.checkpoints import last_checkpoint, what_is_torn
 from tests import durable_run, rl_training
 from tests.durable_run import Poison
 from tests.hub_server import HubServer, client
+from tests.launched import held_port
 from tests.rl_training import GRPO, NFT
 from tests.tiny_pipelines import BUILDERS
 from tests.training import history, trained, trainer_of
@@ -36,18 +36,17 @@ PROCESSES.set_forkserver_preload(["tests.durable_run"])
 def started(out: Path, processes: int = 1, **options) -> list[int]:
     """Runs to the end, whatever that is; the exit codes. Once one process was killed, so are the others."""
     out.mkdir(exist_ok=True)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    places = [dict(rank=rank, world=processes, port=port) for rank in range(processes)] if processes > 1 else [{}]
-    running = [PROCESSES.Process(target=durable_run.run, args=(out,), kwargs=place | options) for place in places]
-    for process in running:
-        process.start()
-    while any(process.exitcode is None for process in running):
-        multiprocessing.connection.wait([process.sentinel for process in running if process.exitcode is None], 300)
-        if any(process.exitcode == -signal.SIGKILL for process in running):
-            for process in running:
-                process.kill()
-    return [process.exitcode for process in running]
+    with held_port() as port:
+        places = [dict(rank=rank, world=processes, port=port) for rank in range(processes)] if processes > 1 else [{}]
+        running = [PROCESSES.Process(target=durable_run.run, args=(out,), kwargs=place | options) for place in places]
+        for process in running:
+            process.start()
+        while any(process.exitcode is None for process in running):
+            multiprocessing.connection.wait([process.sentinel for process in running if process.exitcode is None], 300)
+            if any(process.exitcode == -signal.SIGKILL for process in running):
+                for process in running:
+                    process.kill()
+        return [process.exitcode for process in running]
 
 
 def seen(out: Path, rank: int = 0) -> dict:
@@ -372,6 +371,7 @@ def test_a_hub_that_goes_away(tmp_path):
 
 LOSE_THE_HUB = """
 import logging
+import socket
 from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import hf_api
@@ -385,10 +385,12 @@ class Keep(logging.Handler):
         warnings.append(record.getMessage())
 base_trainer.logger.logger.addHandler(Keep())
 
+nobody = socket.socket()  # a port that is taken, and at which nobody listens
+nobody.bind(("127.0.0.1", 0))
 class Unplug(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 2:
-            hf_api().endpoint = "http://127.0.0.1:9"  # where nobody listens
+            hf_api().endpoint = f"http://127.0.0.1:{nobody.getsockname()[1]}"
             args.hub_strategy = HubStrategy.EVERY_SAVE  # each upload tries for half a minute
 
 trainer = trainer_of(
