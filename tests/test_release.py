@@ -23,24 +23,37 @@ NAMED = {"PIL": "pillow"}  # what is imported under another name than it is inst
 FOR_OTHERS = {
     "protobuf": "T5 tokenizers, within transformers",
     "sentencepiece": "T5 tokenizers, within transformers",
-    "matplotlib": "examples/toy_world",
-    "rich": "examples/toy_world",
 }
+OF_ANOTHER_EXTRA = {"rapidocr"}
+BROUGHT = {"tqdm"}  # by transformers and datasets, which show their progress with it
 TRACKERS = {"trackio", "wandb"}  # imported by who names them in `report_to`, and has them
 
 
-def test_what_the_package_imports_is_what_it_depends_on():
-    imported = set()
-    for path in PACKAGE.rglob("*.py"):
+def imported(folder: Path) -> set[str]:
+    """What is installed for the modules in a folder."""
+    found = set()
+    for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
-                imported |= {alias.name.split(".")[0] for alias in node.names}
+                found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
-                imported.add(node.module.split(".")[0])
-    imported = {NAMED.get(name, name) for name in imported - sys.stdlib_module_names - {PACKAGE.name}}
-    declared = {re.match(r"[\w.-]+", line).group() for line in PROJECT["dependencies"]}
-    assert imported - TRACKERS == declared - FOR_OTHERS.keys()
-    assert declared >= FOR_OTHERS.keys() and imported >= TRACKERS  # no entry of a table outlives its use
+                found.add(node.module.split(".")[0])
+    return {NAMED.get(name, name) for name in found - sys.stdlib_module_names - {PACKAGE.name}}
+
+
+def declared(lines: list[str]) -> set[str]:
+    return {re.match(r"[\w.-]+", line).group() for line in lines}
+
+
+def test_what_the_package_imports_is_what_it_depends_on():
+    found, needed = imported(PACKAGE), declared(PROJECT["dependencies"])
+    assert found - TRACKERS == needed - FOR_OTHERS.keys()
+    assert needed >= FOR_OTHERS.keys() and found >= TRACKERS  # no entry of a table outlives its use
+
+
+def test_what_the_examples_import_beside_it_is_in_their_extra():
+    found = imported(ROOT / "examples") - {"examples", *declared(PROJECT["dependencies"])}
+    assert found - OF_ANOTHER_EXTRA - BROUGHT == declared(PROJECT["optional-dependencies"]["examples"])
 
 
 def test_every_dependency_has_a_lower_bound():

@@ -19,23 +19,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib
 import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image, ImageDraw
-from rich.console import Console
-from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
 from examples.toy_world.evaluate import evaluate, generate
+from examples.toy_world.extra import Console, Table, plt
 from examples.toy_world.pipeline import BASE, TEACHERS, load_base, quiet
 from examples.toy_world.rewards import lora_config, sampling_kwargs, training_prompts
 from examples.toy_world.world import TASKS, Task, sample_prompts
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 MAX_STEPS, BATCH_SIZE, LEARNING_RATE = 160, 8, 4e-3
 

@@ -1,8 +1,10 @@
 """The demo runs from end to end, in two steps and on a few prompts."""
 
+import importlib
 import json
 import re
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -36,3 +38,11 @@ def test_demo(tmp_path, capsys, monkeypatch, request):
     prompts = sample_prompts(TASKS[0], 1, seed=5, heldout=True)
     a, b = (torch.frombuffer(bytearray(generate(p, prompts)[0].tobytes()), dtype=torch.uint8) for p in (student, base))
     assert (a != b).any()
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "rich.console"])
+def test_whoever_lacks_the_extra_is_told_so_at_the_start(missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, "examples.toy_world.extra")
+    with pytest.raises(ImportError, match=r"matplotlib and rich: pip install 'diffusion-opd\[examples\]'"):
+        importlib.import_module("examples.toy_world.extra")

@@ -6,18 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
 from examples.toy_world.evaluate import evaluate
+from examples.toy_world.extra import plt
 from examples.toy_world.pipeline import TEACHERS, load_base
 from examples.toy_world.seeds import spread
 from examples.toy_world.specialists import LORA_NAME
 from examples.toy_world.study.rows import ROWS
 from examples.toy_world.study.states import gaps
 from examples.toy_world.world import MORE_TASKS, TASKS
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 TABLES = {
     "One model for all tasks": ["opd", "opd_nft_text", "grpo_guard_all", "nft_all", "nft_cascade"],
