@@ -1,6 +1,7 @@
 # The first target that needs it makes $(VENV) and installs there; later ones reuse it until pyproject.toml changes.
 #
 #   make test                                  all tests
+#   make test-unit, make test-distributed      those without, and with, several processes: two halves of `make test`
 #   make test-fast                             without those marked slow
 #   make test-nightly                          those that are one more of a kind, and in none of the above
 #   make test PYTEST_ARGS="-n 2 -k sd3"        anything pytest takes
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 RUN := PATH="$$(cd $(BIN) && pwd):$$PATH"
 INSTALLED := $(VENV)/.diffusion_opd-installed
 
-.PHONY: install test test-fast test-nightly demo lint format docs docs-serve clean
+.PHONY: install test test-unit test-distributed test-fast test-nightly demo lint format docs docs-serve clean
 
 install: $(INSTALLED)
 
@@ -42,8 +43,16 @@ $(INSTALLED): pyproject.toml
 test: $(INSTALLED)
 	$(RUN) python -m pytest -m "not nightly" $(PYTEST_ARGS)
 
+DISTRIBUTED := tests/test_distributed.py tests/test_durable.py
+
+test-unit: $(INSTALLED)
+	$(RUN) python -m pytest -m "not nightly" $(DISTRIBUTED:%=--ignore=%) $(PYTEST_ARGS)
+
+test-distributed: $(INSTALLED)
+	$(RUN) python -m pytest -m "not nightly" $(DISTRIBUTED) $(PYTEST_ARGS)
+
 test-fast: $(INSTALLED)
-	$(RUN) python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(RUN) python -m pytest -m "not slow and not nightly" $(PYTEST_ARGS)
 
 test-nightly: $(INSTALLED)
 	$(RUN) python -m pytest -m nightly $(PYTEST_ARGS)

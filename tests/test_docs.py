@@ -134,7 +134,9 @@ def test_commands_parse():
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     targets = {word for command in commands() for word in re.findall(r"^make ([\w-]+)", command)}
-    assert "demo" in targets
+    workflows = "".join(path.read_text() for path in (ROOT / ".github" / "workflows").glob("*.yml"))
+    targets |= set(re.findall(r"\btest-\w+", workflows))
+    assert {"demo", "test-unit", "test-nightly"} <= targets
     for target in targets:
         assert re.search(rf"^([\w-]+ )*{target}( [\w-]+)*:", makefile, re.MULTILINE), target
 

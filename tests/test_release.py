@@ -68,6 +68,12 @@ def test_the_workflow_of_the_docs_installs_what_the_extra_names():
     assert f"pip install {listed}\n" in workflow
 
 
+def test_the_lowest_torch_is_the_declared_one():
+    (lowest,) = (line.partition(">=")[2] for line in PROJECT["dependencies"] if line.startswith("torch>="))
+    for path in (ROOT / "Makefile", ROOT / ".github" / "workflows" / "tests.yml"):
+        assert set(re.findall(r"^[^#\n]*\bTORCH\b.*==([\d.]+)", path.read_text(), re.MULTILINE)) == {lowest}, path
+
+
 def test_the_version_is_one():
     assert (
         re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M).group(1) == diffusion_opd.__version__
