@@ -47,11 +47,13 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
+from .adapters import STUDENT_ADAPTER
 from .checkpoints import give_ordinary_mode, last_checkpoint, remove_half_written, seal, unseal, what_is_torn
 from .config import DiffusionConfig, computes_in_bf16
 from .encode_cache import EncodeCache
 from .engines import compile_blocks, settle_fsdp, take_compilation
 from .errors import brief, one_sentence
+from .files import LORA_NAME
 from .inputs import sample_arguments
 from .policy import Policy, denoiser_name, tuner_layers
 from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, columns_of, is_prompt, seed_of
@@ -59,7 +61,6 @@ from .scheduler_proxy import is_flow
 from .shards import local_shards, reshard, shards_changed, zero3_unseen
 from .startup import check_student, sees_the_end
 from .stopwatch import Stopwatch
-from .teachers import LORA_NAME, STUDENT_ADAPTER
 from .transitions import TRANSITIONS, BoundKernel
 
 logger = get_logger(__name__)

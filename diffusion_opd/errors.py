@@ -3,7 +3,7 @@
 import contextlib
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -22,6 +22,12 @@ MISSING_SAFETENSORS = re.compile(r"(file named|necessary) \S*safetensors")  # in
 def brief(value: Any) -> str:
     """The type and the beginning of a value."""
     return f"{type(value).__name__}: {textwrap.shorten(repr(value), 80)}"
+
+
+def first_few(names: Iterable[str], most: int = 3) -> str:
+    """The first names in order, and whether there are more."""
+    names = sorted(str(name) for name in names)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def why_not(error: Exception, revision: str | None) -> str:

@@ -23,11 +23,12 @@ from peft import LoraConfig
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from .adapters import STUDENT_ADAPTER, changes_base
 from .config import DiffusionConfig
 from .errors import brief, one_sentence, why_not
+from .files import INDEX_NAME, absent_parts
 from .policy import check_seams, denoiser_name, tuner_layers
 from .shards import zero3_unseen
-from .teachers import INDEX_NAME, STUDENT_ADAPTER, absent_parts, changes_base
 
 logger = get_logger(__name__)
 

@@ -39,7 +39,7 @@ from .teachers import (
     MANIFEST_NAME,
     check_manifest,
     load_teachers,
-    manifest,
+    manifest_of,
     name_teachers,
     same_weights,
 )
@@ -370,7 +370,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            content = json.dumps(manifest(self.loaded_teachers.values()), indent=2)
+            content = json.dumps(manifest_of(self.loaded_teachers.values()), indent=2)
             Path(output_dir or self.args.output_dir, MANIFEST_NAME).write_text(content + "\n")
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:

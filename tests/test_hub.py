@@ -366,8 +366,8 @@ trainer = DiffusionOPDTrainer(
     train_dataset=load_dataset("acme/prompts", split="train"),
     peft_config=LoraConfig(r=2, target_modules=["to_q"]),
 )
-from diffusion_opd.teachers import manifest
-result = manifest(trainer.loaded_teachers.values())
+from diffusion_opd.teachers import manifest_of
+result = manifest_of(trainer.loaded_teachers.values())
 """
 
 
@@ -402,9 +402,9 @@ def test_what_was_downloaded_works_offline(hub: HubServer, tmp_path, trained: Pa
 SOLE = """
 teachers = [Teacher("acme/ink"), Teacher("acme/styles", subfolder="ink", id="inside")]
 teachers.append(Teacher("acme/styles", weight_name="oil.safetensors", id="oil"))
-from diffusion_opd.teachers import load_teachers, manifest, name_teachers
+from diffusion_opd.teachers import load_teachers, manifest_of, name_teachers
 student = DiffusionPipeline.from_pretrained("acme/base")
-result = manifest(load_teachers(name_teachers(teachers), student, True, torch.float32))["teachers"]
+result = manifest_of(load_teachers(name_teachers(teachers), student, True, torch.float32))["teachers"]
 try:
     load_teachers(name_teachers("acme/styles"), student, True, torch.float32)
 except ValueError as error:

@@ -26,15 +26,9 @@ from peft import (
 from safetensors.torch import load_file, save_file
 
 from diffusion_opd import Teacher
+from diffusion_opd.adapters import STUDENT_ADAPTER, frozen_copy
 from diffusion_opd.policy import active_adapter, denoiser_name, tuner_layers
-from diffusion_opd.teachers import (
-    STUDENT_ADAPTER,
-    check_manifest,
-    frozen_copy,
-    load_teachers,
-    manifest,
-    name_teachers,
-)
+from diffusion_opd.teachers import check_manifest, load_teachers, manifest_of, name_teachers
 from tests.adapters import lora, save_diffusers, save_peft, with_lora
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS, clip, clip_tokenizer, denoiser, frozen
 
@@ -843,7 +837,7 @@ def test_another_vae_is_fine_for_a_denoiser_alone(tmp_path):
 def test_manifest_content(saved, tmp_path):
     folder = save_peft(tmp_path / "AesTeacher" / "lora")
     teachers = [Teacher(tmp_path, subfolder="AesTeacher/lora"), Teacher(saved, id="ocr")]
-    content = manifest(load([*teachers, Teacher(BUILDERS["sd3"](2), id="own")], student_with_lora()))
+    content = manifest_of(load([*teachers, Teacher(BUILDERS["sd3"](2), id="own")], student_with_lora()))
     json.dumps(content)
     assert content["version"] == 1
     entries = content["teachers"]
@@ -856,7 +850,7 @@ def test_manifest_content(saved, tmp_path):
 
 
 def hash_of(teacher: Any) -> str:
-    return manifest(load(teacher, student_with_lora()))["teachers"][0]["sha256"]
+    return manifest_of(load(teacher, student_with_lora()))["teachers"][0]["sha256"]
 
 
 def test_equal_teachers_have_equal_hashes(saved, tmp_path):
@@ -879,7 +873,7 @@ def test_resuming_with_other_teachers_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="no teacher_manifest.json"):
         resume(folders)
-    (checkpoint / "teacher_manifest.json").write_text(json.dumps(manifest(load(folders, student_with_lora()))))
+    (checkpoint / "teacher_manifest.json").write_text(json.dumps(manifest_of(load(folders, student_with_lora()))))
     resume(folders)
     moved = folders["ocr"].rename(tmp_path / "moved")
     resume(folders | {"ocr": moved})

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 import diffusion_opd
 from diffusion_opd.base_trainer import DiffusionTrainer
-from diffusion_opd.teachers import LORA_NAME
+from diffusion_opd.files import LORA_NAME
 from tests.adapters import save_peft
 from tests.launched import serve
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS, denoiser

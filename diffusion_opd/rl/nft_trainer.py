@@ -13,12 +13,12 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from ..adapters import STUDENT_ADAPTER
 from ..objectives import velocity
 from ..policy import Policy, Visit
 from ..sampling import PROMPT
 from ..scheduler_proxy import Step
 from ..shards import local_shards, reshard, shards_changed
-from ..teachers import STUDENT_ADAPTER
 from ..transitions import Schedule, denoised, noised
 from .config import DiffusionNFTConfig
 from .objectives import nft, optimality

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 
+from ..adapters import STUDENT_ADAPTER, add_adapter, frozen_copy
 from ..base_trainer import DiffusionTrainer, is_checkpoint, refuse_unread_columns, whole_cycles
 from ..checkpoints import give_ordinary_mode
 from ..policy import BACKBONE, Policy, Visit
@@ -33,7 +34,6 @@ from ..sampling import PROMPT, TASK, check_no_splits, is_prompt, routed_dataset,
 from ..scheduler_proxy import Step
 from ..startup import require_independence
 from ..student import load_student
-from ..teachers import STUDENT_ADAPTER, add_adapter, frozen_copy
 from ..transitions import BoundKernel, Schedule
 from .config import DiffusionRLConfig
 from .objectives import combine, group_advantages, nanstd

@@ -1,0 +1,64 @@
+"""LoRA adapters of a denoiser that the student and its teachers share, and frozen copies for those who cannot share it.
+
+This file knows denoisers, and no files, trainer, loss or data.
+"""
+
+import copy
+import warnings
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from .policy import denoiser_name, tuner_layers
+
+STUDENT_ADAPTER = "default"
+
+
+def changes_base(config: LoraConfig) -> bool:
+    """Whether a LoRA also changes the backbone that a student and its LoRA teachers share."""
+    return (
+        config.bias != "none"
+        or bool(config.modules_to_save)
+        or str(config.init_lora_weights).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
+    )
+
+
+def with_denoiser(pipeline: DiffusionPipeline, denoiser: nn.Module) -> DiffusionPipeline:
+    """A copy of a pipeline, whose modules it shares, with another denoiser."""
+    twin = copy.copy(pipeline)
+    # Past `DiffusionPipeline.__setattr__`, which writes into the config
+    vars(twin)[denoiser_name(pipeline)] = denoiser
+    return twin
+
+
+def add_adapter(denoiser: ModelMixin, config: LoraConfig, name: str) -> None:
+    """Adds an adapter and leaves which one is active, and which parameters train, as it was.
+
+    Raises:
+        ValueError: if the config's target modules are not in the denoiser.
+    """
+    trainable = {id(parameter) for parameter in denoiser.parameters() if parameter.requires_grad}
+    layers = tuner_layers(denoiser)
+    active = layers[0].active_adapters if layers else []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters: the very idea
+        if hasattr(denoiser, "add_adapter"):
+            denoiser.add_adapter(config, name)
+        else:
+            inject_adapter_in_model(config, denoiser, name)
+    for layer in tuner_layers(denoiser):
+        layer.set_adapter(active)  # makes it train too, which the next lines undo
+    for parameter in denoiser.parameters():
+        parameter.requires_grad_(id(parameter) in trainable)
+
+
+def frozen_copy(denoiser: ModelMixin, dtype: torch.dtype) -> ModelMixin:
+    """A copy without gradients in `dtype`, but for what `from_pretrained` keeps in float32 too (`to` would cast it)."""
+    twin = copy.deepcopy(denoiser).requires_grad_(False)
+    kept = set(twin._keep_in_fp32_modules or [])  # diffusers' own list, which only its `from_pretrained` minds
+    for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
+        if tensor.is_floating_point() and not kept & set(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+    return twin

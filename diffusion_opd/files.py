@@ -1,0 +1,25 @@
+"""Files that tell what a folder or a repository holds, and what the student and its teachers read of them alike.
+
+This file knows names and configs, and loads nothing.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+INDEX_NAME = "model_index.json"  # of a pipeline
+CONFIG_NAME = "config.json"  # of a denoiser
+LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers format
+PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+
+
+def absent_parts(index: Mapping[str, Any]) -> dict[str, Any]:
+    """For `from_pretrained`: optional parts that a saved pipeline was without (an SD3 without T5), which diffusers
+    would miss."""
+    return {key: None for key, entry in index.items() if entry == [None, None]}
+
+
+def name_or_path(pipeline: DiffusionPipeline) -> str | None:
+    """The folder or repository that a pipeline was loaded from."""
+    return pipeline.config.get("_name_or_path")  # diffusers has no public name for it

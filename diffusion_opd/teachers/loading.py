@@ -1,0 +1,156 @@
+"""Loads teachers beside the student: LoRAs as adapters of one frozen backbone, denoisers in a copy of the student's
+pipeline, and pipelines, which share with it what both have in common (VAE, text encoders)."""
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+from torch import nn
+
+from ..adapters import frozen_copy, with_denoiser
+from ..errors import first_few, one_sentence
+from ..files import CONFIG_NAME, INDEX_NAME, absent_parts
+from ..policy import check_seams, denoiser_name
+from .compatible import check_compatible, share_parts
+from .locating import locate, read_json, sole_lora
+from .lora import add_lora, read_lora, scalings
+from .manifest import hash_tensors
+from .spec import LoadedTeacher, Teacher
+
+
+def load_teachers(
+    teachers: Mapping[str, Teacher], student: DiffusionPipeline, trains_lora: bool, dtype: torch.dtype
+) -> list[LoadedTeacher]:
+    """Loads every teacher beside the student.
+
+    Args:
+        teachers (`Mapping[str, Teacher]`):
+            As [`name_teachers`] returns them.
+        student ([`~diffusers.DiffusionPipeline`]):
+            Gets the LoRA teachers as further adapters if it trains a LoRA itself.
+        trains_lora (`bool`):
+            Whether the student's backbone stays frozen. If not, LoRA teachers live on a frozen copy of it.
+        dtype (`torch.dtype`):
+            For the frozen modules that are loaded here.
+
+    Raises:
+        ValueError: if a teacher cannot be read, has missing, unexpected or wrongly shaped tensors, or lives in another
+            latent space or time than the student.
+    """
+    name = denoiser_name(student)
+    host = student
+    loaded = []
+    for index, (key, teacher) in enumerate(teachers.items()):
+        adapter = commit = None
+        if isinstance(teacher.path, DiffusionPipeline):
+            pipeline = copy.copy(teacher.path)
+            if getattr(pipeline, denoiser_name(pipeline)) is getattr(student, name):
+                raise ValueError(
+                    f"teacher {teacher.id!r} is the student itself (one {name} for both), so it would change with it; "
+                    "load its pipeline once more."
+                )
+        else:
+            folder, commit = locate(teacher)
+            if teacher.weight_name is None:
+                teacher = replace(teacher, weight_name=sole_lora(teacher, folder, commit))
+            if teacher.weight_name is None and (folder / INDEX_NAME).is_file():
+                pipeline = _load_pipeline(teacher, folder, commit, dtype)
+            elif teacher.weight_name is None and (folder / CONFIG_NAME).is_file():
+                pipeline = _load_denoiser(teacher, folder, commit, student, dtype)
+            else:
+                tensors, config = read_lora(teacher, folder, student)
+                if host is student and not trains_lora:
+                    host = with_denoiser(student, frozen_copy(getattr(student, name), dtype))
+                pipeline, adapter = host, f"teacher_{index}"
+                add_lora(teacher, getattr(host, name), adapter, tensors, config)
+        if adapter is None:
+            with one_sentence(f"teacher {teacher.id!r}"):
+                check_seams(pipeline)
+            check_compatible(teacher, pipeline, student)
+            share_parts(pipeline, student)
+            sha256 = hash_tensors(getattr(pipeline, denoiser_name(pipeline)).state_dict())
+        else:
+            sha256 = hash_tensors(tensors | scalings(getattr(host, name), adapter))
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module) and part is not getattr(student, name):
+                part.requires_grad_(False).eval()
+        loaded.append(LoadedTeacher(key, teacher, pipeline, adapter, sha256, commit))
+    return loaded
+
+
+def _load_module(
+    teacher: Teacher,
+    cls: Any,
+    dtype: torch.dtype,
+    *where: Any,
+    refused: Sequence[str] = ("missing_keys", "unexpected_keys"),
+    **kwargs: Any,
+) -> nn.Module:
+    """`from_pretrained` of a model that refuses what it would only warn about, and pickles."""
+    with one_sentence(
+        f"teacher {teacher.id!r}: {teacher.source!r} cannot be loaded as a {cls.__name__}",
+        " (only safetensors are read; if you trust pickles, load the pipeline yourself and give it)",
+    ):
+        module, info = cls.from_pretrained(
+            *where, **kwargs, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    for kind in refused:
+        if keys := info[kind]:
+            raise ValueError(
+                f"teacher {teacher.id!r}: {len(keys)} {kind.replace('_', ' ')} between {teacher.source!r} and "
+                f"{cls.__name__}, e.g. {first_few(keys)}."
+            )
+    return module
+
+
+def _load_pipeline(teacher: Teacher, located: Path, commit: str | None, dtype: torch.dtype) -> DiffusionPipeline:
+    index = read_json(teacher, located / INDEX_NAME)
+    folder = str(teacher.path)
+    if teacher.subfolder:
+        if commit is not None:  # diffusers reads no pipeline from a subfolder of a repository
+            folder = snapshot_download(folder, revision=commit, allow_patterns=f"{teacher.subfolder.strip('/')}/*")
+        folder = os.path.join(folder, teacher.subfolder)
+    parts = absent_parts(index)
+    name = next((name for name in ("transformer", "unet") if index.get(name, [None])[0]), None)
+    if name is None:
+        raise ValueError(f"teacher {teacher.id!r}: {teacher.source!r} has neither a transformer nor a unet.")
+    cls = getattr(diffusers, str(index[name][1]), None)
+    if cls is None:
+        raise ValueError(
+            f"teacher {teacher.id!r}: the {name} of {teacher.source!r} is a {index[name][1]}, which this version of "
+            "diffusers has not; if it is custom code that you trust, load the pipeline yourself and give that."
+        )
+    parts[name] = _load_module(teacher, cls, dtype, folder, subfolder=name, revision=commit)
+    for key, entry in index.items():
+        library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        part = getattr({"diffusers": diffusers, "transformers": transformers}.get(str(library)), str(class_name), None)
+        if key != name and isinstance(part, type) and issubclass(part, nn.Module):
+            # Whole checkpoints of CLIP and T5 hold more than their encoders
+            parts[key] = _load_module(
+                teacher, part, dtype, folder, refused=["missing_keys"], subfolder=key, revision=commit
+            )
+    with one_sentence(f"teacher {teacher.id!r}: {teacher.source!r} cannot be loaded as a pipeline"):
+        return DiffusionPipeline.from_pretrained(folder, revision=commit, dtype=dtype, use_safetensors=True, **parts)
+
+
+def _load_denoiser(
+    teacher: Teacher, folder: Path, commit: str | None, student: DiffusionPipeline, dtype: torch.dtype
+) -> DiffusionPipeline:
+    config = read_json(teacher, folder / CONFIG_NAME)
+    class_name = config.get("_class_name") or config.get("architectures")
+    expected = type(getattr(student, denoiser_name(student)))
+    if class_name != expected.__name__:
+        raise ValueError(
+            f"teacher {teacher.id!r}: {teacher.source!r} is a {class_name}, but the student's {type(student).__name__} "
+            f"runs a {expected.__name__}; give a whole pipeline instead."
+        )
+    denoiser = _load_module(teacher, expected, dtype, str(teacher.path), subfolder=teacher.subfolder, revision=commit)
+    return with_denoiser(student, denoiser)

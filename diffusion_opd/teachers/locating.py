@@ -1,0 +1,73 @@
+"""Where the files of a teacher are, in a folder or on the Hub, and which of them is its LoRA.
+
+Of a repository, what tells what a teacher is comes first; weights are fetched when that is known.
+"""
+
+import contextlib
+import json
+import os
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from ..errors import first_few, why_not
+from ..files import CONFIG_NAME, INDEX_NAME, LORA_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME
+from .spec import Teacher
+
+NAMES = [INDEX_NAME, CONFIG_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME]
+
+
+def locate(teacher: Teacher) -> tuple[Path, str | None]:
+    """The folder with the files that tell what a teacher is, and with its LoRA; and the commit if it is on the Hub."""
+    path = str(teacher.path)
+    if os.path.isdir(path):
+        return Path(path, teacher.subfolder or ""), None
+    if os.path.isfile(path):
+        raise ValueError(f"teacher {teacher.id!r}: {path!r} is a file; give its folder, and its name as `weight_name`.")
+    names = [*NAMES, teacher.weight_name or LORA_NAME]
+    patterns = [PurePosixPath(teacher.subfolder or "", name).as_posix() for name in names]
+    try:
+        if os.path.isabs(path):
+            raise HFValidationError
+        snapshot = Path(snapshot_download(path, revision=teacher.revision, allow_patterns=patterns))
+    except (HFValidationError, OSError) as error:
+        raise ValueError(f"teacher {teacher.id!r}: {path!r} {why_not(error, teacher.revision)}.") from error
+    return snapshot / (teacher.subfolder or ""), snapshot.name
+
+
+def sole_lora(teacher: Teacher, folder: Path, commit: str | None) -> str | None:
+    """The only safetensors file, where there is nothing by the names that tell what a teacher is."""
+    if any((folder / name).is_file() for name in [*NAMES, LORA_NAME]):
+        return None
+    found = sorted(file.name for file in folder.glob("*.safetensors"))
+    if commit is not None:
+        inside = PurePosixPath(teacher.subfolder or "")
+        download: Any = partial(snapshot_download, str(teacher.path), revision=commit)
+        with contextlib.suppress(OSError):  # offline it is what the cache holds
+            listed = download(allow_patterns=str(inside / "*.safetensors"), dry_run=True)
+            paths = [PurePosixPath(file.filename) for file in listed]
+            found = sorted(path.name for path in paths if path.parent == inside)
+            if len(found) == 1:
+                download(allow_patterns=str(inside / found[0]))
+    if len(found) > 1:
+        raise ValueError(
+            f"teacher {teacher.id!r}: {teacher.source!r} holds {len(found)} safetensors files ({first_few(found)}); "
+            "name the LoRA among them by `weight_name`."
+        )
+    return found[0] if found else None
+
+
+def read_json(teacher: Teacher, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:  # no JSON, no text
+        content = error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"teacher {teacher.id!r}: {path.name} of {teacher.source!r} is no JSON object; is it a git-lfs pointer, or "
+            "a download that broke off?"
+        )
+    return content

@@ -1,0 +1,192 @@
+"""LoRA teachers: formats that are read, and how their tensors become an adapter of a denoiser.
+
+A tensor that is silently dropped makes a teacher that silently equals the base, so each one that is missing, unexpected
+or of another shape is refused.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import convert_unet_state_dict_to_peft
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..adapters import add_adapter, changes_base
+from ..errors import first_few, one_sentence
+from ..files import CONFIG_NAME, INDEX_NAME, LORA_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME
+from ..policy import denoiser_name
+from .locating import read_json
+from .spec import Teacher
+
+
+def read_lora(teacher: Teacher, folder: Path, student: DiffusionPipeline) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Tensors (keys as in the denoiser, `lora_A` / `lora_B`) and config of a LoRA in PEFT or diffusers format."""
+    name = denoiser_name(student)
+    is_peft = (folder / PEFT_CONFIG_NAME).is_file() and teacher.weight_name in (None, PEFT_WEIGHTS_NAME)
+    weights = folder / (PEFT_WEIGHTS_NAME if is_peft else teacher.weight_name or LORA_NAME)
+    if is_peft and not weights.is_file():
+        raise ValueError(
+            f"teacher {teacher.id!r}: {teacher.source!r} has an {PEFT_CONFIG_NAME}, but no {weights.name}, the only "
+            "format that is read."
+        )
+    if not weights.is_file():
+        raise ValueError(
+            f"teacher {teacher.id!r}: {teacher.source!r} holds no pipeline ({INDEX_NAME}), no denoiser ({CONFIG_NAME}) "
+            f"and no LoRA ({PEFT_CONFIG_NAME} or {weights.name}); check `path`, `subfolder` and `weight_name`."
+        )
+    if not is_peft and not hasattr(type(student), "lora_state_dict"):
+        raise ValueError(
+            f"teacher {teacher.id!r}: {type(student).__name__} cannot read a LoRA in diffusers format; give it in PEFT "
+            f"format ({PEFT_CONFIG_NAME})."
+        )
+    with one_sentence(
+        f"teacher {teacher.id!r}: {weights.name} of {teacher.source!r} is no safetensors file (is it a pickle, a "
+        "git-lfs pointer, or a download that broke off?)"
+    ):
+        tensors = load_file(weights)
+    if is_peft:
+        kind = read_json(teacher, folder / PEFT_CONFIG_NAME).get("peft_type")
+        if kind != "LORA":
+            raise ValueError(f"teacher {teacher.id!r}: {teacher.source!r} is of PEFT's type {kind!r}, not a LoRA.")
+        with one_sentence(f"teacher {teacher.id!r}: {PEFT_CONFIG_NAME} of {teacher.source!r} cannot be read"):
+            config = PeftConfig.from_pretrained(str(folder))
+        tensors = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
+    elif scales := [key for key in tensors if "dora_scale" in key]:  # diffusers drops them with a warning
+        raise ValueError(
+            f"teacher {teacher.id!r}: {teacher.source!r} is a DoRA in a format that diffusers cannot read, "
+            f"e.g. {first_few(scales)}."
+        )
+    else:
+        tensors, config = _read_diffusers_lora(teacher, weights, student, tensors)
+    if not _has_lora(tensors):
+        raise ValueError(
+            f"teacher {teacher.id!r}: no LoRA tensors for a {name} in {teacher.source!r}, e.g. {first_few(tensors)}."
+        )
+    if changes_base(config):
+        raise ValueError(
+            f"teacher {teacher.id!r}: the LoRA {teacher.source!r} also changes the {name} itself "
+            f"(bias={config.bias!r}, modules_to_save={config.modules_to_save}, "
+            f"init_lora_weights={config.init_lora_weights!r}), which the student shares; merge it and give the {name}."
+        )
+    config.init_lora_weights = config.inference_mode = False  # the weights are about to come
+    return tensors, config
+
+
+def _has_lora(tensors: Iterable[str]) -> bool:
+    return any(key.endswith("lora_B.weight") for key in tensors)
+
+
+def _read_diffusers_lora(
+    teacher: Teacher, weights: Path, student: DiffusionPipeline, keys: Iterable[str]
+) -> tuple[dict[str, Tensor], LoraConfig]:
+    name, cls = denoiser_name(student), type(student)
+    prefix = f"{name}."
+
+    def check_read(unread: Sequence[str]) -> None:
+        if unread:
+            raise ValueError(
+                f"teacher {teacher.id!r}: {len(unread)} keys of {teacher.source!r} are in a format that the "
+                f"`lora_state_dict` of {cls.__name__} does not read, e.g. {min(unread)}."
+            )
+
+    # As its `load_lora_weights`, which needs the config of a UNet to read names of other trainers
+    of_unet = {"unet_config": student.unet.config} if name == "unet" else {}
+    with one_sentence(
+        f"teacher {teacher.id!r}: {weights.name} of {teacher.source!r} is in a format that the `lora_state_dict` of "
+        f"{cls.__name__} does not read, with keys as {min(keys)}"
+    ):
+        tensors, *rest = cls.lora_state_dict(
+            str(weights.parent), weight_name=weights.name, return_lora_metadata=True, **of_unet
+        )
+    alphas, metadata = (rest[0] if len(rest) == 2 else None), rest[-1]
+    foreign = [key for key in tensors if not key.startswith(prefix)]
+    check_read([key for key in foreign if key.partition(".")[0] not in {"transformer", "unet", *student.components}])
+    if foreign:
+        raise ValueError(
+            f"teacher {teacher.id!r}: {len(foreign)} tensors of {teacher.source!r} are not for the student's {name}, "
+            f"e.g. {first_few(foreign)}; a teacher may adapt the denoiser only."
+        )
+    tensors, alphas, metadata = (
+        {key.removeprefix(prefix): value for key, value in (given or {}).items() if key.startswith(prefix)}
+        for given in (tensors, alphas, metadata)
+    )
+    if not any("lora_A" in key for key in tensors):  # down and up of other trainers
+        tensors, alphas = convert_unet_state_dict_to_peft(tensors), convert_unet_state_dict_to_peft(alphas)
+    check_read([] if _has_lora(tensors) else list(keys))
+    if metadata:
+        return tensors, LoraConfig(**metadata)
+    # Without metadata: ranks from the shapes, alphas from `.alpha` entries, alpha = rank where there are none
+    ranks = {key.split(".lora_B.")[0]: value.shape[1] for key, value in tensors.items() if ".lora_B.weight" in key}
+    alphas = {key.split(".lora_A.")[0].removesuffix(".alpha"): value for key, value in alphas.items()}
+    if stray := sorted(alphas.keys() - ranks.keys()):
+        raise ValueError(
+            f"teacher {teacher.id!r}: {len(stray)} alphas of {teacher.source!r} belong to no LoRA tensor, "
+            f"e.g. {first_few(stray)}."
+        )
+    config = LoraConfig(
+        rank_pattern={f"^{re.escape(module)}": rank for module, rank in ranks.items()},
+        alpha_pattern={f"^{re.escape(module)}": alpha for module, alpha in (ranks | alphas).items()},
+        target_modules="|".join(re.escape(module) for module in ranks),
+    )
+    return tensors, config
+
+
+def add_lora(
+    teacher: Teacher, denoiser: nn.Module, adapter: str, tensors: dict[str, Tensor], config: LoraConfig
+) -> None:
+    """Adds a frozen adapter and refuses any tensor that is missing, unexpected or of another shape."""
+    cls, modules = type(denoiser).__name__, {name for name, _ in denoiser.named_modules()}
+    adapted, expected = {_module_of(key) for key in tensors}, {}
+    if adapted & modules:
+        with one_sentence(f"teacher {teacher.id!r}: the LoRA {teacher.source!r} does not fit the student's {cls}"):
+            add_adapter(denoiser, config, adapter)
+        expected = get_peft_model_state_dict(denoiser, adapter_name=adapter)
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    shapes = {
+        key: (tuple(tensors[key].shape), tuple(expected[key].shape))
+        for key in sorted(expected.keys() & tensors.keys())
+        if tensors[key].shape != expected[key].shape
+    }
+    differences = [
+        *(
+            f"its {key} is of shape {theirs} where {ours} is needed"
+            for key, (theirs, ours) in shapes.items()
+            if _without_rank(key, theirs) != _without_rank(key, ours)
+        ),
+        *(f"it adapts {m}, which is not there by that name" for m in map(_module_of, unexpected) if m not in modules),
+        *(f"it lacks {m}, which its config names" for m in map(_module_of, missing) if m not in adapted),
+    ]
+    if differences:
+        raise ValueError(
+            f"teacher {teacher.id!r}: the LoRA {teacher.source!r} was made for another model than the student's {cls}: "
+            f"{differences[0]}."
+        )
+    wrong = [f"{key} {theirs} for {ours}" for key, (theirs, ours) in shapes.items()]
+    for kind, keys in (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", wrong)):
+        if keys:
+            raise ValueError(
+                f"teacher {teacher.id!r}: {len(keys)} {kind} LoRA tensors in {teacher.source!r} for the student's "
+                f"{cls}, e.g. {first_few(keys)}."
+            )
+    with torch.no_grad():
+        for key, value in expected.items():
+            value.copy_(tensors[key])
+
+
+def _module_of(key: str) -> str:
+    return key.rpartition(".lora_")[0]
+
+
+def _without_rank(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    rank = int("lora_B" in key)
+    return shape[:rank] + shape[rank + 1 :]
+
+
+def scalings(denoiser: nn.Module, adapter: str) -> dict[str, Tensor]:
+    layers = {key: layer for key, layer in denoiser.named_modules() if isinstance(layer, LoraLayer)}
+    return {f"{k}.scaling": torch.tensor(v.scaling[adapter]) for k, v in layers.items() if adapter in v.scaling}

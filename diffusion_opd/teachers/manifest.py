@@ -1,0 +1,70 @@
+"""`teacher_manifest.json`: which teachers a run learns from, written into each checkpoint and checked when one is
+resumed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .spec import LoadedTeacher
+
+MANIFEST_NAME = "teacher_manifest.json"
+
+
+def manifest_of(teachers: Iterable[LoadedTeacher]) -> dict[str, Any]:
+    """What `teacher_manifest.json` holds: which teachers a run learns from."""
+    entries = [
+        {
+            "id": teacher.id,
+            "source": teacher.spec.source,
+            "revision": teacher.spec.revision,
+            "commit": teacher.commit,
+            "dtype": str(next(teacher.denoiser.parameters()).dtype),
+            "sha256": teacher.sha256,
+        }
+        for teacher in teachers
+    ]
+    return {"version": 1, "teachers": entries}
+
+
+def check_manifest(checkpoint: str | os.PathLike, teachers: Iterable[LoadedTeacher]) -> None:
+    """Refuses to resume from a checkpoint that learnt from other teachers.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    path = Path(checkpoint, MANIFEST_NAME)
+    if not path.is_file():
+        raise ValueError(f"{checkpoint} has no {MANIFEST_NAME}, so it is not a checkpoint of this trainer.")
+    before = {entry["id"]: entry for entry in json.loads(path.read_text())["teachers"]}
+    now = {entry["id"]: entry for entry in manifest_of(teachers)["teachers"]}
+    if list(before) != list(now):
+        raise ValueError(
+            f"{checkpoint} learnt from the teachers {list(before)}, this run has {list(now)}; use the same set."
+        )
+    for key, entry in now.items():
+        if entry["sha256"] != before[key]["sha256"] and entry["dtype"] != before[key].get("dtype", entry["dtype"]):
+            raise ValueError(
+                f"teacher {key!r} is loaded in {entry['dtype']}, {checkpoint} learnt from it in "
+                f"{before[key]['dtype']}; resume in the same precision."
+            )
+        if entry["sha256"] != before[key]["sha256"]:
+            raise ValueError(
+                f"teacher {key!r} has other weights ({entry['source']}) than the one that {checkpoint} learnt from "
+                f"({before[key]['source']}, commit {before[key]['commit']}); use the same teacher."
+            )
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        value = tensors[key].detach().cpu().contiguous()
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,133 @@
+"""What a user writes: teachers by name, each a path, a [`Teacher`] or a pipeline; and what comes of one when it is
+loaded."""
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline, ModelMixin
+
+from ..config import check_types
+from ..errors import brief
+from ..files import name_or_path
+from ..policy import denoiser_name
+
+
+@dataclass
+class Teacher:
+    """
+    A specialist, as a user names it.
+
+    Args:
+        path (`str` or [`~diffusers.DiffusionPipeline`]):
+            Hub id or folder of a LoRA (PEFT or diffusers format), a denoiser or a pipeline; or a loaded pipeline.
+        id (`str`, *optional*):
+            What the `teacher_id` column calls it. Defaults to the last part of `path` and `subfolder` that is not
+            `"lora"`, `"transformer"` or `"unet"`.
+        subfolder, revision (`str`, *optional*):
+            Where in the repository, and which version of it.
+        weight_name (`str`, *optional*):
+            File name of a LoRA in diffusers format. Defaults to `pytorch_lora_weights.safetensors`, or to the only
+            safetensors file of a folder that holds nothing else of a teacher. Given, nothing else in the folder is
+            looked at.
+        guidance_scale (`float`, *optional*):
+            Its own guidance scale. Defaults to the student's.
+        call_kwargs (`dict`, *optional*):
+            Its own arguments of the pipeline's `__call__`, over the student's: another negative prompt, for example.
+    """
+
+    path: Any
+    id: str | None = None
+    subfolder: str | None = None
+    revision: str | None = None
+    weight_name: str | None = None
+    guidance_scale: float | None = None
+    call_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, in words."""
+        if not isinstance(self.path, (str, os.PathLike)):
+            return name_or_path(self.path) or f"a loaded {type(self.path).__name__}"
+        return "/".join(str(part) for part in (self.path, self.subfolder) if part)
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Its arguments of `__call__` over the student's."""
+        guidance = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
+        return {**self.call_kwargs, **guidance}
+
+
+@dataclass
+class LoadedTeacher:
+    """A teacher, ready to be asked: `pipeline` with `adapter` (`None`: as it is) of its denoiser active."""
+
+    id: str
+    spec: Teacher
+    pipeline: DiffusionPipeline
+    adapter: str | None
+    sha256: str
+    commit: str | None
+
+    @property
+    def denoiser(self) -> ModelMixin:
+        return getattr(self.pipeline, denoiser_name(self.pipeline))
+
+
+def name_teachers(teachers: Any) -> dict[str, Teacher]:
+    """One teacher, a sequence or a dict `{id: teacher}`, each a path, a [`Teacher`] or a pipeline, as teachers by
+    id.
+
+    Raises:
+        ValueError: for no teacher, an id that is blank or given twice, two ids for one teacher, or a field that
+            nobody would read.
+        TypeError: for anything that is none of the above, and fields of other types.
+    """
+    if isinstance(teachers, Mapping):
+        named = []
+        for key, value in teachers.items():
+            teacher = _as_teacher(value)
+            if teacher.id not in (None, key):
+                raise ValueError(f"the teacher under key {key!r} has another id, {teacher.id!r}; give it one name.")
+            teacher.id = key
+            named.append(teacher)
+    elif isinstance(teachers, Sequence) and not isinstance(teachers, str):
+        named = [_as_teacher(value) for value in teachers]
+    else:
+        named = [_as_teacher(teachers)]
+    if not named:
+        raise ValueError("`teachers` is empty; at least one teacher is needed.")
+    ids = []
+    for teacher in named:
+        if teacher.id is None:
+            parts = Path(teacher.source).parts if isinstance(teacher.path, (str, os.PathLike)) else ("teacher",)
+            teacher.id = next((p for p in reversed(parts) if p not in ("lora", "transformer", "unet")), "teacher")
+        check_types(teacher, f"teacher {teacher.id!r}: ")
+        if isinstance(teacher.path, DiffusionPipeline):
+            what, unread = "a loaded pipeline", ["subfolder", "revision", "weight_name"]
+        else:
+            what, unread = f"the folder {str(teacher.path)!r}", ["revision"] if os.path.isdir(teacher.path) else []
+        for name in unread:
+            if (value := getattr(teacher, name)) is not None:
+                raise ValueError(f"teacher {teacher.id!r}: {what} has no `{name}`, got {value!r}; leave it out.")
+        if not teacher.id.strip():
+            raise ValueError(f"the id of a teacher must not be blank, got {teacher.id!r} for {teacher.source!r}.")
+        ids.append(teacher.id)
+    if twice := sorted({i for i in ids if ids.count(i) > 1}):
+        raise ValueError(
+            f"teacher ids must be unique, but {twice} occurs more than once in {ids}; set `Teacher(..., id=...)`."
+        )
+    return dict(zip(ids, named, strict=True))
+
+
+def _as_teacher(value: Any) -> Teacher:
+    teacher = copy.copy(value) if isinstance(value, Teacher) else Teacher(value)
+    if not isinstance(teacher.path, (str, os.PathLike, DiffusionPipeline)):
+        raise TypeError(
+            "a teacher is a Hub id, a folder, a `Teacher` of one of these or a loaded pipeline, got "
+            f"{brief(teacher.path)}."
+        )
+    return teacher
