@@ -6,11 +6,9 @@ state it visits, the task's teacher says what it would have done there; the clos
 backpropagated at once. Rollout and gradient are one pass through the pipeline's own `__call__` (see policy.py).
 """
 
-import contextlib
 import copy
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,20 +27,13 @@ from . import objectives
 from .base_trainer import DiffusionTrainer, refuse_unread_columns, whole_cycles
 from .config import DiffusionOPDConfig, check_call_kwargs
 from .errors import one_sentence
-from .policy import Move, Visit, denoiser_name
+from .policy import Move, Visit
 from .queries import learnt_visits
 from .sampling import PROMPT, TEACHER, is_prompt, noise_generators, routed_dataset
 from .scheduler_proxy import Step
 from .startup import check_teacher
 from .student import load_student, whole_modules
-from .teachers import (
-    MANIFEST_NAME,
-    check_manifest,
-    load_teachers,
-    manifest_of,
-    name_teachers,
-    same_weights,
-)
+from .teachers import MANIFEST_NAME, Teachers, load_teachers, name_teachers
 
 logger = get_logger(__name__)
 
@@ -153,53 +144,21 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # In another dtype the same weights predict other numbers; and where they are placed they may be shards
-        copies = {
-            teacher.id
-            for teacher in loaded
-            if teacher.adapter is None and same_weights(getattr(teacher.pipeline, self.denoiser_name), self.model)
-        }
-        for teacher in loaded:
-            self._place(teacher.pipeline)
-        self.loaded_teachers = {teacher.id: teacher for teacher in loaded}
-        self.teachers = {
-            teacher.id: self.policy_of(teacher.pipeline, teacher.adapter, teacher.spec.overrides) for teacher in loaded
-        }
+        self.teachers = Teachers(
+            loaded,
+            self.policy_of,
+            student=self.model,
+            device=self.accelerator.device,
+            placement=args.teacher_placement,
+            shard=self.shard if self.shards_parameters else None,
+            engine=self.accelerator.distributed_type.value,
+            timing=partial(self.stopwatch.section, "placement"),
+        )
+        self.loaded_teachers = self.teachers.loaded
         self._micro_step = 0
-        self._check_parties(copies)
+        self._check_parties(self.teachers.copies)
         for denoiser in {self.model, *(teacher.denoiser for teacher in self.teachers.values())}:
             self._compile(denoiser)
-
-    # Where teachers wait
-
-    def _place(self, pipeline: DiffusionPipeline) -> None:
-        denoiser, placement = getattr(pipeline, denoiser_name(pipeline)), self.args.teacher_placement
-        for part in pipeline.components.values():
-            if isinstance(part, nn.Module) and not (part is denoiser is not self.model and placement == "cpu"):
-                part.to(self.accelerator.device)
-        if denoiser is self.model or placement != "sharded":
-            return
-        if not self.shards_parameters:
-            raise ValueError(
-                "`teacher_placement='sharded'` needs an engine that shards parameters (FSDP2 or ZeRO-3), and this run "
-                f"is {self.accelerator.distributed_type.value}; use 'cpu', or start it with such a config."
-            )
-        self.shard(denoiser)
-
-    @contextlib.contextmanager
-    def _present(self, task: str) -> Iterator[None]:
-        """The task's teacher is on the device."""
-        denoiser = self.teachers[task].denoiser
-        if self.args.teacher_placement != "cpu" or denoiser is self.model:
-            yield
-            return
-        with self.stopwatch.section("placement"):
-            denoiser.to(self.accelerator.device)
-        try:
-            yield
-        finally:
-            with self.stopwatch.section("placement"):
-                denoiser.to("cpu")
 
     def _check_parties(self, copies: set[str]) -> None:
         """Asks everybody once: refuses what does not fit, warns about a teacher with nothing to teach: the `copies` of
@@ -211,7 +170,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         self.student.timing = partial(self.stopwatch.section, "student")
         for key, teacher in self.teachers.items():
             teacher.timing = partial(self.stopwatch.section, "teacher")
-            with self._present(key):
+            with self.teachers.on_device(key):
                 source, dtype = self.loaded_teachers[key].spec.source, next(teacher.denoiser.parameters()).dtype
                 with one_sentence(
                     f"teacher {key!r} ({source}) of {dtype} cannot be asked at the student's states of shape "
@@ -237,10 +196,10 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         scale = 1 / (len(self.learnt) * self.current_gradient_accumulation_steps)
         losses = []
         with (
-            self._present(task),
+            self.teachers.on_device(task) as teacher,
             self._held_gradient_sync(model, len(self.learnt)) as release_sync,
             self.student.walk({PROMPT: prompts}, generators, self._move(generators), denoiser=model) as walk,
-            self.teachers[task].follow(walk) as follow,
+            teacher.follow(walk) as follow,
         ):
             for visit in learnt_visits(walk, self.learnt, before_last=release_sync):
                 with torch.no_grad():
@@ -354,9 +313,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     ) -> tuple[Tensor, Tensor]:
         losses, kls = [], []
         with (
-            self._present(task),
+            self.teachers.on_device(task) as teacher,
             self.student.walk({PROMPT: prompts}, generators, self._move(generators)) as walk,
-            self.teachers[task].follow(walk) as follow,
+            teacher.follow(walk) as follow,
         ):
             for visit in learnt_visits(walk, self.learnt):
                 loss, kl = self._divergence(visit, follow(visit))
@@ -370,12 +329,11 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            content = json.dumps(manifest_of(self.loaded_teachers.values()), indent=2)
-            Path(output_dir or self.args.output_dir, MANIFEST_NAME).write_text(content + "\n")
+            self.teachers.write_manifest(output_dir or self.args.output_dir)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if resume_from_checkpoint is not None:
-            check_manifest(resume_from_checkpoint, self.loaded_teachers.values())
+            self.teachers.check_manifest(resume_from_checkpoint)
         self._micro_step = 0
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
@@ -384,18 +342,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         return super()._published_names | {MANIFEST_NAME}
 
     def _card_fields(self) -> dict[str, Any]:
-        teachers = [
-            {
-                "id": key,
-                "source": teacher.spec.source,
-                "revision": teacher.commit or teacher.spec.revision,
-                "guidance_scale": self.teachers[key].call_kwargs.get("guidance_scale", "the pipeline's own"),
-            }
-            for key, teacher in self.loaded_teachers.items()
-        ]
         names = (
             "transition noise_level objective num_inference_steps timestep_fraction guidance_scale learning_rate "
             "per_device_train_batch_size gradient_accumulation_steps max_grad_norm ema_decay seed"
         ).split()
         settings = {name: getattr(self.args, name) for name in names} | {"transition": self.kernel.func.__name__}
-        return {"teachers": teachers, "settings": settings | self._run_settings()}
+        return {"teachers": self.teachers.card_rows(), "settings": settings | self._run_settings()}

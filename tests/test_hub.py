@@ -367,7 +367,7 @@ trainer = DiffusionOPDTrainer(
     peft_config=LoraConfig(r=2, target_modules=["to_q"]),
 )
 from diffusion_opd.teachers import manifest_of
-result = manifest_of(trainer.loaded_teachers.values())
+result = manifest_of(trainer.teachers.loaded.values())
 """
 
 

@@ -32,6 +32,10 @@ def manifest_of(teachers: Iterable[LoadedTeacher]) -> dict[str, Any]:
     return {"version": 1, "teachers": entries}
 
 
+def write_manifest(folder: str | os.PathLike, teachers: Iterable[LoadedTeacher]) -> None:
+    Path(folder, MANIFEST_NAME).write_text(json.dumps(manifest_of(teachers), indent=2) + "\n")
+
+
 def check_manifest(checkpoint: str | os.PathLike, teachers: Iterable[LoadedTeacher]) -> None:
     """Refuses to resume from a checkpoint that learnt from other teachers.
 
