@@ -481,6 +481,22 @@ class Walk(_Call):
         """The next visit, `None` at the end."""
         return self._leg(computes=True)
 
+    def visits(self, places: Sequence[int], before_last: Callable[[], Any] = lambda: None) -> Iterator[Visit]:
+        """The visits at these places, in rising order, under the caller's gradient mode; those between are walked
+        without gradient, those after the last are not walked. `before_last()` is called before the forward passes of
+        the last."""
+        while self.place <= places[-1]:
+            place = self.place
+            if place == places[-1]:
+                before_last()
+            with torch.set_grad_enabled(place in places and torch.is_grad_enabled()):
+                visit = self.advance()
+            if visit is None:
+                raise ValueError(f"a walk of {self.policy.name} ended after {place} of {places[-1] + 1} visits.")
+            if place in places:
+                yield visit
+            del visit  # and with it the graph, before the next one grows
+
     def jump(self, place: int) -> None:
         """Goes on to a visit with the empty denoiser and without moving: what a pipeline keeps between its steps is
         not what it would have been, but for what depends on their number alone."""

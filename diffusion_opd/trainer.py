@@ -28,7 +28,6 @@ from .base_trainer import DiffusionTrainer, refuse_unread_columns, whole_cycles
 from .config import DiffusionOPDConfig, check_call_kwargs
 from .errors import one_sentence
 from .policy import Move, Visit
-from .queries import learnt_visits
 from .sampling import PROMPT, TEACHER, is_prompt, noise_generators, routed_dataset
 from .scheduler_proxy import Step
 from .startup import check_teacher
@@ -201,7 +200,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             self.student.walk({PROMPT: prompts}, generators, self._move(generators), denoiser=model) as walk,
             teacher.follow(walk) as follow,
         ):
-            for visit in learnt_visits(walk, self.learnt, before_last=release_sync):
+            for visit in walk.visits(self.learnt, before_last=release_sync):
                 with torch.no_grad():
                     targets = follow(visit)  # what the specialist does at these very states
                 loss, kl = self._divergence(visit, targets)  # Eq. 10-12
@@ -317,7 +316,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             self.student.walk({PROMPT: prompts}, generators, self._move(generators)) as walk,
             teacher.follow(walk) as follow,
         ):
-            for visit in learnt_visits(walk, self.learnt):
+            for visit in walk.visits(self.learnt):
                 loss, kl = self._divergence(visit, follow(visit))
                 losses.append(loss)
                 kls.append(kl)

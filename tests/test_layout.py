@@ -15,11 +15,11 @@ TESTS = Path(__file__).parent
 
 # Lowest first; a module imports modules of lower layers only. Names are patterns, the first that fits counts.
 LAYERS = [
-    ["errors", "transitions", "checkpoints", "stopwatch", "sampling", "shards", "files", "paused", "inputs"],
+    ["errors", "transitions", "checkpoints", "stopwatch", "sampling", "shards", "files", "paused", "inputs", "queries"],
     ["objectives"],
     ["config"],
     ["scheduler_proxy", "encode_cache"],
-    ["policy", "queries"],
+    ["policy"],
     ["startup", "adapters"],
     ["teachers.spec"],
     ["teachers.locating", "teachers.compatible", "teachers.manifest"],
@@ -37,7 +37,7 @@ LAYERS = [
     ["__init__"],
 ]
 # Torch and nothing else: equations that are read, and tested, without a model
-PURE = {"transitions", "objectives", "rl.objectives"}
+PURE = {"transitions", "objectives", "queries", "rl.objectives"}
 
 
 def imports(source: str, package: str = "") -> Iterator[str]:
