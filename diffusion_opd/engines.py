@@ -46,7 +46,7 @@ def take_compilation(plugin: TorchDynamoPlugin, args: DiffusionConfig) -> dict[s
     denoiser itself: the arguments for [`compile_blocks`], or `None` if nothing is to be compiled.
 
     Raises:
-        ValueError: under ZeRO-3, whose graphs would break at each layer.
+        ValueError: under ZeRO-3, whose graphs would break at each layer; and for modes with CUDA graphs.
     """
     asked, backend = None, plugin.backend
     if args.torch_compile:
@@ -58,6 +58,12 @@ def take_compilation(plugin: TorchDynamoPlugin, args: DiffusionConfig) -> dict[s
         raise ValueError(
             "`torch_compile` does not work with ZeRO-3, whose hooks gather the weights of each layer within a block; "
             "leave it out, or use FSDP2."
+        )
+    if asked is not None and asked.get("mode") in ("reduce-overhead", "max-autotune"):
+        # A graph writes each answer where the last one was: a teacher's over the student's, whose gradient is to come
+        raise ValueError(
+            f"`torch_compile_mode={asked['mode']!r}` records CUDA graphs, which overwrite what the student predicted as "
+            "its teacher is asked; leave it out, or use 'max-autotune-no-cudagraphs'."
         )
     return asked
 

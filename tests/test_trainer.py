@@ -1094,6 +1094,17 @@ def test_compiling_under_zero3_is_refused(tmp_path):
     assert take_compilation(TorchDynamoPlugin(backend="no"), config(tmp_path)) is None
 
 
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_compiling_to_cuda_graphs_is_refused(tmp_path, mode):
+    """Which would write a teacher's answer where the student's prediction waits for its gradient."""
+    for settings, plugin in [
+        ({"torch_compile": True, "torch_compile_mode": mode}, TorchDynamoPlugin(backend="no")),
+        ({}, TorchDynamoPlugin(backend="inductor", mode=mode)),
+    ]:
+        with pytest.raises(ValueError, match=f"`torch_compile_mode='{mode}'` records CUDA graphs"):
+            take_compilation(plugin, config(tmp_path, **settings))
+
+
 def in_fp16(trainer: DiffusionOPDTrainer, scale: float) -> DiffusionOPDTrainer:
     """What accelerate does on a GPU. Only accelerate refuses a CPU; torch's autocast and loss scaler are there too."""
     trainer.args.fp16, accelerator = True, trainer.accelerator
