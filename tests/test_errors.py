@@ -176,12 +176,6 @@ def on_meta(pipe: DiffusionPipeline) -> DiffusionPipeline:
     return pipe
 
 
-OFFLOADED = (
-    r"StableDiffusion3Pipeline is offloaded: its \w+ has hooks that move it to and fro; build the pipeline without "
-)
-OFFLOADED += r"`enable_\*_offload\(\)` and `device_map`\.$"
-
-
 def without_a_tensor(folder: Path) -> None:
     tensors = load_file(folder / DENOISER)
     tensors.pop(min(tensors))
@@ -195,7 +189,7 @@ def poor(folder: Path, **entries: Any) -> None:
 
 TWO = {"a": "me/a", "b": "me/b"}
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-A_TEACHER = "a teacher is a Hub id, a folder, a `Teacher` of one of these or a loaded pipeline, got "
+OFFLOADED = "StableDiffusion3Pipeline is offloaded ... `enable_*_offload()` and `device_map`"
 
 
 def opd(**kwargs: Any) -> DiffusionOPDConfig:
@@ -214,96 +208,69 @@ class Late(TrainerCallback):
     """Handed over as a class, which Trainer takes, and as a function, which it does not."""
 
 
-# What the user wrote, given the world `w`; the type of the refusal; the whole sentence, or how it begins
+# What the user wrote, given the world `w`; the type of the refusal; what of the sentence tells them what to mend, with
+# ` ... ` for whatever stands between. Of what the docs quote, test_docs.py compares every word
 CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
     # Settings. Ranges of single fields: test_config.py, and the fuzz below
-    "text for a number": (
-        lambda w: opd(num_inference_steps="10"),
-        TypeError,
-        r"`num_inference_steps` must be a whole number, got '10'\.$",
-    ),
-    "a fraction of a step": (
-        lambda w: opd(num_inference_steps=9.5),
-        TypeError,
-        r"`num_inference_steps` .* got 9\.5\.$",
-    ),
-    "text for a switch": (lambda w: opd(bf16="false"), TypeError, r"`bf16` must be True or False or None, got 'false'"),
-    "one prompt for a list": (
-        lambda w: opd(image_prompts="a cat"),
-        TypeError,
-        r"`image_prompts` must be a list of texts or None, got 'a cat'\.$",
-    ),
+    "text for a number": (lambda w: opd(num_inference_steps="10"), TypeError, "`num_inference_steps` ... '10'"),
+    "a fraction of a step": (lambda w: opd(num_inference_steps=9.5), TypeError, "`num_inference_steps` ... 9.5"),
+    "text for a switch": (lambda w: opd(bf16="false"), TypeError, "`bf16` ... True or False ... 'false'"),
+    "one prompt for a list": (lambda w: opd(image_prompts="a cat"), TypeError, "`image_prompts` ... list ... 'a cat'"),
     "kwargs that are no dict": (
         lambda w: opd(model_init_kwargs=["revision"]),
         TypeError,
-        r"`model_init_kwargs` must be",
+        "`model_init_kwargs` ... dict ... ['revision']",
     ),
-    "kwargs that are no JSON": (lambda w: opd(call_kwargs="{'a': 1}"), ValueError, r"`call_kwargs` must be JSON where"),
-    "JSON of a list": (
-        lambda w: opd(call_kwargs="[1]"),
-        TypeError,
-        r"`call_kwargs` must be a dict, or JSON of one, got",
-    ),
-    "weights that are no JSON": (
-        lambda w: nft(reward_weights="[1,"),
-        ValueError,
-        r"`reward_weights` must be JSON where",
-    ),
-    "a weight for a list": (lambda w: nft(reward_weights=0.5), TypeError, r"`reward_weights` must be a list or"),
+    "kwargs that are no JSON": (lambda w: opd(call_kwargs="{'a': 1}"), ValueError, "`call_kwargs` ... JSON"),
+    "JSON of a list": (lambda w: opd(call_kwargs="[1]"), TypeError, "`call_kwargs` ... dict ... [1]"),
+    "weights that are no JSON": (lambda w: nft(reward_weights="[1,"), ValueError, "`reward_weights` ... JSON"),
+    "a weight for a list": (lambda w: nft(reward_weights=0.5), TypeError, "`reward_weights` ... list ... 0.5"),
     "a choice that is a list": (
         lambda w: grpo(scale_rewards=["group"]),
         TypeError,
-        r"`scale_rewards` must be text, got",
+        "`scale_rewards` ... text ... ['group']",
     ),
-    "an empty choice": (lambda w: grpo(transition=""), ValueError, r"`transition` must be one of \[.*\], got ''\.$"),
-    "guidance that is NaN": (lambda w: opd(guidance_scale=math.nan), ValueError, r"`guidance_scale` must be a finite"),
-    "endless noise": (
-        lambda w: grpo(noise_level=math.inf),
+    "an empty choice": (lambda w: grpo(transition=""), ValueError, "`transition` ... 'flow_sde' ... ''"),
+    "guidance that is NaN": (lambda w: opd(guidance_scale=math.nan), ValueError, "`guidance_scale` ... nan"),
+    "endless noise": (lambda w: grpo(noise_level=math.inf), ValueError, "`noise_level` ... inf"),
+    "a negative rate": (lambda w: opd(learning_rate=-1e-4), ValueError, "`learning_rate` ... at least 0 ... -0.0001"),
+    "a negative seed": (lambda w: opd(seed=-1), ValueError, "`seed` ... at least 0 ... -1"),
+    "a seed beyond numpy's": (lambda w: opd(seed=2**32), ValueError, "`seed` ... 2**32 ... 4294967296"),
+    "no batch": (
+        lambda w: opd(per_device_train_batch_size=0),
         ValueError,
-        r"`noise_level` must be a finite number, got inf",
+        "`per_device_train_batch_size` ... at least 1",
     ),
-    "a negative rate": (lambda w: opd(learning_rate=-1e-4), ValueError, r"`learning_rate` must be at least 0, got -0"),
-    "a negative seed": (lambda w: opd(seed=-1), ValueError, r"`seed` must be at least 0, got -1\.$"),
-    "a seed beyond numpy's": (
-        lambda w: opd(seed=2**32),
-        ValueError,
-        r"`seed` must be below 2\*\*32, got 4294967296\.$",
-    ),
-    "no batch": (lambda w: opd(per_device_train_batch_size=0), ValueError, r"`per_device_train_batch_size` must be at"),
     "no accumulation": (
         lambda w: opd(gradient_accumulation_steps=0),
         ValueError,
-        r"`gradient_accumulation_steps` must",
+        "`gradient_accumulation_steps` ... at least 1",
     ),
-    "a window of text": (
-        lambda w: grpo(sde_window_range=["a", 2]),
-        TypeError,
-        r"`sde_window_range` must be a list of wh",
-    ),
+    "a window of text": (lambda w: grpo(sde_window_range=["a", 2]), TypeError, "`sde_window_range` ... list ... 'a'"),
     "a file for all output": (
         lambda w: opd(output_dir=str(w.folder / "file")),
         ValueError,
-        r"`output_dir='(.*/file)'` cannot be a folder: '\2' is a file\.$",
+        "`output_dir=' ... /file' ... is a file",
     ),
     "a folder in a file": (
         lambda w: grpo(output_dir=str(w.folder / "file" / "out")),
         ValueError,
-        r"`output_dir='(.*/file)/out'` cannot be a folder: '\2' is a file\.$",
+        "`output_dir=' ... /file/out' ... /file' is a file",
     ),
     "a compiler of no name": (
         lambda w: opd(torch_compile_backend="tensor"),
         ValueError,
-        r"`torch_compile_backend` must be one of \[.*'inductor'.*\], got 'tensor'\.$",
+        "`torch_compile_backend` ... 'inductor' ... 'tensor'",
     ),
     "a compiler that accelerate spells otherwise": (
         lambda w: opd(torch_compile_backend="INDUCTOR"),
         ValueError,
-        r"`torch_compile_backend` must be one of \[.*'inductor'.*\], got 'INDUCTOR'\.$",
+        "`torch_compile_backend` ... 'inductor' ... 'INDUCTOR'",
     ),
     "the best by an unknown metric": (
         lambda w: w.opd(eval_dataset=PROMPTS, eval_strategy="epoch", metric_for_best_model="accuracy"),
         ValueError,
-        r"`metric_for_best_model` must be one of \['loss', 'kl', 'kl/.*'\], got 'accuracy'\.$",
+        "`metric_for_best_model` ... 'loss', 'kl', 'kl/ ... 'accuracy'",
     ),
     "the best by a teacher who is not asked": (
         lambda w: w.opd(
@@ -314,120 +281,110 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
             metric_for_best_model="eval_kl/b",
         ),
         ValueError,
-        r"`metric_for_best_model` must be one of \['loss', 'kl', 'kl/a'\], got 'eval_kl/b'\.$",
+        "`metric_for_best_model` ... ['loss', 'kl', 'kl/a'] ... 'eval_kl/b'",
     ),
     "the best by a loss of rewards": (
         lambda w: w.rl(eval_dataset=PROMPTS, eval_strategy="epoch", metric_for_best_model="loss"),
         ValueError,
-        r"`metric_for_best_model` must be one of \['reward', 'reward_std', 'rewards/brightness/mean', "
-        r"'rewards/brightness/std'\], got 'loss'\.$",
+        "`metric_for_best_model` ... 'reward' ... 'rewards/brightness/mean' ... got 'loss'",
     ),
     "args of another trainer": (
         lambda w: w.opd(args=grpo()),
         TypeError,
-        r"`args` must be a DiffusionOPDConfig, got Dif",
+        "`args` ... DiffusionOPDConfig ... DiffusionGRPOConfig",
     ),
     "args of transformers": (
         lambda w: w.opd(args=TrainingArguments("out")),
         TypeError,
-        r"`args` must be a DiffusionOPDCo",
+        "`args` ... DiffusionOPDConfig ... TrainingArguments",
     ),
-    "args that are a folder": (
-        lambda w: w.opd(args="out"),
-        TypeError,
-        r"`args` must be a DiffusionOPDConfig, got str\.$",
-    ),
+    "args that are a folder": (lambda w: w.opd(args="out"), TypeError, "`args` ... DiffusionOPDConfig ... str"),
     "args of distillation": (
         lambda w: w.rl(args=opd()),
         TypeError,
-        r"`args` must be a DiffusionGRPOConfig, got Diffusion",
+        "`args` ... DiffusionGRPOConfig ... DiffusionOPDConfig",
     ),
     # Data. Columns, prompts and tasks in every form: test_sampling.py
     "a capital": (
         lambda w: w.opd(data=rows(Prompt=["a"])),
         ValueError,
-        r"train_dataset has no column \['prompt'\], only \['Prompt'\]; is it 'Prompt'\? "
-        r"\(`dataset\.rename_column\('Prompt', 'prompt'\)`\)\.$",
+        "train_dataset ... ['prompt'] ... ['Prompt'] ... `dataset.rename_column('Prompt', 'prompt')`",
     ),
-    "another name": (lambda w: w.opd(data=rows(id=[1], caption=["a"])), ValueError, r".* is it 'caption'\?"),
-    "another name in a stream": (lambda w: w.opd(data=stream({"text": "a"})), ValueError, r".* is it 'text'\?"),
-    "a name that is not near": (lambda w: w.opd(data=rows(url=["a"])), ValueError, r"[^;]* only \['url'\]\.$"),
+    "another name": (lambda w: w.opd(data=rows(id=[1], caption=["a"])), ValueError, "['prompt'] ... is it 'caption'?"),
+    "another name in a stream": (
+        lambda w: w.opd(data=stream({"text": "a"})),
+        ValueError,
+        "['prompt'] ... is it 'text'?",
+    ),
+    "a name that is not near": (lambda w: w.opd(data=rows(url=["a"])), ValueError, "['prompt'], only ['url']."),
     "the teacher's name": (
         lambda w: w.opd(teachers=TWO, data=rows(prompt=["a"], teacher=["a"])),
         ValueError,
-        r".* no column \['teacher_id'\].*; is it 'teacher'\?",
+        "['teacher_id'] ... is it 'teacher'?",
     ),
     "ids that are numbers": (
         lambda w: w.opd(teachers=TWO, data=rows(prompt=["a"], teacher_id=[1])),
         ValueError,
-        r"the `teacher_id` column of train_dataset must hold text, got int64; rename it if it means something else\.$",
+        "`teacher_id` ... train_dataset ... text ... int64",
     ),
     "ids that are lists": (
         lambda w: w.opd(teachers=TWO, data=rows(prompt=["a"], teacher_id=[["a"]])),
         ValueError,
-        r"the `teacher_id` column of train_dataset must hold text, got List",
+        "`teacher_id` ... train_dataset ... text ... List",
     ),
     "a thousand ids": (
         lambda w: w.opd(teachers=TWO, data=rows(prompt=["a"] * 1000, teacher_id=[str(i) for i in range(1000)])),
         ValueError,
-        r".{,300} and 980 more, the teachers are \['a', 'b'\]\.$",
+        "and 980 more ... ['a', 'b']",
     ),
-    "an empty dict": (lambda w: w.opd(data={}), ValueError, r"train_dataset is an empty dict; leave it out, or give"),
-    "an empty dict to evaluate": (
-        lambda w: w.opd(eval_dataset={}),
-        ValueError,
-        r"eval_dataset is an empty dict; leave",
-    ),
-    "a list of rows": (
-        lambda w: w.opd(data=[{"prompt": "a"}]),
-        TypeError,
-        r"train_dataset must be a `Dataset`, an `Iter",
-    ),
+    "an empty dict": (lambda w: w.opd(data={}), ValueError, "train_dataset ... empty"),
+    "an empty dict to evaluate": (lambda w: w.opd(eval_dataset={}), ValueError, "eval_dataset ... empty"),
+    "a list of rows": (lambda w: w.opd(data=[{"prompt": "a"}]), TypeError, "train_dataset ... `Dataset` ... list"),
     "all splits": (
         lambda w: w.opd(data=DatasetDict(train=PROMPTS)),
         ValueError,
-        r"train_dataset is a DatasetDict of the",
+        "train_dataset ... DatasetDict ... ['train']",
     ),
     "all splits for rewards": (
         lambda w: w.rl(data=DatasetDict(train=PROMPTS, test=PROMPTS)),
         ValueError,
-        r"train_dataset is a DatasetDict of the splits \['train', 'test'\]; choose one",
+        "train_dataset ... DatasetDict ... ['train', 'test']",
     ),
-    "no rows": (lambda w: w.opd(data=rows(prompt=[])), ValueError, r"train_dataset is empty\.$"),
+    "no rows": (lambda w: w.opd(data=rows(prompt=[])), ValueError, "train_dataset is empty"),
     "an empty stream": (
         lambda w: w.opd().evaluate(stream().cast(Features({"prompt": Value("string")}))),
         ValueError,
-        r"eval_dataset is empty\.$",
+        "eval_dataset is empty",
     ),
     "an empty stream for rewards": (
         lambda w: w.rl().evaluate(stream().cast(Features({"prompt": Value("string")}))),
         ValueError,
-        r"eval_dataset is empty\.$",
+        "eval_dataset is empty",
     ),
     "a row without a prompt": (
         lambda w: w.opd(data=stream({"prompt": "a"}, {"prompt": "b"}, {"text": "c"})).train(),
         ValueError,
-        r"a prompt of the stream, for task '.*', must be text that is not empty, got None\.$",
+        "prompt of the stream ... must be text ... None",
     ),
     "an id of a stream that is a list": (
         lambda w: w.opd(teachers={"a": w.sd3, "b": w.sd3}, data=stream({"prompt": "x", "teacher_id": ["a"]})).train(),
         ValueError,
-        r"a prompt of the stream names task \['a'\]; the tasks are \['a', 'b'\]\.$",
+        "stream ... ['a'] ... ['a', 'b']",
     ),
     "a task column of numbers": (
         lambda w: w.rl(data=rows(prompt=["a", "b"], task=[1, 2])),
         ValueError,
-        r"the `task` column of train_dataset must hold text, got int64; rename it",
+        "`task` ... train_dataset ... text ... int64",
     ),
     "a task column with holes": (
         lambda w: w.rl(data=rows(prompt=["a", "b"], task=["x", None])),
         ValueError,
-        r"the `task` column of train_dataset has rows without a value; each row needs one\.$",
+        "`task` ... train_dataset ... without a value",
     ),
     "a column that rewards need": (
         lambda w: w.rl(funcs=lambda images, label: [1.0] * len(images)),
         ValueError,
-        r"the reward function 'lambda' needs \['label'\], but .* here \['task'\]\.$",
+        "'lambda' needs ['label'] ... ['task']",
     ),
     "a column that is hidden": (
         lambda w: w.rl(
@@ -436,179 +393,177 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
             remove_unused_columns=True,
         ),
         ValueError,
-        r"the reward function 'lambda' needs \['label'\]",
+        "'lambda' needs ['label']",
     ),
     "a column of pictures": (
         lambda w: w.rl(data=PROMPTS.add_column("images", ["x"] * 4)),
         ValueError,
-        r"the dataset's columns \['images'\] have names that reward functions know; rename them\.$",
+        "['images'] ... rename",
     ),
     # Teachers. Tensors that do not fit: test_teachers.py; repositories: test_hub.py
-    "a teacher that is a number": (lambda w: w.opd(teachers=5), TypeError, A_TEACHER + r"int: 5\.$"),
-    "a set of teachers": (lambda w: w.opd(teachers={"me/a"}), TypeError, A_TEACHER + r"set: \{'me/a'\}\.$"),
-    "a bare module": (lambda w: w.opd(teachers=w.sd3.vae), TypeError, A_TEACHER + r"AutoencoderKL: AutoencoderKL\("),
-    "a Teacher of nothing": (lambda w: w.opd(teachers=Teacher(None)), TypeError, A_TEACHER + r"NoneType: None\.$"),
+    "a teacher that is a number": (lambda w: w.opd(teachers=5), TypeError, "a teacher is ... `Teacher` ... int: 5"),
+    "a set of teachers": (
+        lambda w: w.opd(teachers={"me/a"}),
+        TypeError,
+        "a teacher is ... `Teacher` ... set: {'me/a'}",
+    ),
+    "a bare module": (lambda w: w.opd(teachers=w.sd3.vae), TypeError, "a teacher is ... `Teacher` ... AutoencoderKL"),
+    "a Teacher of nothing": (
+        lambda w: w.opd(teachers=Teacher(None)),
+        TypeError,
+        "a teacher is ... `Teacher` ... NoneType",
+    ),
     "a Teacher of a Teacher": (
         lambda w: w.opd(teachers=Teacher(Teacher("a"))),
         TypeError,
-        A_TEACHER + "Teacher: Teacher",
+        "a teacher is ... `Teacher` ... got Teacher",
     ),
-    "an id that is a number": (
-        lambda w: w.opd(teachers={1: "me/a"}),
-        TypeError,
-        r"teacher 1: `id` must be text or None, got 1\.$",
-    ),
-    "a blank id": (
-        lambda w: w.opd(teachers={" ": "me/a"}),
-        ValueError,
-        r"the id of a teacher must not be blank, got ' ' f",
-    ),
+    "an id that is a number": (lambda w: w.opd(teachers={1: "me/a"}), TypeError, "teacher 1 ... `id` ... text"),
+    "a blank id": (lambda w: w.opd(teachers={" ": "me/a"}), ValueError, "id of a teacher ... blank ... ' '"),
     "a subfolder that is a number": (
         lambda w: w.opd(teachers=Teacher("a", subfolder=1)),
         TypeError,
-        r"teacher .*`subfold",
+        "teacher ... `subfolder` ... 1",
     ),
     "a revision of a folder": (
         lambda w: w.opd(teachers=Teacher(w.lora, revision="v1")),
         ValueError,
-        r"teacher '.*': the folder '.*/lora' has no `revision`, got 'v1'; leave it out\.$",
+        "teacher ... /lora' ... `revision` ... 'v1'",
     ),
     "a file name of a loaded pipeline": (
         lambda w: w.opd(teachers=Teacher(w.sd3, weight_name="style.safetensors")),
         ValueError,
-        r"teacher 'teacher': a loaded pipeline has no `weight_name`, got 'style\.safetensors'; leave it out\.$",
+        "teacher 'teacher' ... loaded pipeline ... `weight_name` ... 'style.safetensors'",
     ),
     "guidance that is text": (
         lambda w: w.opd(teachers=Teacher("a", guidance_scale="4")),
         TypeError,
-        r"teacher 'a': `guid",
+        "teacher 'a' ... `guidance_scale` ... '4'",
     ),
     "a teacher's guidance that is NaN": (
         lambda w: w.opd(teachers=Teacher("a", guidance_scale=math.nan)),
         ValueError,
-        r"teacher 'a': `guidance_scale` must be a finite number, got nan\.$",
+        "teacher 'a' ... `guidance_scale` ... nan",
     ),
     "call_kwargs that are None": (
         lambda w: w.opd(teachers=Teacher("a", call_kwargs=None)),
         TypeError,
-        r"teacher 'a': `ca",
+        "teacher 'a' ... `call_kwargs` ... None",
     ),
     "a file for a folder": (
         lambda w: w.opd(teachers=str(w.folder / "file")),
         ValueError,
-        r"teacher 'file': '.*/file' is a file; give its folder, and its name as `weight_name`\.$",
+        "teacher 'file' ... /file' is a file ... `weight_name`",
     ),
     "an empty folder": (
         lambda w: w.opd(teachers=str(w.folder / "empty")),
         ValueError,
-        r"teacher 'empty': '.*' holds no pipeline .*, no denoiser .* and no LoRA .*; check `path`, `subfolder` and",
+        "teacher 'empty' ... no pipeline ... no denoiser ... no LoRA ... `path`, `subfolder`",
     ),
     "a file name beside a LoRA": (
         lambda w: w.opd(teachers=Teacher(w.lora, weight_name="style.safetensors")),
         ValueError,
-        r"teacher 'lora|teacher '.*': .* no LoRA \(adapter_config\.json or style\.safetensors\)",
+        "teacher ... /lora' ... no LoRA ... style.safetensors",
     ),
     "a file name beside a pipeline": (
         lambda w: w.opd(teachers=Teacher(w.pipeline, weight_name="style.safetensors")),
         ValueError,
-        r"teacher 'pipeline': .* no LoRA \(adapter_config\.json or style\.safetensors\)",
+        "teacher 'pipeline' ... no LoRA ... style.safetensors",
     ),
     "a LoRA of another family": (
         lambda w: w.opd(teachers=str(save_peft(w.folder / "of_flux", "flux"))),
         ValueError,
-        r"teacher 'of_flux': the LoRA '.*' was made for another model than the student's SD3Transformer2DModel: it "
-        r"adapts single_transformer_blocks\.0\.attn\.to_k, which is not there by that name\.$",
+        "teacher 'of_flux' ... SD3Transformer2DModel ... single_transformer_blocks.0.attn.to_k",
     ),
     "a pipeline of another family": (
         lambda w: w.opd(teachers=BUILDERS["sd15"](1)),
         ValueError,
-        r"teacher 'teacher' \(a loaded StableDiffusionPipeline\) has a VAE of scaling_factor .*; they must be the same",
+        "teacher 'teacher' ... StableDiffusionPipeline ... VAE ... scaling_factor",
     ),
     "another method of PEFT": (
         lambda w: w.opd(teachers=w.copy("lora", lambda f: poor(f, peft_type="IA3"))),
         ValueError,
-        r"teacher '.*': '.*' is of PEFT's type 'IA3', not a LoRA\.$",
+        "teacher ... 'IA3' ... not a LoRA",
     ),
     "a negative rank": (
         lambda w: w.opd(teachers=w.copy("lora", lambda f: poor(f, r=-4))),
         ValueError,
-        r"teacher '.*': the LoRA '.*' does not fit the student's SD3Transformer2DModel: `r` should be",
+        "teacher ... LoRA ... does not fit ... SD3Transformer2DModel ... -4",
     ),
     "a pointer for a config": (
         lambda w: w.opd(teachers=w.copy("lora", lambda f: (f / CONFIG).write_text(POINTER))),
         ValueError,
-        r"teacher '.*': adapter_config\.json of '.*' is no JSON object; is it a git-lfs pointer, or a download that",
+        "teacher ... adapter_config.json ... no JSON object ... git-lfs",
     ),
     "a config that is a list": (
         lambda w: w.opd(teachers=w.copy("lora", lambda f: (f / CONFIG).write_text("[]"))),
         ValueError,
-        r"teacher '.*': adapter_config\.json of '.*' is no JSON object",
+        "teacher ... adapter_config.json ... no JSON object",
     ),
     "half a LoRA": (
         lambda w: w.opd(teachers=w.copy("lora", lambda f: halve(f / WEIGHTS))),
         ValueError,
-        r"teacher '.*': adapter_model\.safetensors of '.*' is no safetensors file \(is it a pickle, a git-lfs pointer",
+        "teacher ... adapter_model.safetensors ... no safetensors file ... git-lfs",
     ),
     "a pointer for a LoRA": (
         lambda w: w.opd(teachers=w.copy("lora", lambda f: (f / WEIGHTS).write_text(POINTER))),
         ValueError,
-        r"teacher '.*': adapter_model\.safetensors of '.*' is no safetensors file",
+        "teacher ... adapter_model.safetensors ... no safetensors file ... git-lfs",
     ),
     "NaN in a LoRA": (
         lambda w: w.opd(teachers=w.copy("lora", lambda f: with_nan(f, WEIGHTS))),
         ValueError,
-        r"teacher '.*' \(.*\) of .*cannot be asked .*: StableDiffusion3Pipeline predicts NaN or infinity at step 0",
+        "teacher ... NaN or infinity at step 0",
     ),
     "half a pipeline": (
         lambda w: w.opd(teachers=w.copy("pipeline", lambda f: halve(f / DENOISER))),
         ValueError,
-        r"teacher '.*': '.*' cannot be loaded as a SD3Transformer2DModel: Unable",
+        "teacher ... cannot be loaded as a SD3Transformer2DModel: ",
     ),
     "a pointer in a pipeline": (
         lambda w: w.opd(teachers=w.copy("pipeline", lambda f: (f / DENOISER).write_text(POINTER))),
         ValueError,
-        r"teacher '.*': .* git-lfs",
+        "teacher ... cannot be loaded as a SD3Transformer2DModel: ",
     ),
     "a broken index": (
         lambda w: w.opd(teachers=w.copy("pipeline", lambda f: (f / "model_index.json").write_text("{"))),
         ValueError,
-        r"teacher '.*': model_index\.json of '.*' is no JSON object",
+        "teacher ... model_index.json ... no JSON object",
     ),
     "an index of unknown classes": (
         lambda w: w.opd(teachers=w.copy("pipeline", with_index(transformer=["diffusers", "Own2DModel"]))),
         ValueError,
-        r"teacher '.*': the transformer of '.*' is a Own2DModel, which this version of diffusers has not",
+        "teacher ... transformer ... Own2DModel ... version of diffusers",
     ),
     "a pipeline in pickles": (
         lambda w: w.opd(teachers=w.copy("pipeline", lambda f: as_pickle(f / DENOISER))),
         ValueError,
-        r"teacher '.*': '.*' cannot be loaded as a SD3Transformer2DModel \(only safetensors are read; if you trust "
-        r"pickles, load the pipeline yourself and give it\): Error no file named",
+        "teacher ... cannot be loaded as a SD3Transformer2DModel ... only safetensors ... pickles",
     ),
     "a quantised pipeline": (
         lambda w: w.opd(teachers=w.copy("pipeline", quantised)),
         ValueError,
-        r"teacher '.*': '.*' cannot be loaded as a SD3Transformer2DModel: Unknown quantization type, got own",
+        "teacher ... cannot be loaded as a SD3Transformer2DModel: ... own",
     ),
     "a pipeline of an unknown class": (
         lambda w: w.opd(teachers=w.copy("pipeline", with_index(_class_name="OwnPipeline"))),
         ValueError,
-        r"teacher '.*': '.*' cannot be loaded as a pipeline: .*OwnPipeline",
+        "teacher ... cannot be loaded as a pipeline: ... OwnPipeline",
     ),
     "a pipeline without a scheduler": (
         lambda w: w.opd(teachers=w.copy("pipeline", lambda f: shutil.rmtree(f / "scheduler"))),
         ValueError,
-        r"teacher '.*': '.*' cannot be loaded as a pipeline: .*scheduler_config\.json",
+        "teacher ... cannot be loaded as a pipeline: ... scheduler",
     ),
     "a pipeline without a tokenizer": (
         lambda w: w.opd(teachers=w.copy("pipeline", lambda f: shutil.rmtree(f / "tokenizer"))),
         ValueError,
-        r"teacher '.*'",
+        "teacher 'copy_",
     ),
     "a text encoder for a denoiser": (
         lambda w: w.opd(teachers=Teacher(w.pipeline, subfolder="text_encoder")),
         ValueError,
-        r"teacher 'text_encoder': '.*' is a \['CLIPTextModelWithProjection'\], but the student's StableDiffusion3Pip",
+        "teacher 'text_encoder' ... ['CLIPTextModelWithProjection'] ... StableDiffusion3Pipeline",
     ),
     "a broken denoiser's config": (
         lambda w: w.opd(
@@ -617,64 +572,60 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
             )
         ),
         ValueError,
-        r"teacher '.*': config\.json of '.*' is no JSON object",
+        "teacher ... config.json ... no JSON object",
     ),
     # The student
     "a student that is nowhere": (
         lambda w: w.opd(model=str(w.folder / "gone")),
         ValueError,
-        r"the student '.*/gone' is neither a folder nor the id of a repository on the Hub\.$",
+        "student ... /gone' ... neither a folder nor ... Hub",
     ),
     "a student that is not in the cache": (
         lambda w: w.opd(model="me/gone"),
         ValueError,
-        r"the student 'me/gone' is no folder, is not in the local cache, and the Hub cannot be asked \(is this offline",
+        "student 'me/gone' ... cache ... offline",
     ),
-    "a student of no name": (lambda w: w.opd(model=""), ValueError, r"the student '' is neither a folder nor the id"),
-    "a student that is a module": (
-        lambda w: w.opd(model=w.sd3.vae),
-        TypeError,
-        r"`model` must be a Hub id, a folder or a",
-    ),
+    "a student of no name": (lambda w: w.opd(model=""), ValueError, "student '' ... neither a folder nor ... Hub"),
+    "a student that is a module": (lambda w: w.opd(model=w.sd3.vae), TypeError, "`model` ... folder ... AutoencoderKL"),
     "a student that is a LoRA": (
         lambda w: w.opd(model=w.lora),
         ValueError,
-        r"the student '.*' holds no pipeline \(model_i",
+        "student ... no pipeline ... model_index.json",
     ),
     "a revision of the student's folder": (
         lambda w: w.opd(model_init_kwargs={"revision": "v1"}),
         ValueError,
-        r"the student '.*/base' is a folder and has no revision 'v1'; leave it out of `model_init_kwargs`\.$",
+        "student ... /base' ... no revision 'v1' ... `model_init_kwargs`",
     ),
     "half a student": (
         lambda w: w.opd(model=w.copy("base", lambda f: halve(f / DENOISER))),
         ValueError,
-        r"the student '.*' cannot be loaded: Unable to load weights",
+        "student ... cannot be loaded: ",
     ),
     "a student that lacks a tensor": (
         lambda w: w.opd(model=w.copy("base", without_a_tensor)),
         ValueError,
-        r"the student '.*' lacks 1 tensors of its transformer, e\.g\. context_embedder\.bias; are its files",
+        "student ... lacks 1 tensors of its transformer ... context_embedder.bias",
     ),
     "a quantised student": (
         lambda w: w.opd(model=w.copy("base", quantised)),
         ValueError,
-        r"the student '.*' cannot be loaded: Unknown quantization type, got own",
+        "student ... cannot be loaded: ... own",
     ),
     "a quantisation that is no config": (
         lambda w: w.opd(model_init_kwargs={"quantization_config": {"load_in_4bit": True}}),
         ValueError,
-        r"the student '.*' cannot be loaded: .*PipelineQuantizationConfig",
+        "student ... cannot be loaded: ... PipelineQuantizationConfig",
     ),
     "a student of an unknown class": (
         lambda w: w.opd(model=w.copy("base", with_index(_class_name="OwnPipeline"))),
         ValueError,
-        r"the student '.*' cannot be loaded: .*OwnPipeline",
+        "student ... cannot be loaded: ... OwnPipeline",
     ),
     "an empty part of a loaded student": (
         lambda w: w.opd(model=on_meta(BUILDERS["sd3"](0))),
         ValueError,
-        r"the student 'StableDiffusion3Pipeline' lacks 116 tensors of its vae, e\.g\. encoder\.conv_in\.weight; are",
+        "student 'StableDiffusion3Pipeline' lacks ... tensors of its vae",
     ),
     **{
         f"a student under {how}": (lambda w, how=how: w.opd(model=offloaded(how)), ValueError, OFFLOADED)
@@ -684,132 +635,119 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
         f"a teacher under {how}": (
             lambda w, how=how: w.opd(teachers=offloaded(how)),
             ValueError,
-            f"teacher 'teacher': {OFFLOADED}",
+            f"teacher 'teacher' ... {OFFLOADED}",
         )
         for how in ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
     },
     "a pipeline without seams for a teacher": (
         lambda w: w.opd(teachers=DDPMPipeline(UNet2DModel(4, block_out_channels=(32,) * 4), DDIMScheduler())),
         ValueError,
-        r"teacher 'teacher': DDPMPipeline lacks a seam that on-policy distillation needs: it has no `encode_prompt`\.$",
+        "teacher 'teacher' ... DDPMPipeline ... `encode_prompt`",
     ),
     "a size that the student does not draw": (
         lambda w: w.opd(call_kwargs={"height": 17}),
         ValueError,
-        r"StableDiffusion3Pipeline fails in its own `__call__`: `height` and `width` .* but are 17 and ",
+        "StableDiffusion3Pipeline ... `__call__` ... 17",
     ),
     "a student of pictures": (
         lambda w: w.rl(model=StableDiffusion3Img2ImgPipeline(**BUILDERS["sd3"](0).components)),
         ValueError,
-        r"StableDiffusion3Img2ImgPipeline fails in its own `__call__`: .*; it may need \['image'\]: give one for the "
-        r"whole run, `call_kwargs=\{'image': \.\.\.\}`, or use a pipeline of text alone$",
+        "StableDiffusion3Img2ImgPipeline ... ['image'] ... `call_kwargs={'image': ...}`",
     ),
     "a teacher of pictures": (
         lambda w: w.opd(teachers=StableDiffusion3Img2ImgPipeline(**BUILDERS["sd3"](1).components)),
         ValueError,
-        r"teacher 'teacher' \(.*\) of .* cannot be asked .*: StableDiffusion3Img2ImgPipeline fails in its own .*or use",
+        "teacher 'teacher' ... StableDiffusion3Img2ImgPipeline ... ['image']",
     ),
     "NaN in the student": (
         lambda w: w.opd(model=w.copy("base", with_nan)),
         ValueError,
-        r"StableDiffusion3Pipeline predicts NaN or infinity at step 0: its transformer holds such numbers",
+        "StableDiffusion3Pipeline ... NaN or infinity at step 0 ... transformer",
     ),
     "a dtype that is a number": (
         lambda w: w.opd(model_init_kwargs={"dtype": 16}),
         ValueError,
-        r"`model_init_kwargs`: dtype 16 is none of torch's, e\.g\. 'bfloat16'\.$",
+        "`model_init_kwargs` ... dtype 16 ... 'bfloat16'",
     ),
     "a variant that is not there": (
         lambda w: w.opd(model_init_kwargs={"variant": "fp16"}),
         ValueError,
-        r"the student '.*' cannot be loaded: .*variant",
+        "student ... cannot be loaded: ... variant",
     ),
     # What is trained, and with what
-    "a dict for a LoRA": (
-        lambda w: w.opd(peft_config={"r": 4}),
-        TypeError,
-        r"`peft_config` must be a `LoraConfig` or None \(train in full\), got dict: \{'r': 4\}\.$",
-    ),
+    "a dict for a LoRA": (lambda w: w.opd(peft_config={"r": 4}), TypeError, "`peft_config` ... `LoraConfig` ... dict"),
     "another method for the student": (
         lambda w: w.opd(peft_config=IA3Config(target_modules=["to_q"], feedforward_modules=[])),
         TypeError,
-        r"`peft_config` must be a `LoraConfig` .* got IA3Config: ",
+        "`peft_config` ... `LoraConfig` ... IA3Config",
     ),
     "no target modules": (
         lambda w: w.opd(model=BUILDERS["sd3"](0), peft_config=lora(target_modules=None)),
         ValueError,
-        r"`peft_config` names no `target_modules`; give some, e\.g\. \['to_q', 'to_k', 'to_v', 'to_out\.0'\]\.$",
+        "`peft_config` ... `target_modules` ... ['to_q', 'to_k', 'to_v', 'to_out.0']",
     ),
     "target modules of another family": (
         lambda w: w.opd(model=BUILDERS["sd3"](0), peft_config=lora(target_modules=["q_proj"])),
         ValueError,
-        r"`peft_config` does not fit SD3Transformer2DModel: .*q_proj.*not found",
+        "`peft_config` ... SD3Transformer2DModel ... q_proj",
     ),
     "a rank that is text": (
         lambda w: w.opd(model=BUILDERS["sd3"](0), peft_config=lora(r="4")),
         ValueError,
-        r"`peft_config` does not fit SD3Transformer2DModel: ",
+        "`peft_config` ... SD3Transformer2DModel",
     ),
     "a callback that is a name": (
         lambda w: w.opd(callbacks=["early"]),
         TypeError,
-        r"`callbacks` must be a list of `TrainerCallback`s, got list: \['early'\]\.$",
+        "`callbacks` ... list of `TrainerCallback`s ... ['early']",
     ),
-    "one callback for a list": (lambda w: w.opd(callbacks=Late()), TypeError, r"`callbacks` must be a list of `Trai"),
+    "one callback for a list": (
+        lambda w: w.opd(callbacks=Late()),
+        TypeError,
+        "`callbacks` ... list of `TrainerCallback`s ... Late",
+    ),
     "an optimizer for a pair": (
         lambda w: w.opd(optimizers=torch.optim.SGD([torch.zeros(1)])),
         TypeError,
-        r"`optimizers` must be a pair of an optimizer and a scheduler, each of which may be None, got SGD: SGD",
+        "`optimizers` ... pair ... SGD",
     ),
     "an optimizer that is a class": (
         lambda w: w.opd(optimizers=(torch.optim.SGD, None)),
         TypeError,
-        r"`optimizers` must",
+        "`optimizers` ... pair",
     ),
-    "one in a pair": (lambda w: w.opd(optimizers=(None,)), TypeError, r"`optimizers` must be a pair"),
+    "one in a pair": (lambda w: w.opd(optimizers=(None,)), TypeError, "`optimizers` ... pair"),
     "an optimizer of something else": (
         lambda w: (lambda base: w.opd(model=base, optimizers=(torch.optim.SGD(base.transformer.parameters()), None)))(
             BUILDERS["sd3"](0)
         ),
         ValueError,
-        r"the optimizer in `optimizers` holds \d+ parameters, none of which the student trains \(a LoRA is added here",
+        "`optimizers` ... parameters, none of which the student trains",
     ),
     # Rewards. What they return: test_rewards.py
-    "no reward": (
-        lambda w: w.rl(funcs=None),
-        TypeError,
-        r"`reward_funcs`: a reward function is called .* got NoneType",
-    ),
-    "a reward by name": (
-        lambda w: w.rl(funcs="clip"),
-        TypeError,
-        r"`reward_funcs`: a reward function .* got str: 'clip'",
-    ),
+    "no reward": (lambda w: w.rl(funcs=None), TypeError, "`reward_funcs` ... NoneType"),
+    "a reward by name": (lambda w: w.rl(funcs="clip"), TypeError, "`reward_funcs` ... 'clip'"),
     "a reward that is short": (
         lambda w: w.rl(funcs=lambda images: {"a" * 500: 1.0}).train(),
         ValueError,
-        r"the reward function 'lambda' must return a list of 4 rewards, got dict: .{,100}$",
+        "'lambda' ... 4 rewards ... dict",
     ),
-    "weights of two for one": (
-        lambda w: w.rl(reward_weights=[1.0, 2.0]),
-        ValueError,
-        r"`reward_weights` holds 2 numbers",
-    ),
+    "weights of two for one": (lambda w: w.rl(reward_weights=[1.0, 2.0]), ValueError, "`reward_weights` ... 2"),
     # Going on
     "a checkpoint that is not there": (
         lambda w: w.opd().train(resume_from_checkpoint=str(w.folder / "gone")),
         ValueError,
-        r".*/gone is no whole checkpoint: it has no readable trainer_state\.json; `resume_from_checkpoint=True` takes",
+        "/gone is no whole checkpoint ... trainer_state.json ... `resume_from_checkpoint=True`",
     ),
     "a LoRA for a checkpoint": (
         lambda w: w.rl().train(resume_from_checkpoint=str(w.lora)),
         ValueError,
-        r".*/lora is no whole checkpoint: it has no readable trainer_state\.json",
+        "/lora is no whole checkpoint ... trainer_state.json",
     ),
     "weights that are nowhere": (
         lambda w: w.opd().load_weights(w.folder / "gone"),
         ValueError,
-        r".*/gone does not hold this student: pytorch_lora_weights\.safetensors cannot be read \(",
+        "/gone does not hold this student ... pytorch_lora_weights.safetensors",
     ),
 }
 
@@ -821,8 +759,8 @@ def world(tmp_path_factory) -> World:
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_sentence(case: str, world: World):
-    write, kind, sentence = CASES[case]
-    with pytest.raises(kind, match=f"^({sentence})") as refusal:
+    write, kind, words = CASES[case]
+    with pytest.raises(kind, match=".*".join(re.escape(word) for word in words.split(" ... "))) as refusal:
         write(world)
     assert_is_ours(refusal.value)
 
