@@ -10,7 +10,6 @@ import contextlib
 import copy
 import json
 import os
-import re
 import shutil
 import textwrap
 import time
@@ -27,15 +26,12 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import FrozenDict
-from diffusers.training_utils import EMAModel, _collate_lora_metadata
+from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCard, ModelCardData
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback
@@ -48,19 +44,27 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from .adapters import STUDENT_ADAPTER
-from .checkpoints import give_ordinary_mode, last_checkpoint, remove_half_written, seal, unseal, what_is_torn
+from .checkpoints import (
+    give_ordinary_mode,
+    is_checkpoint,
+    last_checkpoint,
+    remove_half_written,
+    seal,
+    unseal,
+    what_is_torn,
+)
 from .config import DiffusionConfig, computes_in_bf16
 from .encode_cache import EncodeCache
 from .engines import compile_blocks, settle_fsdp, take_compilation
 from .errors import brief, one_sentence
 from .files import LORA_NAME
 from .inputs import sample_arguments
-from .policy import Policy, denoiser_name, tuner_layers
+from .policy import Policy, denoiser_name
 from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, columns_of, is_prompt, seed_of
 from .scheduler_proxy import is_flow
-from .shards import local_shards, reshard, shards_changed, zero3_unseen
 from .startup import check_student, sees_the_end
 from .stopwatch import Stopwatch
+from .student import Student
 from .transitions import TRANSITIONS, BoundKernel
 
 logger = get_logger(__name__)
@@ -202,10 +206,9 @@ class DiffusionTrainer(_BaseTrainer):
     _section = "student"  # of the stopwatch: where the student's time goes
 
     def __init__(self, pipeline: DiffusionPipeline, args: DiffusionConfig, tasks: Sequence[str], **kwargs: Any):
-        self.pipeline, self.tasks = pipeline, list(tasks)
-        self.denoiser_name = denoiser_name(pipeline)
-        model = getattr(pipeline, self.denoiser_name)
-        self.trains_lora = bool(tuner_layers(model)) and STUDENT_ADAPTER in model.peft_config
+        self.student, self.tasks = Student(pipeline), list(tasks)
+        self.pipeline, self.denoiser_name = pipeline, self.student.denoiser_name
+        self.trains_lora, model = self.student.trains_lora, self.student.denoiser
         model._internal_dict = _Config(model._internal_dict)
         if args.activation_checkpointing:
             if args.activation_checkpointing_kwargs not in (None, {"use_reentrant": False}):
@@ -244,11 +247,11 @@ class DiffusionTrainer(_BaseTrainer):
                 part.to(device)
         self.stopwatch = Stopwatch(device)
         self.cache = EncodeCache(partial(self.stopwatch.section, "encode"))
-        self.student = self.policy_of(pipeline)
+        self.student.policy = self.policy_of(pipeline)
         self._check_began = time.perf_counter()
         prompts = self._first_prompts()
         logger.warning(f"Checking that this run fits together, on a batch of {len(prompts)}.")
-        self.checked = check_student(self.student, {PROMPT: prompts}, args.timestep_fraction)
+        self.checked = check_student(self.student.policy, {PROMPT: prompts}, args.timestep_fraction)
         self._freeze_unused()
         self._warn_of_cut_prompts(len(prompts))
         given = {id(p) for group in getattr(self.optimizer, "param_groups", ()) for p in group["params"]}
@@ -286,16 +289,11 @@ class DiffusionTrainer(_BaseTrainer):
     @property
     def trainable_parameters(self) -> list[nn.Parameter]:
         """As they are now: FSDP puts others in their place."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return self.student.trainable_parameters
 
-    @contextlib.contextmanager
-    def trained_shards(self) -> Iterator[list[nn.Parameter]]:
+    def trained_shards(self) -> contextlib.AbstractContextManager[list[nn.Parameter]]:
         """What this process holds of the trained parameters, to be read and written. Entered on every process."""
-        reshard(self.model)
-        parameters = self.trainable_parameters
-        with zero3_unseen():
-            yield local_shards(parameters)
-        shards_changed(parameters)
+        return self.student.trained_shards()
 
     def shard(self, denoiser: nn.Module) -> None:
         """Shards a frozen denoiser as the engine does the trained one, if it has not yet."""
@@ -365,7 +363,7 @@ class DiffusionTrainer(_BaseTrainer):
         if not isinstance(self.train_dataset, Dataset) or set(encoders) <= {self.denoiser_name, "vae"}:
             return
         longest = max(self.train_dataset[PROMPT], key=len).rstrip()
-        if not sees_the_end(self.student, longest, count):
+        if not sees_the_end(self.student.policy, longest, count):
             logger.warning(
                 f"The longest prompt of train_dataset, {textwrap.shorten(longest, 60)!r} of {len(longest)} characters, "
                 f"is cut: {type(self.pipeline).__name__} does not see its end. Raise `max_sequence_length` in "
@@ -756,7 +754,7 @@ class DiffusionTrainer(_BaseTrainer):
         weights."""
         output_dir = output_dir or self.args.output_dir
         with self.ema_weights():
-            self._save(output_dir, self._gathered_state())
+            self._save(output_dir, self.student.gathered_state(self.is_fsdp_enabled, self.deepspeed))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         if self.ema is not None and is_checkpoint(output_dir):
@@ -792,42 +790,11 @@ class DiffusionTrainer(_BaseTrainer):
         stem, rank, world = Path(name).stem, self.accelerator.process_index, self.accelerator.num_processes
         return f"{stem}_{rank}_of_{world}.safetensors"
 
-    def _gathered_state(self) -> dict[str, Any] | None:
-        """The weights of a sharded student (of a LoRA the trained ones alone; Trainer would gather the frozen backbone
-        too), whole on the first process, called on all; `None` if they are not sharded."""
-        if self.is_fsdp_enabled:
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=self.trains_lora)
-            return get_model_state_dict(self.model, options=options)
-        if hf_deepspeed.is_deepspeed_zero3_enabled() and self.deepspeed is not None:
-            return self.deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=self.trains_lora)
-        return None
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
         output_dir = output_dir or self.args.output_dir
-        os.makedirs(output_dir, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model)
-        if self.trains_lora:
-            layers = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=STUDENT_ADAPTER)
-            # Without the metadata a reload would take lora_alpha = r
-            metadata = _collate_lora_metadata({self.denoiser_name: model})
-            type(self.pipeline).save_lora_weights(
-                output_dir, **{f"{self.denoiser_name}_lora_layers": layers}, **metadata
-            )
-        else:
-            # `ModelMixin.save_pretrained` takes no state dict
-            if state_dict is not None:
-                model.state_dict = lambda *args, **kwargs: state_dict
-            try:
-                if is_checkpoint(output_dir):
-                    model.save_pretrained(os.path.join(output_dir, self.denoiser_name))
-                else:
-                    self.pipeline.save_pretrained(output_dir)
-            finally:
-                model.__dict__.pop("state_dict", None)
-        folders = [Path(output_dir, name) for name in self.pipeline.components]
-        give_ordinary_mode(Path(output_dir, LORA_NAME), *(file for f in folders for file in f.glob("*.safetensors")))
+        self.student.save(output_dir, state_dict)
         torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -888,29 +855,7 @@ class DiffusionTrainer(_BaseTrainer):
         Raises:
             ValueError: if a file cannot be read, or a tensor is missing, unexpected or of another shape.
         """
-        path = Path(folder)
-        files = [path / LORA_NAME] if self.trains_lora else sorted((path / self.denoiser_name).glob("*.safetensors"))
-        state: dict[str, Tensor] = {}
-        try:
-            for file in files:
-                state |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{folder} does not hold this student: {file.name} cannot be read ({error}).") from error
-        if self.trains_lora:
-            state = {key.removeprefix(f"{self.denoiser_name}."): value for key, value in state.items()}
-            expected = get_peft_model_state_dict(self.model, adapter_name=STUDENT_ADAPTER)
-        else:
-            expected = self.model.state_dict()
-        wrong = expected.keys() ^ state.keys() or {k for k in expected if expected[k].shape != state[k].shape}
-        if wrong:
-            raise ValueError(
-                f"{folder} does not hold this student: {len(wrong)} tensors differ, e.g. {sorted(wrong)[0]}; was it "
-                "saved with another `peft_config` or model?"
-            )
-        if self.trains_lora:
-            set_peft_model_state_dict(self.model, state, adapter_name=STUDENT_ADAPTER)
-        else:
-            self.model.load_state_dict(state)
+        self.student.load(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
@@ -1091,10 +1036,6 @@ class DiffusionTrainer(_BaseTrainer):
             lora = self.model.peft_config[STUDENT_ADAPTER]
             settings |= {"LoRA rank": lora.r, "LoRA alpha": lora.lora_alpha}
         return settings
-
-
-def is_checkpoint(folder: str | os.PathLike) -> bool:
-    return re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(folder).name) is not None
 
 
 def _middle_frame(drawn: Image.Image | list[Image.Image]) -> Image.Image:

@@ -11,14 +11,20 @@ This file knows folders, and no trainer.
 import contextlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 FILES_NAME = "checkpoint_files.json"
+
+
+def is_checkpoint(folder: str | os.PathLike) -> bool:
+    """Whether a folder is named like one, whole or not."""
+    return re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(folder).name) is not None
 
 
 def unseal(folder: Path) -> None:

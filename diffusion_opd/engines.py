@@ -62,8 +62,8 @@ def take_compilation(plugin: TorchDynamoPlugin, args: DiffusionConfig) -> dict[s
     if asked is not None and asked.get("mode") in ("reduce-overhead", "max-autotune"):
         # A graph writes each answer where the last one was: a teacher's over the student's, whose gradient is to come
         raise ValueError(
-            f"`torch_compile_mode={asked['mode']!r}` records CUDA graphs, which overwrite what the student predicted as "
-            "its teacher is asked; leave it out, or use 'max-autotune-no-cudagraphs'."
+            f"`torch_compile_mode={asked['mode']!r}` records CUDA graphs, which overwrite what the student predicted "
+            "as its teacher is asked; leave it out, or use 'max-autotune-no-cudagraphs'."
         )
     return asked
 

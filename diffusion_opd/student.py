@@ -1,4 +1,4 @@
-"""The student: its pipeline, loaded, checked, and with the parameters that are trained.
+"""The student: its pipeline, loaded and checked; what of it is trained, saved and loaded again.
 
 This file knows pipelines and files, and no trainer, loss or data.
 """
@@ -15,25 +15,141 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import disable_fsdp_ram_efficient_loading
-from diffusers import DiffusionPipeline
-from diffusers.training_utils import cast_training_params
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils._pytree import tree_map
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .adapters import STUDENT_ADAPTER, changes_base
+from .checkpoints import give_ordinary_mode, is_checkpoint
 from .config import DiffusionConfig
 from .errors import brief, one_sentence, why_not
-from .files import INDEX_NAME, absent_parts
-from .policy import check_seams, denoiser_name, tuner_layers
-from .shards import zero3_unseen
+from .files import INDEX_NAME, LORA_NAME, absent_parts
+from .policy import Policy, check_seams, denoiser_name, tuner_layers
+from .shards import local_shards, reshard, shards_changed, zero3_unseen
 
 logger = get_logger(__name__)
 
 # Of `from_pretrained`: what reading the pipeline's index needs too
 HUB_KWARGS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
+
+
+class Student:
+    """
+    The student of a run: what of it is trained, how it is saved and loaded.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]): As [`load_student`] returns it.
+
+    Attributes:
+        pipeline ([`~diffusers.DiffusionPipeline`]): The student as plain diffusers runs it.
+        denoiser_name (`str`), denoiser ([`~diffusers.ModelMixin`]): Of the pipeline, what is trained.
+        trains_lora (`bool`): Whether a LoRA of the denoiser is trained, else all of it.
+        policy ([`Policy`]): The pipeline as it is rolled out, with the arguments and the precision of the run; its
+            trainer sets it.
+    """
+
+    policy: Policy
+
+    def __init__(self, pipeline: DiffusionPipeline):
+        self.pipeline, self.denoiser_name = pipeline, denoiser_name(pipeline)
+        self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
+        self.trains_lora = bool(tuner_layers(self.denoiser)) and STUDENT_ADAPTER in self.denoiser.peft_config
+
+    @property
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """As they are now: FSDP puts others in their place."""
+        return [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
+
+    @contextlib.contextmanager
+    def trained_shards(self) -> Iterator[list[nn.Parameter]]:
+        """What this process holds of the trained parameters, to be read and written. Entered on every process."""
+        reshard(self.denoiser)
+        parameters = self.trainable_parameters
+        with zero3_unseen():
+            yield local_shards(parameters)
+        shards_changed(parameters)
+
+    def gathered_state(self, is_fsdp: bool, deepspeed: Any = None) -> dict[str, Any] | None:
+        """The weights of a sharded student (of a LoRA the trained ones alone; Trainer would gather the frozen backbone
+        too), whole on the first process, called on all; `None` if they are not sharded.
+
+        Args:
+            is_fsdp (`bool`): Whether FSDP shards them.
+            deepspeed (`DeepSpeedEngine`, *optional*): What trains them.
+        """
+        if is_fsdp:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=self.trains_lora)
+            return get_model_state_dict(self.denoiser, options=options)
+        if is_deepspeed_zero3_enabled() and deepspeed is not None:
+            return deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=self.trains_lora)
+        return None
+
+    def save(self, folder: str | os.PathLike, state_dict: dict[str, Any] | None = None) -> None:
+        """Saves the student so that plain diffusers loads it: a LoRA as `pytorch_lora_weights.safetensors`, a full
+        student as a pipeline folder (in a checkpoint: the denoiser's folder alone).
+
+        Args:
+            folder (`str`): Made if it is not there.
+            state_dict (`dict`, *optional*): What [`gathered_state`] returned: saved in the place of the weights that
+                the denoiser holds.
+        """
+        os.makedirs(folder, exist_ok=True)
+        if self.trains_lora:
+            layers = get_peft_model_state_dict(self.denoiser, state_dict=state_dict, adapter_name=STUDENT_ADAPTER)
+            # Without the metadata a reload would take lora_alpha = r
+            metadata = _collate_lora_metadata({self.denoiser_name: self.denoiser})
+            type(self.pipeline).save_lora_weights(folder, **{f"{self.denoiser_name}_lora_layers": layers}, **metadata)
+        else:
+            # `ModelMixin.save_pretrained` takes no state dict
+            if state_dict is not None:
+                self.denoiser.state_dict = lambda *args, **kwargs: state_dict
+            try:
+                if is_checkpoint(folder):
+                    self.denoiser.save_pretrained(os.path.join(folder, self.denoiser_name))
+                else:
+                    self.pipeline.save_pretrained(folder)
+            finally:
+                vars(self.denoiser).pop("state_dict", None)
+        folders = [Path(folder, name) for name in self.pipeline.components]
+        give_ordinary_mode(Path(folder, LORA_NAME), *(file for f in folders for file in f.glob("*.safetensors")))
+
+    def load(self, folder: str | os.PathLike) -> None:
+        """Loads what [`save`] wrote into the denoiser.
+
+        Raises:
+            ValueError: if a file cannot be read, or a tensor is missing, unexpected or of another shape.
+        """
+        path = Path(folder)
+        files = [path / LORA_NAME] if self.trains_lora else sorted((path / self.denoiser_name).glob("*.safetensors"))
+        state: dict[str, torch.Tensor] = {}
+        try:
+            for file in files:
+                state |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{folder} does not hold this student: {file.name} cannot be read ({error}).") from error
+        if self.trains_lora:
+            state = {key.removeprefix(f"{self.denoiser_name}."): value for key, value in state.items()}
+            expected = get_peft_model_state_dict(self.denoiser, adapter_name=STUDENT_ADAPTER)
+        else:
+            expected = self.denoiser.state_dict()
+        wrong = expected.keys() ^ state.keys() or {k for k in expected if expected[k].shape != state[k].shape}
+        if wrong:
+            raise ValueError(
+                f"{folder} does not hold this student: {len(wrong)} tensors differ, e.g. {sorted(wrong)[0]}; was it "
+                "saved with another `peft_config` or model?"
+            )
+        if self.trains_lora:
+            set_peft_model_state_dict(self.denoiser, state, adapter_name=STUDENT_ADAPTER)
+        else:
+            self.denoiser.load_state_dict(state)
 
 
 @contextlib.contextmanager

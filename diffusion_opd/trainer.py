@@ -166,7 +166,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         noise_level: Any = args.noise_level  # a number since `__post_init__`
         needs_noise = noise_level > 0 and args.objective != "velocity"
         self.kernel = self.choose_kernel(args.transition, noise_level, needs_noise)
-        self.student.timing = partial(self.stopwatch.section, "student")
+        self.student.policy.timing = partial(self.stopwatch.section, "student")
         for key, teacher in self.teachers.items():
             teacher.timing = partial(self.stopwatch.section, "teacher")
             with self.teachers.on_device(key):
@@ -197,7 +197,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         with (
             self.teachers.on_device(task) as teacher,
             self._held_gradient_sync(model, len(self.learnt)) as release_sync,
-            self.student.walk({PROMPT: prompts}, generators, self._move(generators), denoiser=model) as walk,
+            self.student.policy.walk({PROMPT: prompts}, generators, self._move(generators), denoiser=model) as walk,
             teacher.follow(walk) as follow,
         ):
             for visit in walk.visits(self.learnt, before_last=release_sync):
@@ -313,7 +313,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         losses, kls = [], []
         with (
             self.teachers.on_device(task) as teacher,
-            self.student.walk({PROMPT: prompts}, generators, self._move(generators)) as walk,
+            self.student.policy.walk({PROMPT: prompts}, generators, self._move(generators)) as walk,
             teacher.follow(walk) as follow,
         ):
             for visit in walk.visits(self.learnt):

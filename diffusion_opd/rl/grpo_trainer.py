@@ -99,7 +99,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
                 kept[name].append(tensor)
             return transition.sample(noise)
 
-        with self.student.walk({PROMPT: prompts}, generators, move, output_type="pil") as walk:
+        with self.student.policy.walk({PROMPT: prompts}, generators, move, output_type="pil") as walk:
             for visit in walk:
                 (step,) = visit.steps
                 self.watch("rollout", task, step.prediction)

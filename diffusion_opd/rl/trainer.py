@@ -27,8 +27,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 
 from ..adapters import STUDENT_ADAPTER, add_adapter, frozen_copy
-from ..base_trainer import DiffusionTrainer, is_checkpoint, refuse_unread_columns, whole_cycles
-from ..checkpoints import give_ordinary_mode
+from ..base_trainer import DiffusionTrainer, refuse_unread_columns, whole_cycles
+from ..checkpoints import give_ordinary_mode, is_checkpoint
 from ..policy import BACKBONE, Policy, Visit
 from ..sampling import PROMPT, TASK, check_no_splits, is_prompt, routed_dataset, stream_columns, tasks_in
 from ..scheduler_proxy import Step
@@ -129,7 +129,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
             optimizers=optimizers,
         )
         self._rollouts: list[Rollout] = []
-        require_independence(self.student, self.checked)
+        require_independence(self.student.policy, self.checked)
         self._state_dtype = self.checked.visits[0].steps[0].sample.dtype
         self._ode = self.choose_kernel("ode", 0.0, needs_noise=False)
         self.base = self._frozen_policy(BACKBONE, args.mixed_dtype) if args.beta > 0 else None
@@ -278,7 +278,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
             "generators": self._generators(len(rollout.prompts), _TRAIN, *place),
         }
         with contextlib.ExitStack() as stack:
-            trained = stack.enter_context(self.student.follow(**given, denoiser=model))
+            trained = stack.enter_context(self.student.policy.follow(**given, denoiser=model))
             frozen = {name: stack.enter_context(policy.follow(**given)) for name, policy in self._compared.items()}
 
             def ask(visit: Visit) -> dict[str, Tensor]:
@@ -335,7 +335,9 @@ class DiffusionRLTrainer(DiffusionTrainer):
                     raise ValueError(f"eval_dataset: {example} is no prompt for one of the tasks {self.tasks}.")
             generators = self._generators(len(batch), _EVAL, number, 0, 0)
             given = {PROMPT: [example[PROMPT] for example in batch]}
-            images = list(self.student.walk(given, generators, partial(_move, self._ode), output_type="pil").run())
+            images = list(
+                self.student.policy.walk(given, generators, partial(_move, self._ode), output_type="pil").run()
+            )
             self.cache.clear()
             # task, reward, and each function's own
             results = torch.full((len(batch), 2 + len(names)), torch.nan, device=self.accelerator.device)
