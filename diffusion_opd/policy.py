@@ -33,7 +33,7 @@ from .encode_cache import EncodeCache, encoders_of, fresh_containers, signature
 from .errors import reason
 from .inputs import PICTURE
 from .paused import Paused
-from .scheduler_proxy import Step, Times, dissolve, own_scheduler, proxy
+from .scheduler_proxy import SchedulerStep, Step, Times, dissolve, own_scheduler, proxy
 
 Inputs = Mapping[str, Sequence[Any]]  # arguments of `__call__`, one value a sample
 Move = Callable[[Step], Tensor]  # the next state
@@ -171,7 +171,7 @@ class Policy:
         move: Move,
         denoiser: Callable[..., Any] | None = None,
         output_type: str = "latent",
-        probe: Callable[[Step, Callable[[], Tensor]], None] | None = None,
+        probe: Callable[[Step, SchedulerStep], None] | None = None,
     ) -> "Walk":
         """The pipeline's own `__call__`, visit by visit.
 
@@ -337,11 +337,11 @@ class _Call:
     def first_state(self, name: str, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
-    def _go(self, step: Step, scheduler_step: Callable[[], Tensor]) -> Step:
+    def _go(self, step: Step, scheduler_step: SchedulerStep) -> Step:
         """The step with its next state."""
         raise NotImplementedError
 
-    def step(self, step: Step, scheduler_step: Callable[[], Tensor]) -> Tensor:
+    def step(self, step: Step, scheduler_step: SchedulerStep) -> Tensor:
         if self._pauses:
             if any(step.stream == other.stream for other in self._steps):
                 raise ValueError(
@@ -452,7 +452,7 @@ class Walk(_Call):
         denoiser: Callable[..., Any] | None,
         move: Move,
         output_type: str,
-        probe: Callable[[Step, Callable[[], Tensor]], None] | None,
+        probe: Callable[[Step, SchedulerStep], None] | None,
     ):
         super().__init__(policy, denoiser)
         self.inputs, self.generators, self.output_type = inputs, generators, output_type
@@ -543,7 +543,7 @@ class Walk(_Call):
             self._prepared_at[first.data_ptr(), first.shape] = name
         return prepared
 
-    def _go(self, step: Step, scheduler_step: Callable[[], Tensor]) -> Step:
+    def _go(self, step: Step, scheduler_step: SchedulerStep) -> Step:
         if self.place == 0:
             name = self._prepared_at.get((step.sample.data_ptr(), step.sample.shape))
             if name is not None:
@@ -594,7 +594,8 @@ class Follower(_Call):
             twin.set_state(state)
             self.generators.append(twin)
         self._calls: dict[str, int] = {}
-        self._handed: dict[int, Tensor] = {}
+        # By stream: the state that the pipeline was given, and what it was made of
+        self._handed: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, visit: Visit) -> tuple[Tensor, ...]:
         self._asked = visit
@@ -644,19 +645,25 @@ class Follower(_Call):
         first = prepared[0] if isinstance(prepared, tuple) else prepared
         if first.shape != given[0].shape:
             raise self._not_there(f"its first state is {tuple(first.shape)}, the walk's {tuple(given[0].shape)}")
-        self._handed[stream] = handed = given[0].to(first.dtype, copy=True)
+        handed = given[0].to(first.dtype, copy=True)
+        self._handed[stream] = handed, given[0]
         return (handed, *prepared[1:]) if isinstance(prepared, tuple) else handed
 
-    def _go(self, step: Step, scheduler_step: Callable[[], Tensor]) -> Step:
+    def _go(self, step: Step, scheduler_step: SchedulerStep) -> Step:
         asked = {other.stream: other for other in self._asked.steps}.get(step.stream)
         if self._computes:
-            return replace(step, next_sample=self._same(step, asked).next_sample)
+            asked = self._same(step, asked)
+            # Rounded as the student's own, whatever precision this one has
+            onward = None if asked.next_sample is None else asked.next_sample.to(asked.sample.dtype)
+            return replace(step, next_sample=onward)
         if asked is not None and self.place == self._asked.index - 1:  # arrives
             return replace(step, next_sample=asked.sample)
         return step
 
-    def step(self, step: Step, scheduler_step: Callable[[], Tensor]) -> Tensor:
-        self._handed[step.stream] = handed = super().step(step, scheduler_step)
+    def step(self, step: Step, scheduler_step: SchedulerStep) -> Tensor:
+        handed = super().step(step, scheduler_step)
+        if self._steps and (source := self._steps[-1].next_sample) is not None:
+            self._handed[step.stream] = handed, source
         return handed
 
     def _same(self, step: Step, asked: Step | None) -> Step:
@@ -665,9 +672,10 @@ class Follower(_Call):
             raise self._not_there(f"it steps stream {step.stream} at step {step.index} of chunk {step.chunk}")
         if step.sample.shape != asked.sample.shape:
             raise self._not_there(f"its state is {tuple(step.sample.shape)}, the walk's {tuple(asked.sample.shape)}")
-        handed = self._handed.get(step.stream)
+        handed, source = self._handed.get(step.stream, (None, None))
         if handed is not None and handed.data_ptr() == step.sample.data_ptr():
-            return asked
+            if self._walk is not None or source is asked.sample:
+                return asked
         # A pipeline that takes its states apart; this waits for the device
         if not torch.equal(step.sample, asked.sample.to(step.sample.dtype)):
             raise self._not_there("its state is another")

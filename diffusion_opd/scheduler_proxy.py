@@ -8,7 +8,7 @@ This file knows schedulers, and no pipeline, denoiser or trainer.
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -34,7 +34,14 @@ def own_scheduler(scheduler: Any) -> Any:
     """
     if is_flow(scheduler):
         return copy.deepcopy(scheduler)
-    ddim = DDIMScheduler.from_config(scheduler.config)
+    if scheduler.config.get("use_flow_sigmas"):
+        raise ValueError(
+            f"{type(scheduler).__name__} has the noise levels of flow matching (`use_flow_sigmas`) for a model that "
+            f"predicts {scheduler.config.get('prediction_type')!r}; `prediction_type` must be 'flow_prediction'."
+        )
+    # Of those that know no clipping it would be DDIM's default
+    clips = scheduler.config.get("clip_sample", False)
+    ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=clips)
     alphas = getattr(scheduler, "alphas_cumprod", None)  # EDM's schedulers have none
     if alphas is None or not torch.allclose(alphas.cpu().float(), ddim.alphas_cumprod, atol=1e-4):
         raise ValueError(
@@ -101,6 +108,9 @@ class Times:
     sigmas: Tensor | None
 
 
+SchedulerStep = Callable[[], tuple[Tensor, Step]]
+
+
 class Call(Protocol):
     """What a proxy asks."""
 
@@ -115,8 +125,9 @@ class Call(Protocol):
     def stream(self, number: int) -> int:
         """The stream of a proxy that steps."""
 
-    def step(self, step: Step, scheduler_step: Callable[[], Tensor]) -> Tensor:
-        """The next state, of the dtype of `step.sample`; `scheduler_step()` is that of the scheduler itself."""
+    def step(self, step: Step, scheduler_step: SchedulerStep) -> Tensor:
+        """The next state, of the dtype of `step.sample`; `scheduler_step()` is that of the scheduler itself, and the
+        step that it takes it for."""
 
 
 def proxy(scheduler: Any, call: Call) -> Any:
@@ -147,7 +158,7 @@ def proxy(scheduler: Any, call: Call) -> Any:
         visited = sample.detach().clone() if sample._is_view() else sample.detach()
         taken = Step(call.stream(number), max(chunk, 0), index, timestep, visited, model_output, schedule)
         next_sample = call.step(
-            taken, lambda: _scheduler_step(own, index, model_output, timestep, sample, *args, **kwargs)
+            taken, lambda: _scheduler_step(own, taken, model_output, timestep, sample, *args, **kwargs)
         )
         index += 1
         own._step_index = index  # some schedulers' `scale_model_input` reads it
@@ -183,9 +194,18 @@ def _position(own: Any, timestep: Any) -> int:
     return int(found[0])
 
 
-def _scheduler_step(own: Any, index: int, *args: Any, **kwargs: Any) -> Tensor:
-    """What the scheduler's own `step` answers to the very arguments: at its first step, where it has a history."""
+def _scheduler_step(own: Any, taken: Step, *args: Any, **kwargs: Any) -> tuple[Tensor, Step]:
+    """What the scheduler's own `step` answers to the very arguments (its first one, where it has a history), and the
+    step between the noise levels that it means."""
     plain = copy.deepcopy(_plain(own))
     if hasattr(plain, "_step_index"):
-        plain._step_index = index
-    return plain.step(*args, **kwargs | {"return_dict": False})[0]
+        plain._step_index = taken.index
+    answer = plain.step(*args, **kwargs | {"return_dict": False})[0]
+    if taken.schedule.is_flow:
+        return answer, taken
+    # DDIM goes by its own stride, which is that of its timesteps in some spacings only
+    time = int(plain.timesteps[taken.index])
+    following = time - plain.config.num_train_timesteps // plain.num_inference_steps
+    level = plain.alphas_cumprod[following] if following >= 0 else plain.final_alpha_cumprod
+    pair = Schedule((float(plain.alphas_cumprod[time]), float(level)), taken.schedule.prediction_type)
+    return answer, replace(taken, index=0, schedule=pair)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 from .policy import Inputs, Policy, Visit, Walk
 from .queries import first_steps
-from .scheduler_proxy import Step
+from .scheduler_proxy import SchedulerStep, Step
 from .transitions import Schedule, ddim, ode
 
 
@@ -177,10 +177,11 @@ def _noiseless(step: Step) -> Tensor:
     return kernel(step.sample, step.prediction, step.schedule, step.index).mean
 
 
-def _agree_with_scheduler(policy: Policy) -> Callable[[Step, Callable[[], Tensor]], None]:
-    def agree(step: Step, scheduler_step: Callable[[], Tensor]) -> None:
+def _agree_with_scheduler(policy: Policy) -> Callable[[Step, SchedulerStep], None]:
+    def agree(step: Step, scheduler_step: SchedulerStep) -> None:
         with torch.no_grad():
-            ours, theirs = _noiseless(step), scheduler_step().float()
+            theirs, meant = scheduler_step()
+            ours, theirs = _noiseless(meant), theirs.float()
         way = (ours - step.sample.float()).norm()
         rounding = torch.finfo(step.sample.dtype).eps + torch.finfo(step.prediction.dtype).eps
         gap = (ours - theirs).norm()
