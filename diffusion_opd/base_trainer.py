@@ -56,7 +56,7 @@ from .checkpoints import (
 from .config import DiffusionConfig, computes_in_bf16
 from .encode_cache import EncodeCache
 from .engines import compile_blocks, settle_fsdp, take_compilation
-from .errors import brief, one_sentence
+from .errors import brief, listed, one_sentence
 from .files import LORA_NAME
 from .inputs import sample_arguments
 from .policy import Policy, denoiser_name
@@ -374,7 +374,7 @@ class DiffusionTrainer(_BaseTrainer):
         """The kernel of a rollout, with its noise level.
 
         Args:
-            transition (`str`): A key of `TRANSITIONS`; on VP models `"ode"` means `"ddim"`.
+            transition (`str`): A key of `TRANSITIONS`; on VP models its `on_vp`, if it has one.
             noise_level (`float`): For the kernel.
             needs_noise (`bool`): Whether every learnt step must have a std above 0.
 
@@ -383,18 +383,19 @@ class DiffusionTrainer(_BaseTrainer):
         """
         scheduler, name = self.pipeline.scheduler, type(self.pipeline).__name__
         if not is_flow(scheduler):
-            if transition not in ("ode", "ddim"):
+            transition = TRANSITIONS[transition].on_vp or transition
+        if TRANSITIONS[transition].is_flow != is_flow(scheduler):
+            fitting = listed([key for key, kernel in TRANSITIONS.items() if kernel.is_flow == is_flow(scheduler)], "or")
+            if is_flow(scheduler):
                 raise ValueError(
-                    f"`transition={transition!r}` is for flow matching, but {name} is a VP model "
-                    f"({type(scheduler).__name__}); use 'ddim' (noise by `noise_level`)."
+                    f"`transition={transition!r}` is for VP models, but {name} is a flow-matching model "
+                    f"({type(scheduler).__name__}); use {fitting}."
                 )
-            transition = "ddim"
-        elif transition == "ddim":
             raise ValueError(
-                f"`transition='ddim'` is for VP models, but {name} is a flow-matching model "
-                f"({type(scheduler).__name__}); use 'ode', 'flow_sde', 'dance_sde' or 'cps'."
+                f"`transition={transition!r}` is for flow matching, but {name} is a VP model "
+                f"({type(scheduler).__name__}); use {fitting} (noise by `noise_level`)."
             )
-        kernel, nothing = partial(TRANSITIONS[transition], noise_level=noise_level), torch.zeros(1)
+        kernel, nothing = BoundKernel(TRANSITIONS[transition], noise_level), torch.zeros(1)
         for place in self.checked.learnt if needs_noise else ():
             if any(kernel(nothing, nothing, *level).std == 0 for level in self.checked.plan[place].levels):
                 raise ValueError(

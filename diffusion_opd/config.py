@@ -13,7 +13,8 @@ from accelerate.utils import DynamoBackend
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
-from .transitions import TRANSITIONS
+from .errors import listed
+from .transitions import TRANSITIONS, Kernel
 
 OBJECTIVES = ("kl", "velocity", "policy_gradient")
 TEACHER_PLACEMENTS = ("device", "cpu", "sharded")
@@ -100,19 +101,28 @@ def check_call_kwargs(call_kwargs: dict[str, Any], named: dict[str, Any], owner:
         )
 
 
-def check_noise(transition: str, noise_level: float) -> None:
-    """Refuses a transition or a noise level that does not exist."""
+def kernel_named(transition: str) -> Kernel:
+    """Refuses a transition that does not exist."""
     if transition not in TRANSITIONS:
         raise ValueError(f"`transition` must be one of {list(TRANSITIONS)}, got {transition!r}.")
-    if not noise_level >= 0 or (transition in ("cps", "ddim") and noise_level > 1):
+    return TRANSITIONS[transition]
+
+
+def check_noise(transition: str, noise_level: float) -> None:
+    """Refuses a transition that does not exist, or has no such noise."""
+    kernel = kernel_named(transition)
+    if not noise_level >= 0 or 0 < kernel.max_noise_level < noise_level:
+        bounds: dict[float, list[str]] = {}
+        for name, other in TRANSITIONS.items():
+            if 0 < other.max_noise_level < math.inf:
+                bounds.setdefault(other.max_noise_level, []).append(name)
+        most = ", ".join(f"{bound:g} for {listed(names, 'and')}" for bound, names in bounds.items())
+        raise ValueError(f"`noise_level` must be at least 0, and at most {most}; got {noise_level} for {transition!r}.")
+    if noise_level > kernel.max_noise_level:
+        noisy = [key for key, one in TRANSITIONS.items() if one.is_flow == kernel.is_flow and one.max_noise_level > 0]
         raise ValueError(
-            f"`noise_level` must be at least 0, and at most 1 for 'cps' and 'ddim'; got {noise_level} for "
-            f"{transition!r}."
-        )
-    if transition == "ode" and noise_level > 0:
-        raise ValueError(
-            f"`transition='ode'` has no noise, but `noise_level={noise_level}` was given; choose 'flow_sde', "
-            "'dance_sde' or 'cps', or leave `noise_level` out."
+            f"`transition={transition!r}` has no noise, but `noise_level={noise_level}` was given; choose "
+            f"{listed(noisy, 'or')}, or leave `noise_level` out."
         )
 
 
@@ -349,7 +359,7 @@ class DiffusionOPDConfig(DiffusionConfig):
                 f"`teacher_placement` must be one of {list(TEACHER_PLACEMENTS)}, got {self.teacher_placement!r}."
             )
         if self.noise_level is None:
-            self.noise_level = 0.0 if self.transition in ("ode", "ddim") else 0.7
+            self.noise_level = kernel_named(self.transition).default_noise_level
         check_noise(self.transition, self.noise_level)
         if self.objective == "policy_gradient" and self.noise_level == 0:
             raise ValueError(
@@ -357,8 +367,9 @@ class DiffusionOPDConfig(DiffusionConfig):
                 f"got `transition={self.transition!r}` with `noise_level=0`."
             )
         last_step_is_learnt = self.num_learnt_steps == self.num_inference_steps
-        if self.transition == "cps" and self.noise_level > 0 and self.objective != "velocity" and last_step_is_learnt:
+        is_exact = kernel_named(self.transition).is_exact_at_the_end
+        if is_exact and self.noise_level > 0 and self.objective != "velocity" and last_step_is_learnt:
             raise ValueError(
-                f"the last step of 'cps' has zero std, so its {self.objective!r} is not defined; set "
+                f"the last step of {self.transition!r} has zero std, so its {self.objective!r} is not defined; set "
                 f"`timestep_fraction` below 1 (now {self.timestep_fraction} of {self.num_inference_steps} steps)."
             )

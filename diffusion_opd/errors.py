@@ -3,7 +3,7 @@
 import contextlib
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -28,6 +28,12 @@ def first_few(names: Iterable[str], most: int = 3) -> str:
     """The first names in order, and whether there are more."""
     names = sorted(str(name) for name in names)
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def listed(words: Sequence[str], last: str) -> str:
+    """`'a', 'b' or 'c'`, with `last` before the last of them."""
+    *others, end = map(repr, words)
+    return f"{', '.join(others)} {last} {end}" if others else end
 
 
 def why_not(error: Exception, revision: str | None) -> str:

@@ -345,5 +345,5 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             "transition noise_level objective num_inference_steps timestep_fraction guidance_scale learning_rate "
             "per_device_train_batch_size gradient_accumulation_steps max_grad_norm ema_decay seed"
         ).split()
-        settings = {name: getattr(self.args, name) for name in names} | {"transition": self.kernel.func.__name__}
+        settings = {name: getattr(self.args, name) for name in names} | {"transition": self.kernel.func.name}
         return {"teachers": self.teachers.card_rows(), "settings": settings | self._run_settings()}

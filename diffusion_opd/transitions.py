@@ -2,7 +2,8 @@
 
 A kernel is a pure function `(x, prediction, schedule, index, noise_level) -> Transition`: the Gaussian that carries the
 state `x` at noise level `schedule.levels[index]` to `schedule.levels[index + 1]`, given what the model predicts there.
-All arithmetic is float32 (coefficients: Python's float64). This file knows no pipeline, no model and no trainer.
+All arithmetic is float32 (coefficients: Python's float64). What else there is to know about a kernel stands in
+`TRANSITIONS`, and only there. This file knows no pipeline, no model and no trainer.
 
 Flow matching (paper, Sec. 3): `x_s = (1 - s) x_0 + s eps`, the model predicts the velocity `v = eps - x_0`.
 VP diffusion: `x_t = sqrt(a) x_0 + sqrt(1 - a) eps` with `a` the cumulative alpha, the model predicts `eps` or
@@ -10,7 +11,7 @@ VP diffusion: `x_t = sqrt(a) x_0 + sqrt(1 - a) eps` with `a` the cumulative alph
 """
 
 import math
-from functools import partial
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -115,7 +116,7 @@ def ddim(x: Tensor, prediction: Tensor, schedule: Schedule, index: int, noise_le
     return Transition(math.sqrt(alpha_next) * x_0 + math.sqrt(rest) * eps, std)
 
 
-class Kernel(Protocol):
+class KernelFunction(Protocol):
     """What a kernel is called with: four arguments by position, `noise_level` by name too."""
 
     def __call__(
@@ -123,13 +124,54 @@ class Kernel(Protocol):
     ) -> Transition: ...
 
 
-BoundKernel = partial[Transition]  # a kernel with its `noise_level`
+@dataclass(frozen=True)
+class Kernel:
+    """
+    A kernel and what there is to know about it.
+
+    Args:
+        name (`str`): What a user calls it.
+        function ([`KernelFunction`]): Its step.
+        is_flow (`bool`): Whether it moves flow-matching models, or VP models.
+        max_noise_level (`float`, *optional*, defaults to infinity): Upper bound of `noise_level`; 0: it has no noise.
+        default_noise_level (`float`, *optional*, defaults to `0.0`): Where the user gives none.
+        is_exact_at_the_end (`bool`, *optional*, defaults to `False`):
+            Whether the step to level 0 has std 0 at every `noise_level`.
+        on_vp (`str`, *optional*): Name of the kernel that takes its place on VP models.
+    """
+
+    name: str
+    function: KernelFunction
+    is_flow: bool
+    max_noise_level: float = math.inf
+    default_noise_level: float = 0.0
+    is_exact_at_the_end: bool = False
+    on_vp: str | None = None
+
+    def __call__(
+        self, x: Tensor, prediction: Tensor, schedule: Schedule, index: int, /, noise_level: float
+    ) -> Transition:
+        return self.function(x, prediction, schedule, index, noise_level)
+
+
+@dataclass(frozen=True)
+class BoundKernel:
+    """A kernel with its `noise_level`."""
+
+    func: Kernel
+    noise_level: float
+
+    def __call__(self, x: Tensor, prediction: Tensor, schedule: Schedule, index: int) -> Transition:
+        return self.func(x, prediction, schedule, index, self.noise_level)
 
 
 TRANSITIONS: dict[str, Kernel] = {
-    "ode": ode,
-    "flow_sde": flow_sde,
-    "dance_sde": dance_sde,
-    "cps": cps,
-    "ddim": ddim,
+    kernel.name: kernel
+    for kernel in (
+        Kernel("ode", ode, is_flow=True, max_noise_level=0.0, on_vp="ddim"),
+        Kernel("flow_sde", flow_sde, is_flow=True, default_noise_level=0.7),
+        Kernel("dance_sde", dance_sde, is_flow=True, default_noise_level=0.7),
+        Kernel("cps", cps, is_flow=True, max_noise_level=1.0, default_noise_level=0.7, is_exact_at_the_end=True),
+        Kernel("ddim", ddim, is_flow=False, max_noise_level=1.0),
+    )
 }

@@ -5,7 +5,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from diffusion_opd.objectives import kl
-from diffusion_opd.transitions import Kernel, Schedule
+from diffusion_opd.transitions import KernelFunction, Schedule
 
 SHIFT_3 = FlowMatchEulerDiscreteScheduler(shift=3.0)  # the scheduler of SD3.5
 
@@ -19,7 +19,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def kl_weights(kernel: Kernel, levels: tuple[float, ...], a: float) -> list[float]:
+def kl_weights(kernel: KernelFunction, levels: tuple[float, ...], a: float) -> list[float]:
     x, student, teacher = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1), randn(2, 4, 8, 8, seed=2)
     gap = (student - teacher).square().flatten(1).mean(1)
     weights = []

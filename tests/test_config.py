@@ -9,6 +9,7 @@ from trl import TrlParser
 
 from diffusion_opd import DiffusionGRPOConfig, DiffusionNFTConfig, DiffusionOPDConfig
 from diffusion_opd.config import computes_in_bf16
+from diffusion_opd.transitions import TRANSITIONS, Kernel
 
 
 def config(**kwargs) -> DiffusionOPDConfig:
@@ -98,6 +99,30 @@ def test_a_stochastic_kernel_may_be_run_without_noise():
     for transition in ("flow_sde", "dance_sde", "cps", "ddim"):
         quiet = config(transition=transition, noise_level=0.0, timestep_fraction=1.0)
         assert (quiet.noise_level, quiet.num_learnt_steps) == (0.0, 10)
+
+
+def test_a_kernel_says_everything_about_itself_in_its_entry(monkeypatch):
+    def step(x, velocity, schedule, index, noise_level):
+        raise AssertionError("a config takes no step")
+
+    for own in (
+        Kernel("wild", step, is_flow=True, default_noise_level=2.0, is_exact_at_the_end=True),
+        Kernel("calm", step, is_flow=False, max_noise_level=0.5),
+        Kernel("still", step, is_flow=False, max_noise_level=0.0),
+    ):
+        monkeypatch.setitem(TRANSITIONS, own.name, own)
+    assert [config(transition=name).noise_level for name in ("wild", "calm", "still")] == [2.0, 0.0, 0.0]
+    assert config(transition="wild", noise_level=30.0).noise_level == 30.0
+    assert config(transition="calm", noise_level=0.5).noise_level == 0.5
+    with pytest.raises(ValueError, match=r"the last step of 'wild' has zero std, so its 'kl' is not defined"):
+        config(transition="wild", timestep_fraction=1.0)
+    with pytest.raises(ValueError, match=r"at most 1 for 'cps' and 'ddim', 0.5 for 'calm'; got 0.6"):
+        config(transition="calm", noise_level=0.6)
+    with pytest.raises(ValueError, match=r"`transition='still'` has no noise.*choose 'ddim' or 'calm', or leave"):
+        config(transition="still", noise_level=0.1)
+    assert DiffusionGRPOConfig("out", transition="wild").transition == "wild"
+    with pytest.raises(ValueError, match=r"needs a stochastic transition; got `transition='still'`"):
+        DiffusionGRPOConfig("out", transition="still")
 
 
 def test_what_goes_to_the_pipeline():

@@ -14,7 +14,18 @@ from diffusers import (
 )
 from torch import Tensor
 
-from diffusion_opd.transitions import TRANSITIONS, Kernel, Schedule, Transition, cps, dance_sde, ddim, flow_sde, ode
+from diffusion_opd.transitions import (
+    TRANSITIONS,
+    Kernel,
+    KernelFunction,
+    Schedule,
+    Transition,
+    cps,
+    dance_sde,
+    ddim,
+    flow_sde,
+    ode,
+)
 from tests.grids import SHIFT_3, kl_weights, randn, sigmas
 
 FLOW_KERNELS = pytest.mark.parametrize("kernel", [ode, flow_sde, dance_sde, cps], ids=lambda kernel: kernel.__name__)
@@ -51,7 +62,9 @@ def exact_prediction(x: Tensor, level: float, prediction_type: str = "flow", spr
     return prior + covariance / variance * (x - mean)
 
 
-def errors(kernel: Kernel, schedule: Schedule, noise_level: float, spread: float = SPREAD) -> tuple[float, float]:
+def errors(
+    kernel: KernelFunction, schedule: Schedule, noise_level: float, spread: float = SPREAD
+) -> tuple[float, float]:
     """A chain that starts in the marginal of the first level: how far its mean and variance end from those of the last
     level's marginal, relative."""
     mean, variance = marginal(schedule.levels[0], schedule.prediction_type, spread)
@@ -82,7 +95,7 @@ def test_exact_predictions_are_consistent():
     ("kernel", "noise_level"),
     [(ode, 0.0), (flow_sde, 0.3), (flow_sde, 0.7), (dance_sde, 0.3), (dance_sde, 0.7), (cps, 0.0)],
 )
-def test_flow_kernel_carries_marginals_as_the_step_shrinks(kernel: Kernel, noise_level: float):
+def test_flow_kernel_carries_marginals_as_the_step_shrinks(kernel: KernelFunction, noise_level: float):
     coarse, fine = (errors(kernel, Schedule(linear(0.95, 0.05, steps)), noise_level) for steps in (100, 200))
     for wide, narrow in zip(coarse, fine, strict=True):
         assert abs(narrow) < 0.02
@@ -145,7 +158,7 @@ def test_cps_is_exact_for_a_single_picture(noise_level: float, steps: int):
 
 
 @pytest.mark.parametrize("kernel", [flow_sde, dance_sde, cps], ids=lambda kernel: kernel.__name__)
-def test_ode_is_the_limit_without_noise(kernel: Kernel):
+def test_ode_is_the_limit_without_noise(kernel: KernelFunction):
     schedule = Schedule(sigmas(SHIFT_3))
     x, velocity = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
     for index in range(10):
@@ -206,7 +219,7 @@ def table_cps(x: Tensor, v: Tensor, s: float, s_next: float, s_second: float, a:
     [(flow_sde, table_flow_sde), (dance_sde, table_dance_sde), (cps, table_cps)],
     ids=["flow_sde", "dance_sde", "cps"],
 )
-def test_published_formula(kernel: Kernel, table: Callable[..., Transition], noise_level: float):
+def test_published_formula(kernel: KernelFunction, table: Callable[..., Transition], noise_level: float):
     levels = sigmas(SHIFT_3)
     x, velocity = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
     for index in range(10):
@@ -217,7 +230,7 @@ def test_published_formula(kernel: Kernel, table: Callable[..., Transition], noi
 
 
 @SDES
-def test_sde_step_follows_the_score(kernel: Kernel):
+def test_sde_step_follows_the_score(kernel: KernelFunction):
     """Data of eight pictures: exact velocity from the posterior over them, score by differentiating the log-density.
     The SDE with the ODE's marginals is `dx = (v - g^2 / 2 score) ds + g dw` (arXiv 2011.13456, Eq. 6), backwards."""
     pictures, levels = randn(8, 6, seed=3), (1.0, 0.8, 0.5, 0.2, 0.0)
@@ -286,7 +299,7 @@ def test_ddim_is_the_step_of_diffusers(prediction_type: str, eta: float, set_alp
 )
 @FLOW_KERNELS
 @pytest.mark.parametrize("steps", [1, 2, 10])
-def test_ends_of_the_schedule_are_tame(scheduler, kernel: Kernel, steps: int):
+def test_ends_of_the_schedule_are_tame(scheduler, kernel: KernelFunction, steps: int):
     levels = sigmas(scheduler, steps)
     assert 0.999 < levels[0] <= 1 and levels[-1] == 0
     x, velocity = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
@@ -317,7 +330,7 @@ def test_ddim_from_pure_noise_is_finite():
 
 
 def schedule_for(kernel: Kernel) -> Schedule:
-    return Schedule((0.1, 0.4, 0.8, 1.0), "epsilon") if kernel is ddim else Schedule((1.0, 0.8, 0.4, 0.0))
+    return Schedule((1.0, 0.8, 0.4, 0.0)) if kernel.is_flow else Schedule((0.1, 0.4, 0.8, 1.0), "epsilon")
 
 
 @pytest.mark.parametrize("kernel", TRANSITIONS.values(), ids=TRANSITIONS)
@@ -353,7 +366,7 @@ def test_sample_has_the_mean_and_the_std():
 # What each kernel makes of the velocity gap: KL = weight * mean (v_S - v_T)^2
 
 
-def kl_weight(kernel: Kernel, levels: tuple[float, ...], index: int, a: float) -> float:
+def kl_weight(kernel: KernelFunction, levels: tuple[float, ...], index: int, a: float) -> float:
     """Closed forms, by hand."""
     s, s_next = levels[index], levels[index + 1]
     step = s - s_next
@@ -372,7 +385,7 @@ def kl_weight(kernel: Kernel, levels: tuple[float, ...], index: int, a: float) -
 
 @FLOW_KERNELS
 @pytest.mark.parametrize("noise_level", [0.3, 0.7])
-def test_kl_is_a_weight_on_the_velocity_gap(kernel: Kernel, noise_level: float):
+def test_kl_is_a_weight_on_the_velocity_gap(kernel: KernelFunction, noise_level: float):
     levels = sigmas(SHIFT_3)
     for index, weight in enumerate(kl_weights(kernel, levels, noise_level)):
         assert weight == pytest.approx(kl_weight(kernel, levels, index, noise_level), rel=1e-3)
@@ -381,7 +394,7 @@ def test_kl_is_a_weight_on_the_velocity_gap(kernel: Kernel, noise_level: float):
 def test_where_the_loss_of_ten_steps_lies():
     """SD3.5's grid, equal velocity gaps: shares of the loss in percent."""
 
-    def shares(kernel: Kernel, steps: int = 10) -> list[float]:
+    def shares(kernel: KernelFunction, steps: int = 10) -> list[float]:
         weights = kl_weights(kernel, sigmas(SHIFT_3), 0.7)[:steps]
         return [100 * weight / sum(weights) for weight in weights]
 

@@ -4,7 +4,7 @@ loaded."""
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import DiffusionConfig, check_noise, parse_json
+from ..config import DiffusionConfig, check_noise, kernel_named, parse_json
 
 SCALES = ("group", "batch", "none")
 LOSS_TYPES = ("grpo", "grpo_guard")
@@ -164,13 +164,14 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.transition == "ode" or self.noise_level == 0:
+        transition = "flow_sde" if self.transition is None else self.transition
+        if kernel_named(transition).max_noise_level == 0 or self.noise_level == 0:
             raise ValueError(
                 "the likelihood of a sample needs a stochastic transition; got "
                 f"`transition={self.transition!r}` with `noise_level={self.noise_level}`. `DiffusionNFTTrainer` does "
                 "without."
             )
-        check_noise("flow_sde" if self.transition is None else self.transition, self.noise_level)
+        check_noise(transition, self.noise_level)
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"`loss_type` must be one of {list(LOSS_TYPES)}, got {self.loss_type!r}.")
         for name in ("epsilon", "epsilon_high"):
