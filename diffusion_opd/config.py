@@ -14,9 +14,9 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
 from .errors import listed
+from .objectives import OBJECTIVES
 from .transitions import TRANSITIONS, Kernel
 
-OBJECTIVES = ("kl", "velocity", "policy_gradient")
 TEACHER_PLACEMENTS = ("device", "cpu", "sharded")
 NAN_POLICIES = ("raise", "skip")
 
@@ -361,14 +361,15 @@ class DiffusionOPDConfig(DiffusionConfig):
         if self.noise_level is None:
             self.noise_level = kernel_named(self.transition).default_noise_level
         check_noise(self.transition, self.noise_level)
-        if self.objective == "policy_gradient" and self.noise_level == 0:
+        objective = OBJECTIVES[self.objective]
+        if objective.needs_noise and self.noise_level == 0:
             raise ValueError(
-                "`objective='policy_gradient'` needs a stochastic transition: a deterministic step has no probability; "
-                f"got `transition={self.transition!r}` with `noise_level=0`."
+                f"`objective={self.objective!r}` needs a stochastic transition: a deterministic step has no "
+                f"probability; got `transition={self.transition!r}` with `noise_level=0`."
             )
         last_step_is_learnt = self.num_learnt_steps == self.num_inference_steps
         is_exact = kernel_named(self.transition).is_exact_at_the_end
-        if is_exact and self.noise_level > 0 and self.objective != "velocity" and last_step_is_learnt:
+        if is_exact and self.noise_level > 0 and objective.divides_by_std and last_step_is_learnt:
             raise ValueError(
                 f"the last step of {self.transition!r} has zero std, so its {self.objective!r} is not defined; set "
                 f"`timestep_fraction` below 1 (now {self.timestep_fraction} of {self.num_inference_steps} steps)."

@@ -2,8 +2,13 @@
 
 Pure functions of tensors, float32, one number a sample: the MEAN over the latent's elements (the released code's
 reduction; the paper's KL is the sum, i.e. this times the number of elements). The trainer takes the mean over the batch
-and over the learnt steps. This file knows no pipeline, no model and no trainer.
+and over the learnt steps. What else there is to know about an objective stands in `OBJECTIVES`, and only there. This
+file knows no pipeline, no model and no trainer.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,3 +52,47 @@ def policy_gradient(kl: Tensor, student: Transition, next_sample: Tensor) -> Ten
     log_probability = log_prob(student, next_sample.detach())
     ratio = torch.exp(log_probability - log_probability.detach())
     return ratio * kl
+
+
+class Comparison(NamedTuple):
+    """Student and teacher at one visited state: their steps, their guided predictions, and where the rollout goes."""
+
+    student: Transition
+    teacher: Transition
+    prediction: Tensor
+    target: Tensor
+    next_sample: Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """
+    An objective and what there is to know about it.
+
+    Args:
+        name (`str`): What a user calls it.
+        loss (`Callable`): What is learnt from, of a [`Comparison`], shape `[batch]`.
+        divides_by_std (`bool`, *optional*, defaults to `False`):
+            Whether it divides by the std of a step, so that of steps with noise none may be without.
+        needs_noise (`bool`, *optional*, defaults to `False`): Whether it is undefined for deterministic steps.
+    """
+
+    name: str
+    loss: Callable[[Comparison], Tensor]
+    divides_by_std: bool = False
+    needs_noise: bool = False
+
+
+OBJECTIVES: dict[str, Objective] = {
+    objective.name: objective
+    for objective in (
+        Objective("kl", lambda at: kl(at.student, at.teacher), divides_by_std=True),
+        Objective("velocity", lambda at: velocity(at.prediction, at.target)),
+        Objective(
+            "policy_gradient",
+            lambda at: policy_gradient(kl(at.student, at.teacher), at.student, at.next_sample),
+            divides_by_std=True,
+            needs_noise=True,
+        ),
+    )
+}

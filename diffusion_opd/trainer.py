@@ -164,7 +164,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         the student, and what predicts as it does."""
         args, step = self.args, self.checked.visits[0].steps[0]
         noise_level: Any = args.noise_level  # a number since `__post_init__`
-        needs_noise = noise_level > 0 and args.objective != "velocity"
+        needs_noise = noise_level > 0 and objectives.OBJECTIVES[args.objective].divides_by_std
         self.kernel = self.choose_kernel(args.transition, noise_level, needs_noise)
         self.student.policy.timing = partial(self.stopwatch.section, "student")
         for key, teacher in self.teachers.items():
@@ -229,16 +229,11 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         for step, target in zip(visit.steps, targets, strict=True):
             student = self.kernel(step.sample, step.prediction, step.schedule, step.index)
             teacher = self.kernel(step.sample, target, step.schedule, step.index)
-            kl = objectives.kl(student, teacher)
-            if self.args.objective == "velocity":
-                loss = objectives.velocity(step.prediction, target)
-            elif self.args.objective == "policy_gradient":
-                next_sample: Any = step.next_sample
-                loss = objectives.policy_gradient(kl, student, next_sample)
-            else:
-                loss = kl
-            losses.append(loss)
-            kls.append(kl)
+            next_sample: Any = step.next_sample  # a walk has moved
+            comparison = objectives.Comparison(student, teacher, step.prediction, target, next_sample)
+            losses.append(objectives.OBJECTIVES[self.args.objective].loss(comparison))
+            with torch.no_grad():
+                kls.append(objectives.kl(student, teacher))
         return torch.stack(losses).mean(0), torch.stack(kls).mean(0)
 
     def _note(self, task: str, visit: Visit, targets: Sequence[Tensor], loss: Tensor, kl: Tensor) -> None:

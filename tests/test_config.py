@@ -9,6 +9,7 @@ from trl import TrlParser
 
 from diffusion_opd import DiffusionGRPOConfig, DiffusionNFTConfig, DiffusionOPDConfig
 from diffusion_opd.config import computes_in_bf16
+from diffusion_opd.objectives import OBJECTIVES, Objective
 from diffusion_opd.transitions import TRANSITIONS, Kernel
 
 
@@ -123,6 +124,20 @@ def test_a_kernel_says_everything_about_itself_in_its_entry(monkeypatch):
     assert DiffusionGRPOConfig("out", transition="wild").transition == "wild"
     with pytest.raises(ValueError, match=r"needs a stochastic transition; got `transition='still'`"):
         DiffusionGRPOConfig("out", transition="still")
+
+
+def test_an_objective_says_everything_about_itself_in_its_entry(monkeypatch):
+    def loss(comparison):
+        raise AssertionError("a config compares nothing")
+
+    for own in (Objective("loose", loss), Objective("strict", loss, divides_by_std=True, needs_noise=True)):
+        monkeypatch.setitem(OBJECTIVES, own.name, own)
+    assert config(objective="loose", transition="cps", timestep_fraction=1.0).objective == "loose"
+    assert config(objective="strict", transition="cps").objective == "strict"
+    with pytest.raises(ValueError, match="`objective='strict'` needs a stochastic transition"):
+        config(objective="strict")
+    with pytest.raises(ValueError, match="the last step of 'cps' has zero std, so its 'strict' is not defined"):
+        config(objective="strict", transition="cps", timestep_fraction=1.0)
 
 
 def test_what_goes_to_the_pipeline():

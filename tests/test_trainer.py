@@ -28,9 +28,10 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_
 
 from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, Teacher
 from diffusion_opd.base_trainer import EMA_NAME
-from diffusion_opd.config import OBJECTIVES
 from diffusion_opd.engines import take_compilation
+from diffusion_opd.objectives import OBJECTIVES, Objective, kl
 from diffusion_opd.student import whole_modules
+from diffusion_opd.transitions import TRANSITIONS, Kernel, ode
 from tests.adapters import save_peft
 from tests.card_rules import check_card
 from tests.own_pipelines import Momentum, Plain, of
@@ -154,6 +155,26 @@ def test_v_prediction_trains(tmp_path):
         assert_trains(trainer)
         runs.append(history(trainer, "loss"))
     assert runs[0] != runs[1]
+
+
+def test_a_kernel_and_an_objective_of_ones_own_are_one_entry_each(tmp_path, monkeypatch):
+    def strides(x, velocity, schedule, index, noise_level):
+        return ode(x, velocity, schedule, index)._replace(std=noise_level)
+
+    own = Kernel("strides", strides, is_flow=True, max_noise_level=0.5, default_noise_level=0.25)
+    monkeypatch.setitem(TRANSITIONS, "strides", own)
+    thrice = Objective("thrice", lambda at: 3 * kl(at.student, at.teacher), divides_by_std=True)
+    monkeypatch.setitem(OBJECTIVES, "thrice", thrice)
+    trainer = trainer_of(tmp_path, transition="strides", objective="thrice", max_steps=1)
+    assert_trains(trainer)
+    assert history(trainer, "loss/a")[0] == pytest.approx(3 * history(trainer, "kl/a")[0])
+    # Like the ODE's on this first state, but for the std
+    plain = trainer_of(tmp_path, max_steps=1)
+    plain.train()
+    ratio = history(trainer, "kl_step/0")[0] / history(plain, "kl_step/0")[0]
+    assert ratio == pytest.approx(1 / 0.25**2, rel=1e-4)
+    with pytest.raises(ValueError, match="'strides'.*VP model.*use 'ddim'"):
+        trainer_of(tmp_path, "sd15", transition="strides")
 
 
 def assert_trains(trainer: DiffusionOPDTrainer) -> None:
