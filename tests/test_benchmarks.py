@@ -126,7 +126,7 @@ def test_memory_in_all():
     "command",
     [
         "step_cost --steps 3 --students lora --checkpointing no",
-        "overhead",
+        pytest.param("overhead", marks=pytest.mark.nightly),
         "overhead --profile",
         "growth --groups num_teachers",
     ],

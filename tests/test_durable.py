@@ -79,19 +79,20 @@ def undisturbed(tmp_path_factory):
 
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
+nightly = partial(pytest.param, marks=(pytest.mark.slow, pytest.mark.nightly))
 
 
 @pytest.mark.parametrize(
     ("place", "begins_at", "options"),
     [
-        slow("rollout:3", 3, {}),
-        slow("optimizer", 3, {}),
         ("save:2", 3, {}),
         slow("list", 3, {}),
-        slow("state", 3, {"save_total_limit": 1}),
         slow("rotate", 4, {"save_total_limit": 1}),
         slow("rollout:3", 3, {"method": "nft"}),
-        slow("save:4", 3, {"method": "grpo"}),
+        nightly("rollout:3", 3, {}),
+        nightly("optimizer", 3, {}),
+        nightly("state", 3, {"save_total_limit": 1}),
+        nightly("save:4", 3, {"method": "grpo"}),
     ],
 )
 def test_a_killed_run_resumes_as_if_nothing_had_been(tmp_path, undisturbed, place, begins_at, options):
@@ -267,7 +268,7 @@ def test_nan_in_a_rollout_is_seen(tmp_path, cls):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("policy", "engine"), [("raise", None), ("skip", None), ("skip", "fsdp2")])
+@pytest.mark.parametrize(("policy", "engine"), [nightly("raise", None), ("skip", None), ("skip", "fsdp2")])
 def test_all_processes_agree_on_nan_in_one(tmp_path, policy, engine):
     codes = started(tmp_path, 2, poisoned=(1, (3,)), nan_policy=policy, engine=engine)
     if policy == "raise":
@@ -330,7 +331,7 @@ def test_sigterm_to_torchrun(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [16_000, 30_000])  # the weights do not fit, or the optimizer
+@pytest.mark.parametrize("size", [nightly(16_000), 30_000])  # the weights do not fit, or the optimizer
 def test_a_full_disk(tmp_path, undisturbed, size):
     assert started(tmp_path, disk=size) == [1]
     error = (tmp_path / "error_0.txt").read_text().strip()

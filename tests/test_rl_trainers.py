@@ -19,7 +19,7 @@ from diffusion_opd.sampling import seed_of
 from tests.card_rules import check_card
 from tests.rl_training import CONFIGS, DATA, GRPO, NFT, config, redness, trainer_of
 from tests.tiny_pipelines import BUILDERS, CALL, denoiser
-from tests.training import guided_by_hand, history, latents, lora, trained
+from tests.training import FAMILIES, guided_by_hand, history, latents, lora, trained
 
 BOTH = pytest.mark.parametrize("cls", [NFT, GRPO])
 TASKS = DATA.add_column("task", ["a", "b"] * 3)
@@ -77,7 +77,7 @@ def seeds_seen(cls) -> tuple[type, dict]:
     [
         (NFT, {"old_decay_max": 0.0}),
         (GRPO, {"loss_type": "grpo"}),
-        pytest.param(GRPO, {"loss_type": "grpo_guard"}, marks=pytest.mark.slow),
+        pytest.param(GRPO, {"loss_type": "grpo_guard"}, marks=pytest.mark.nightly),
     ],
 )
 def test_reward_rises(tmp_path, cls, settings):
@@ -228,17 +228,6 @@ def test_first_nft_loss_and_gradient_are_the_papers(tmp_path):
             losses.append(5 * contrast.mean() + beta * (v - v_base).square().mean())
     assert_learns(trainer, record, student, torch.stack(losses).mean())
     assert history(trainer, "kl")[0] > 0 and history(trainer, "old_distance") == [0.0]
-
-
-# Packed latents, videos, a VP model; PixArt's pipelines cannot load a LoRA
-QUICK = ("flux", "wan", "sd15")
-FAMILIES = pytest.mark.parametrize(
-    ("family", "full"),
-    [
-        pytest.param(family, family == "pixart_sigma", marks=() if family in QUICK else pytest.mark.slow)
-        for family in BUILDERS
-    ],
-)
 
 
 @FAMILIES
@@ -539,7 +528,7 @@ def test_streams(tmp_path, cls):
 # Checkpoints
 
 
-@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(
     ("cls", "settings", "step"),
     [

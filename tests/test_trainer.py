@@ -36,7 +36,7 @@ from tests.adapters import save_peft
 from tests.card_rules import check_card
 from tests.own_pipelines import Momentum, Plain, of
 from tests.tiny_pipelines import BUILDERS, CALL, denoiser
-from tests.training import DATA, PROMPTS, config, guided_by_hand, history, latents, lora, trained, trainer_of
+from tests.training import DATA, FAMILIES, PROMPTS, config, guided_by_hand, history, latents, lora, trained, trainer_of
 
 # What is learnt
 
@@ -511,10 +511,6 @@ def test_saved_student_is_the_student_in_plain_diffusers(tmp_path, full):
     assert not (tmp_path / "model.safetensors").exists()
 
 
-# PixArt's pipelines cannot load a LoRA
-FAMILIES = pytest.mark.parametrize(("family", "full"), [(family, family == "pixart_sigma") for family in BUILDERS])
-
-
 @FAMILIES
 def test_every_family_is_saved_loaded_and_resumed(tmp_path, family, full):
     settings = dict(full=full, num_inference_steps=3, save_strategy="steps", save_steps=1)
@@ -536,7 +532,6 @@ def test_every_family_is_saved_loaded_and_resumed(tmp_path, family, full):
     assert not torch.equal(latents(BUILDERS[family](0), family), student)
 
 
-@pytest.mark.slow
 @FAMILIES
 def test_teacher_equal_to_the_base_leaves_no_loss_in_any_family(tmp_path, family, full):
     data = Dataset.from_dict({"prompt": PROMPTS})

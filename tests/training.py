@@ -1,5 +1,6 @@
 """Small distillations of a tiny SD3 (and others), and what can be read off them."""
 
+import pytest
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
@@ -10,6 +11,17 @@ from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS
 
 PROMPTS = [f"prompt number {i}" for i in range(12)]
 DATA = Dataset.from_dict({"prompt": PROMPTS, "teacher_id": ["a", "b"] * 6, "unused": list(range(12))})
+
+# Each family once, as a LoRA where its pipeline can load one. In every run those that differ in kind: packed latents, a
+# video, a VP model, and PixArt's pipelines, which cannot load a LoRA; SD3 is what all other tests train
+IN_EVERY_RUN = ("flux", "wan", "sd15", "pixart_sigma")
+FAMILIES = pytest.mark.parametrize(
+    ("family", "full"),
+    [
+        pytest.param(family, family == "pixart_sigma", marks=() if family in IN_EVERY_RUN else pytest.mark.nightly)
+        for family in BUILDERS
+    ],
+)
 
 
 def lora(**kwargs) -> LoraConfig:

@@ -58,8 +58,15 @@ def test_the_cost_of_distillation_is_what_is_computed(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-@pytest.mark.parametrize("algorithm", ["nft", "grpo"])
+@pytest.mark.parametrize(
+    ("algorithm", "beta"),
+    [
+        ("nft", 0.1),
+        ("grpo", 0.0),
+        pytest.param("nft", 0.0, marks=pytest.mark.nightly),
+        pytest.param("grpo", 0.1, marks=pytest.mark.nightly),
+    ],
+)
 def test_the_cost_of_reinforcement_is_what_is_computed(algorithm, beta, tmp_path, monkeypatch):
     own = {"num_iterations": 2} if algorithm == "grpo" else {}
 
