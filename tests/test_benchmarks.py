@@ -26,7 +26,7 @@ def test_one_pass_is_the_released_two_passes(lora, checkpointing):
     assert gradient < 1e-5
 
 
-@pytest.mark.parametrize("name", ["toy", pytest.param("sd35-medium", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["toy", pytest.param("sd35-medium", marks=pytest.mark.nightly)])
 def test_one_pass_saves_a_third_of_the_operations(name):
     """10 rollout steps, 10 questions to the teacher, 9 learnt steps against 9 and 9: LoRA, without checkpointing."""
     one, two, lean = (
@@ -128,7 +128,7 @@ def test_memory_in_all():
         "step_cost --steps 3 --students lora --checkpointing no",
         pytest.param("overhead", marks=pytest.mark.nightly),
         "overhead --profile",
-        "growth --groups num_teachers",
+        pytest.param("growth --groups num_teachers", marks=pytest.mark.nightly),
     ],
 )
 def test_benchmark_runs(command):

@@ -11,7 +11,9 @@ SMALL = {"per_device_train_batch_size": 24, "num_generations": 6, "save_strategy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("algorithm", "settings", "max_steps"), [("nft", NFT, 8), ("grpo", GRPO, 16)])
+@pytest.mark.parametrize(
+    ("algorithm", "settings", "max_steps"), [("nft", NFT, 8), pytest.param("grpo", GRPO, 16, marks=pytest.mark.nightly)]
+)
 def test_reward_rises_on_prompts_that_were_held_out(algorithm, settings, max_steps, tmp_path):
     before = evaluate(load_base(), 20, tasks=("style",))["style"]
     trainer = reinforce(algorithm, ["style"], tmp_path, max_steps=max_steps, **settings | SMALL)

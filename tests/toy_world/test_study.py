@@ -149,8 +149,16 @@ def test_off_policy_states_are_those_of_the_teacher(tmp_path, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture
+def few_states(monkeypatch):
+    monkeypatch.setattr("examples.toy_world.study.states.SAMPLES", 3)
+    fixed_states.cache_clear()
+    yield
+    fixed_states.cache_clear()
+
+
 @pytest.mark.slow
-def test_a_teacher_has_no_gap_to_itself_and_fixed_states_are_the_same_for_all():
+def test_a_teacher_has_no_gap_to_itself_and_fixed_states_are_the_same_for_all(few_states):
     own = gaps(specialist("style"), ("style",))
     base = gaps(load_base(), ("style",))
     for origin in ("teacher", "real", "own"):
@@ -180,7 +188,7 @@ def test_a_row_that_is_not_there_is_refused_with_those_that_are(capsys):
 
 
 @pytest.mark.slow
-def test_a_row_runs_once_and_is_reported(tmp_path, monkeypatch, capsys):
+def test_a_row_runs_once_and_is_reported(tmp_path, monkeypatch, capsys, few_states):
     calls = []
 
     def train(folder, seed):
@@ -210,6 +218,7 @@ def test_an_ocr_package_reads_what_the_world_draws():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_distillation_comes_nearer_to_the_teachers_than_finetuning_on_their_pictures_at_equal_cost(tmp_path):
     """The study in short. At 40 steps the gaps are 0.02 and 0.11; the margin here is a factor of 1.5."""
     distilled = rows.opd(15).train(tmp_path / "opd", 0)
