@@ -123,8 +123,8 @@ def said(check):
         try:
             check()
         except ValueError as error:
-            return str(error)
-    return "".join(str(warning.message) for warning in told)
+            return True, str(error)
+    return False, "".join(str(warning.message) for warning in told)
 
 result = []
 for metadata in cards:
@@ -138,10 +138,10 @@ def test_the_server_refuses_a_spoilt_card(tmp_path):
     changes = {"": {}, **SPOILT, **DOUBTFUL}
     with HubServer() as hub:
         answers = client(hub, tmp_path, f"cards = {[CARD | change for change in changes.values()]!r}\n{VALIDATE}")
-    assert answers.pop(0) == ["", ""]
-    for words, (of_card, of_commit) in zip([*SPOILT, *DOUBTFUL], answers, strict=True):
-        assert words in of_commit and of_commit.startswith("Invalid" if words in SPOILT else "Warnings")
-        assert (words in json.loads(of_card)["error"]) if words in SPOILT else (of_card == "")
+    assert answers.pop(0) == [[False, ""], [False, ""]]
+    for words, ((is_refused, of_card), (is_stopped, of_commit)) in zip([*SPOILT, *DOUBTFUL], answers, strict=True):
+        assert words in of_commit and is_refused == is_stopped == (words in SPOILT)
+        assert (words in json.loads(of_card)["error"]) if is_refused else (of_card == "")
 
 
 # A world of repositories
