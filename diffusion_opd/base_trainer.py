@@ -7,13 +7,11 @@ underscored names are imported here and in config.py only.
 """
 
 import contextlib
-import copy
 import json
 import os
 import shutil
 import textwrap
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,20 +19,16 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.integrations import TensorBoardCallback
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
@@ -44,6 +38,9 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from .adapters import STUDENT_ADAPTER
+from .callbacks import Metrics, MovingAverage, NaNPolicy, Pictures, SaveAndStop
+from .callbacks.moving_average import EMA_NAME
+from .callbacks.pictures import IMAGES_DIR, middle_frame
 from .checkpoints import (
     give_ordinary_mode,
     is_checkpoint,
@@ -69,18 +66,7 @@ from .transitions import TRANSITIONS, BoundKernel
 
 logger = get_logger(__name__)
 
-EMA_NAME = "ema_and_raw_weights.safetensors"
-IMAGES_DIR = "images"
 CHECK_PROMPTS = ["a cat", "a dog"]  # a batch, and short enough for any tokenizer
-
-# Where NaN and Inf are looked for, causes before what follows from them
-NONFINITE = {
-    "rollout": "the rollout of task {!r}",
-    "student": "the student's prediction for task {!r}",
-    "teacher": "the prediction of teacher {!r}",
-    "reference": "the frozen policy's prediction for task {!r}",
-    "loss": "the loss of task {!r}",
-}
 
 
 def whole_cycles(args: DiffusionConfig, tasks: Sequence[str]) -> None:
@@ -133,50 +119,19 @@ class _Config(FrozenDict):
 
 
 class _EveryStep(TrainerCallback):
-    """Updates what follows the trained weights before the trainer evaluates or saves, and draws the sample pictures of
-    an optimizer step when all that is done, and before the trackers close."""
+    """What a trainer does itself at the events of transformers' loop."""
 
     def __init__(self, trainer: "DiffusionTrainer"):
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.enter_epoch(kwargs["train_dataloader"])
+
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Those of the step before; also when a run is resumed here, which may have been killed before it drew them
-        if args.image_steps and state.global_step and state.global_step % args.image_steps == 0:
-            self.trainer.log_images()
-        self.trainer.keep_loss()
+        self.trainer.before_optimizer_step()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.after_optimizer_step()
-        self.trainer.keep_metrics()
-        if args.logging_strategy == "no":
-            self.trainer.forget_metrics()
-
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.trainer.ema is not None:
-            with self.trainer.trained_shards() as shards:
-                if state.global_step % args.ema_update_every and state.best_model_checkpoint is None:
-                    self.trainer.ema.step(shards)  # or a short run would end where it began
-                # What `pipeline`, `save_model` and the Hub carry from here on
-                self.trainer.ema.copy_to(shards)
-        if args.image_steps != 0 and not self.trainer.was_told_to_stop:
-            self.trainer.log_images()
-
-
-class _SaveAndStop(TrainerCallback):
-    """In the place of transformers' callback of `enable_jit_checkpoint`, which saves whenever its own process has been
-    told: several processes would do so at different steps, and wait for each other for ever."""
-
-    def __init__(self, listener: Any):
-        self.listener = listener
-        self.agreed = False  # by all processes, in this optimizer step
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.agreed:
-            self.listener.jit_manager.is_checkpoint_requested = False
-            control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.listener.on_train_end(*args, **kwargs)
 
 
 class DiffusionTrainer(_BaseTrainer):
@@ -260,19 +215,17 @@ class DiffusionTrainer(_BaseTrainer):
                 f"the optimizer in `optimizers` holds {len(given)} parameters, none of which the student trains (a "
                 "LoRA is added here, after it was built); name it in `optim` instead."
             )
-        self.ema: EMAModel | None = None  # from the start of `train` on, of this process's shards
-        self._ema_is_in_place = False
-        self._metrics: dict[str, list[Any]] = defaultdict(list)
-        self._kept: dict[str, int] = {}
-        self._skipped_steps = 0
         self._has_card = False  # of this run
-        self._nonfinite = torch.zeros(len(NONFINITE), len(tasks), dtype=torch.bool, device=device)
-        self._last_log = (time.perf_counter(), 0)
-        self.callback_handler.callbacks.insert(0, _EveryStep(self))
-        listener = self.pop_callback(JITCheckpointCallback)
-        self._save_and_stop = _SaveAndStop(listener) if listener is not None else None
-        if self._save_and_stop is not None:
-            self.add_callback(self._save_and_stop)
+        self.metrics = Metrics(self.accelerator, self.stopwatch)
+        self.nan_policy = NaNPolicy(args.nan_policy, self.tasks, self.accelerator)
+        self.average = MovingAverage(args.ema_decay, args.ema_update_every, self.trained_shards)
+        self.pictures = Pictures(self, self._task_column)
+        # Each follows the one before: a step's metrics are whole when `after_optimizer_step` has recorded its own, and
+        # the last pictures are of the average
+        first = [self.average, _EveryStep(self), self.metrics, self.nan_policy, self.pictures]
+        self.callback_handler.callbacks[:0] = first
+        self.save_and_stop = SaveAndStop(self.pop_callback(JITCheckpointCallback))
+        self.add_callback(self.save_and_stop)
 
     def _check_best_metric(self, args: DiffusionConfig, names: Sequence[str], callbacks: Any) -> None:
         """Refuses a `metric_for_best_model` that is none of the metrics of evaluation; Trainer would do so after the
@@ -284,7 +237,7 @@ class DiffusionTrainer(_BaseTrainer):
     @property
     def was_told_to_stop(self) -> bool:
         """Whether the run ends early because it was told to save and stop (`enable_jit_checkpoint`)."""
-        return self._save_and_stop is not None and self._save_and_stop.agreed
+        return self.save_and_stop.agreed
 
     @property
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -432,58 +385,32 @@ class DiffusionTrainer(_BaseTrainer):
 
     # NaN and Inf
 
-    @torch.no_grad()
     def watch(self, what: str, task: str, tensor: Tensor) -> None:
         """Remembers, on the device, whether a tensor holds NaN or Inf. `what` is a key of `NONFINITE`."""
-        place = self._nonfinite[list(NONFINITE).index(what), self.tasks.index(task)]
-        place.logical_or_(tensor.isfinite().all().logical_not())
+        self.nan_policy.watch(what, task, tensor)
 
+    # `on_pre_optimizer_step` comes after it, and is neither told the norm nor asked what the log is to show of it
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        # What Trainer calls last before the weights change, on all processes
         grad_norm = super()._get_grad_norm(model, grad_norm)
         # In fp16 Inf in a gradient is the loss scaler's business
-        norm = 0.0 if self.args.fp16 or grad_norm is None else grad_norm
-        norm = torch.as_tensor(norm.full_tensor() if isinstance(norm, DTensor) else norm, device=self._nonfinite.device)
-        told = self._save_and_stop is not None and self._save_and_stop.listener.jit_manager.is_checkpoint_requested
-        # One synchronisation an optimizer step, at `tolist`
-        own = [norm.isfinite().logical_not(), torch.full_like(norm, told, dtype=torch.bool)]
-        flags = torch.cat([self._nonfinite.flatten(), torch.stack(own)]).float()
-        *nonfinite, overflow, told = self.accelerator.reduce(flags, "sum").tolist()
-        self._nonfinite.zero_()
-        if self._save_and_stop is not None:
-            self._save_and_stop.agreed = told > 0
-        if not any(nonfinite) and not overflow:
+        norm = None if self.args.fp16 else grad_norm
+        found, self.save_and_stop.agreed = self.nan_policy.agree(norm, self.save_and_stop.is_told)
+        if found is None:
             return grad_norm
-        self._raise_or_skip(nonfinite)
-        model.zero_grad(set_to_none=True)  # an optimizer passes over a parameter without gradient
-        return None
-
-    def _raise_or_skip(self, nonfinite: list[float]) -> None:
-        names = [text.format(task) for text in NONFINITE.values() for task in self.tasks]
-        found = next((name for name, flag in zip(names, nonfinite, strict=True) if flag), "the gradient")
-        step = self.state.global_step + 1
-        if self.args.nan_policy == "raise":
-            raise FloatingPointError(
-                f"optimizer step {step}: NaN or Inf in {found}; mend that, or leave out such steps with "
-                "`nan_policy='skip'`."
-            )
-        logger.warning(f"Optimizer step {step} is left out: NaN or Inf in {found}.")
+        self.nan_policy.raise_or_skip(found, self.state.global_step + 1)
         # As if the step had not been, for all that the next `log` shows
         self._tr_loss.copy_(self._loss_before)
         self._globalstep_last_logged += 1
-        for name in list(self._metrics):
-            del self._metrics[name][self._kept.get(name, 0) :]
-            if not self._metrics[name]:
-                del self._metrics[name]
-        self._skipped_steps += 1
+        self.metrics.undo()
+        model.zero_grad(set_to_none=True)  # an optimizer passes over a parameter without gradient
+        return None
 
-    def keep_loss(self) -> None:
-        """An optimizer step begins: what is added to the logged loss from here on may be left out."""
+    def before_optimizer_step(self) -> None:
+        """Keeps the logged loss: what is added to it from here on may be left out."""
         self._loss_before = self._tr_loss.clone()
 
-    def keep_metrics(self) -> None:
-        """An optimizer step has ended: its metrics stay."""
-        self._kept = {name: len(values) for name, values in self._metrics.items()}
+    def after_optimizer_step(self) -> None:
+        """Updates what follows the trained weights, besides their average."""
 
     def _generators(self, count: int, domain: int, step: int, task: int, cycle: int) -> list[torch.Generator]:
         """One generator a sample, by its place among its task's samples of the step: the same however a step's samples
@@ -542,11 +469,12 @@ class DiffusionTrainer(_BaseTrainer):
         )
         return self._train_sampler
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # In several processes accelerate does not reach the sampler of an epoch that is resumed in its middle
+    def enter_epoch(self, train_dataloader: Any) -> None:
+        """Tells the sampler which epoch a run begins in: in several processes accelerate does not reach the sampler of
+        one that is resumed in its middle."""
         if isinstance(self.train_dataset, Dataset):
-            self._train_sampler.set_epoch(kwargs["epoch"])
-        super()._run_epoch(*args, **kwargs)
+            steps_per_epoch = len(train_dataloader) // self.args.gradient_accumulation_steps
+            self._train_sampler.set_epoch(self.state.global_step // steps_per_epoch)
 
     @property
     def _global_batch_size(self) -> int:
@@ -556,30 +484,16 @@ class DiffusionTrainer(_BaseTrainer):
     def _cycles(self) -> int:
         return self.args.gradient_accumulation_steps // len(self.tasks)
 
-    def after_optimizer_step(self) -> None:
-        """Updates what follows the trained weights."""
-        if self.ema is not None and self.state.global_step % self.args.ema_update_every == 0:
-            with self.trained_shards() as shards:
-                self.ema.step(shards)
-
     # The moving average
 
-    @contextlib.contextmanager
-    def ema_weights(self) -> Iterator[None]:
+    @property
+    def ema(self) -> EMAModel | None:
+        """The moving average, of this process's shards, from the start of `train` on."""
+        return self.average.ema
+
+    def ema_weights(self) -> contextlib.AbstractContextManager[None]:
         """The averaged weights in place of the trained ones, if there are any."""
-        if self.ema is None or self._ema_is_in_place:
-            yield
-            return
-        with self.trained_shards() as shards:
-            self.ema.store(shards)
-            self.ema.copy_to(shards)
-        self._ema_is_in_place = True
-        try:
-            yield
-        finally:
-            with self.trained_shards() as shards:
-                self.ema.restore(shards)
-            self._ema_is_in_place = False
+        return self.average.in_place()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         before = len(self.state.log_history)
@@ -598,62 +512,21 @@ class DiffusionTrainer(_BaseTrainer):
 
     def record(self, name: str, value: Tensor | float) -> None:
         """Adds to the mean that the next `log` shows. A tensor stays on its device until then."""
-        self._metrics[name].append(value.detach() if isinstance(value, Tensor) else value)
+        self.metrics.record(name, value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._metrics:
-            device = self.accelerator.device
-            names = list(self._metrics)
-            means = [
-                torch.stack(
-                    [torch.as_tensor(v, dtype=torch.float32, device=device) for v in self._metrics[name]]
-                ).mean()
-                for name in names
-            ]
-            logs.update(zip(names, self.accelerator.reduce(torch.stack(means), "mean").tolist(), strict=True))
-            now, step = time.perf_counter(), self.state.global_step
-            steps = max(step - self._last_log[1], 1)
-            logs["steps_per_second"] = steps / (now - self._last_log[0])
-            logs["samples_per_second"] = logs["steps_per_second"] * (
-                self._train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
-            )
-            logs.update({f"time/{name}": seconds / steps for name, seconds in self.stopwatch.read().items()})
-            if self.args.nan_policy == "skip":
-                logs["skipped_steps"] = self._skipped_steps
-                self._skipped_steps = 0
-            self.forget_metrics()
+        if "loss" in logs and not self.metrics.is_empty:
+            batch_size = self._global_batch_size * self.args.gradient_accumulation_steps
+            logs.update(self.metrics.take(self.state.global_step, batch_size))
+            logs.update(self.nan_policy.take())
         super().log(logs, start_time)
-
-    def forget_metrics(self) -> None:
-        """Begins a new interval of the means and times that `log` shows."""
-        self._metrics.clear()
-        self._kept.clear()
-        self.stopwatch.clear()
-        self._last_log = (time.perf_counter(), self.state.global_step)
-
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self.forget_metrics()
-        self._skipped_steps = 0
-        self._nonfinite.zero_()
-        return super()._inner_training_loop(*args, **kwargs)
 
     # Images
 
     @property
     def image_examples(self) -> list[dict[str, Any]]:
         """What the sample images show: `args.image_prompts`, or the first rows of each task, four or more in all."""
-        if self.args.image_prompts is not None:
-            return [{PROMPT: prompt} for prompt in self.args.image_prompts]
-        if not isinstance(self.train_dataset, Dataset):
-            return []
-        per_task = -(-4 // len(self.tasks))
-        rows: dict[str, list[int]] = {key: [] for key in self.tasks}
-        for row, task in enumerate(self.train_dataset[self._task_column]):
-            if len(rows[task]) < per_task:
-                rows[task].append(row)
-            elif all(len(chosen) == per_task for chosen in rows.values()):
-                break
-        return [self.train_dataset[row] for chosen in rows.values() for row in chosen]
+        return self.pictures.examples
 
     @property
     def image_prompts(self) -> list[str]:
@@ -666,86 +539,12 @@ class DiffusionTrainer(_BaseTrainer):
 
     def sample_images(self, prompts: Sequence[str]) -> list[Image.Image]:
         """One image a prompt (of a video its middle frame), drawn by the student with fixed seeds, on every process."""
-        return [_middle_frame(drawn) for drawn in self._draw(prompts)]
-
-    @torch.no_grad()
-    def _draw(self, prompts: Sequence[str]) -> list[Any]:
-        """An image, or a list of frames, for each prompt. What the pipeline raises on one process is raised on all
-        (where each call of the denoiser gathers sharded weights: once these calls are done)."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        per_process = -(-len(prompts) // world)
-        # Every process draws equally many: sharded weights are gathered by all
-        mine = [min(index, len(prompts) - 1) for index in range(rank * per_process, (rank + 1) * per_process)]
-        if not mine:
-            return []
-        pipeline = copy.copy(self.pipeline)
-        pipeline.set_progress_bar_config(disable=True)
-        self.model.eval()
-        drawn, error = [], None
-        try:
-            with self.ema_weights():
-                output = pipeline(
-                    prompt=[prompts[index] for index in mine],
-                    num_inference_steps=self.args.image_num_inference_steps or self.args.num_inference_steps,
-                    generator=[torch.Generator().manual_seed(seed_of(self.args.seed, index)) for index in mine],
-                    output_type="pil",
-                    **self.args.pipeline_kwargs,
-                )
-            drawn = list(output.images if hasattr(output, "images") else output.frames)
-        except Exception as own:
-            error = own
-        if world > 1:  # or those that could draw would wait for the one that could not
-            errors = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
-            drawn = gather_object(drawn)
-            if error is None and any(errors):
-                error = RuntimeError(f"another process could not draw: {next(filter(None, errors))}")
-        try:
-            if error is not None:
-                raise error
-        finally:
-            del error  # its traceback holds this frame, and all that the call left on the device
-        return drawn[: len(prompts)]
+        return [middle_frame(drawn) for drawn in self.pictures.draw(prompts)]
 
     def log_images(self) -> None:
         """Draws the sample images and hands them to `output_dir/images/step_...` and the trackers in use. What fails on
         the way is a warning: a picture is not worth a run."""
-        try:
-            drawn = self._draw(self.image_prompts)
-            if drawn and self.is_world_process_zero():
-                self._show(drawn)
-                if self._has_card:  # written as the step was saved
-                    self.create_model_card(model_name=self._card_name)
-        except Exception as error:
-            logger.warning(
-                f"The sample pictures of optimizer step {self.state.global_step} could not be drawn or shown "
-                f"({type(error).__name__}: {textwrap.shorten(str(error), 200)}); the run goes on."
-            )
-
-    def _show(self, drawn: list[Any]) -> None:
-        images = [_middle_frame(one) for one in drawn]
-        step = self.state.global_step
-        folder = Path(self.args.output_dir, IMAGES_DIR, f"step_{step:06d}")
-        folder.mkdir(parents=True, exist_ok=True)
-        for index, image in enumerate(images):
-            image.save(folder / f"{index:02d}.png")
-        captions = self.image_captions(drawn)
-        (folder / "captions.json").write_text(json.dumps(captions, indent=2) + "\n")
-        grid = make_image_grid(images, rows=1, cols=len(images))
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                pixels = torch.frombuffer(bytearray(grid.convert("RGB").tobytes()), dtype=torch.uint8)
-                callback.tb_writer.add_image(
-                    "samples", pixels.view(grid.height, grid.width, 3), step, dataformats="HWC"
-                )
-        if "wandb" in self.args.report_to:
-            import wandb
-
-            if wandb.run is not None:
-                wandb.log({"samples": [wandb.Image(i, caption=c) for i, c in zip(images, captions, strict=True)]})
-        if "trackio" in self.args.report_to:
-            import trackio
-
-            trackio.log({"samples": trackio.Image(grid, caption=" | ".join(captions))})
+        self.pictures.log()
 
     # Saving: Trainer would write a bare model.safetensors without a config
 
@@ -758,11 +557,8 @@ class DiffusionTrainer(_BaseTrainer):
             self._save(output_dir, self.student.gathered_state(self.is_fsdp_enabled, self.deepspeed))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-        if self.ema is not None and is_checkpoint(output_dir):
-            with self.trained_shards() as shards:
-                raw = {f"raw.{i}": shard for i, shard in enumerate(shards)}
-                averaged = {f"ema.{i}": shadow for i, shadow in enumerate(self.ema.shadow_params)}
-                self.save_shards(raw | averaged, Path(output_dir), EMA_NAME)
+        if is_checkpoint(output_dir):
+            self.average.save(self.save_shards, Path(output_dir))
 
     def save_shards(self, tensors: dict[str, Tensor], folder: Path, name: str) -> None:
         """Saves what follows the trained parameters: where these are sharded, a file for each process."""
@@ -864,21 +660,12 @@ class DiffusionTrainer(_BaseTrainer):
         elif self.args.ema_decay is None:
             self.load_weights(resume_from_checkpoint)
 
-    def _load_ema(self, ema: EMAModel, checkpoint: str) -> None:
-        state = self.load_shards(Path(checkpoint), EMA_NAME)
-        with torch.no_grad(), self.trained_shards() as shards:
-            for index, (shard, shadow) in enumerate(zip(shards, ema.shadow_params, strict=True)):
-                shadow.copy_(state[f"ema.{index}"])
-                shard.copy_(state[f"raw.{index}"])
-        ema.optimization_step = self.state.global_step // self.args.ema_update_every
+    def _load_average(self, checkpoint: str) -> None:
+        self.average.load(self.load_shards(Path(checkpoint), EMA_NAME), self.state.global_step)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        decay = self.args.ema_decay
         if resume_from_checkpoint is not None:
-            averaged = any(Path(resume_from_checkpoint).glob(f"{Path(EMA_NAME).stem}*"))
-            if averaged == (decay is None):
-                before = "with" if averaged else "without"
-                raise ValueError(f"{resume_from_checkpoint} was saved {before} `ema_decay`; resume it {before}.")
+            self.average.check(resume_from_checkpoint)
         own_forward = vars(self.model).get("forward")
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         # Under mixed precision accelerate has made the denoiser itself answer in float32, which a half-precision VAE
@@ -889,19 +676,15 @@ class DiffusionTrainer(_BaseTrainer):
             del self.model.forward
             if own_forward is not None:
                 self.model.forward = own_forward
-        if decay is not None:
-            if self.ema is None:
-                with self.trained_shards() as shards:
-                    self.ema = EMAModel(shards, decay=decay)
-                self.ema.to(dtype=torch.float32)
-            if resume_from_checkpoint is not None:
-                self._load_ema(self.ema, resume_from_checkpoint)
+        self.average.begin()
+        if resume_from_checkpoint is not None and self.ema is not None:
+            self._load_average(resume_from_checkpoint)
         return prepared
 
     def _load_best_model(self) -> None:
         best: Any = self.state.best_model_checkpoint  # there is one, or Trainer would not ask
         if self.ema is not None:
-            self._load_ema(self.ema, best)  # `on_train_end` puts the average in place
+            self._load_average(best)  # `on_train_end` puts the average in place
         elif self.shards_parameters:
             super()._load_best_model()
         else:
@@ -967,6 +750,11 @@ class DiffusionTrainer(_BaseTrainer):
         return {LORA_NAME, self.denoiser_name}
 
     # TRL's card names transformers as its library and shows a chat
+
+    def renew_model_card(self) -> None:
+        """Writes the card anew if a checkpoint of this run has written it."""
+        if self._has_card:
+            self.create_model_card(model_name=self._card_name)
 
     def create_model_card(  # type: ignore[override]  # TRL's signature, which is not Trainer's
         self,
@@ -1037,7 +825,3 @@ class DiffusionTrainer(_BaseTrainer):
             lora = self.model.peft_config[STUDENT_ADAPTER]
             settings |= {"LoRA rank": lora.r, "LoRA alpha": lora.lora_alpha}
         return settings
-
-
-def _middle_frame(drawn: Image.Image | list[Image.Image]) -> Image.Image:
-    return drawn[len(drawn) // 2] if isinstance(drawn, list) else drawn

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, Teacher
-from diffusion_opd.base_trainer import EMA_NAME
+from diffusion_opd.callbacks.moving_average import EMA_NAME
 from diffusion_opd.engines import take_compilation
 from diffusion_opd.objectives import OBJECTIVES, Objective, kl
 from diffusion_opd.sampling import noise_generators
@@ -735,6 +736,21 @@ def test_a_log_is_the_mean_of_its_steps(tmp_path):
         each, (both,) = (history(trainer, key) for trainer in runs)
         assert len(each) == 2 and each[0] != each[1]
         assert both == pytest.approx(sum(each) / 2, rel=1e-5)
+
+
+def test_rates_after_a_resume_count_its_own_steps(tmp_path):
+    times = []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            times.append(time.perf_counter())
+
+        on_step_end = on_train_begin
+
+    trainer_of(tmp_path, max_steps=8, save_strategy="steps", save_steps=8).train()
+    resumed = trainer_of(tmp_path, max_steps=9, callbacks=[Clock()])
+    resumed.train(resume_from_checkpoint=True)
+    assert len(times) == 2 and history(resumed, "steps_per_second")[-1] < 1 / (times[1] - times[0])
 
 
 def test_images_and_trackers(tmp_path, monkeypatch):

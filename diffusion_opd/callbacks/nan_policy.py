@@ -1,0 +1,79 @@
+"""NaN and Inf in an optimizer step: seen on all processes before the weights change, then an error or a step that is
+left out.
+
+It knows no trainer.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+logger = get_logger(__name__)
+
+# Where NaN and Inf are looked for, causes before what follows from them
+NONFINITE = {
+    "rollout": "the rollout of task {!r}",
+    "student": "the student's prediction for task {!r}",
+    "teacher": "the prediction of teacher {!r}",
+    "reference": "the frozen policy's prediction for task {!r}",
+    "loss": "the loss of task {!r}",
+}
+
+
+class NaNPolicy(TrainerCallback):
+    """
+    Remembers, on the device, what was not finite.
+
+    Args:
+        policy (`str`): `"raise"` or `"skip"`, see `nan_policy` of [`DiffusionConfig`].
+        tasks (`Sequence[str]`): Of the run.
+        accelerator ([`~accelerate.Accelerator`]): Its processes agree on what was found.
+    """
+
+    def __init__(self, policy: str, tasks: Sequence[str], accelerator: Accelerator):
+        self.policy, self.tasks, self.accelerator = policy, tasks, accelerator
+        self._found = torch.zeros(len(NONFINITE), len(tasks), dtype=torch.bool, device=accelerator.device)
+        self._skipped = 0
+
+    @torch.no_grad()
+    def watch(self, what: str, task: str, tensor: Tensor) -> None:
+        """Remembers whether a tensor holds NaN or Inf. `what` is a key of `NONFINITE`."""
+        place = self._found[list(NONFINITE).index(what), self.tasks.index(task)]
+        place.logical_or_(tensor.isfinite().all().logical_not())
+
+    def agree(self, grad_norm: Any, told: bool) -> tuple[str | None, bool]:
+        """What any process found in this optimizer step, or `None`, and whether any was `told` to stop: in one
+        synchronisation."""
+        norm = 0.0 if grad_norm is None else grad_norm
+        norm = torch.as_tensor(norm.full_tensor() if isinstance(norm, DTensor) else norm, device=self._found.device)
+        own = [norm.isfinite().logical_not(), torch.full_like(norm, told, dtype=torch.bool)]
+        flags = torch.cat([self._found.flatten(), torch.stack(own)]).float()
+        *found, anyone_told = self.accelerator.reduce(flags, "sum").tolist()
+        self._found.zero_()
+        names = [*(text.format(task) for text in NONFINITE.values() for task in self.tasks), "the gradient"]
+        return next((name for name, flag in zip(names, found, strict=True) if flag), None), anyone_told > 0
+
+    def raise_or_skip(self, found: str, step: int) -> None:
+        """Raises, or warns of an optimizer step that its caller then leaves out."""
+        if self.policy == "raise":
+            raise FloatingPointError(
+                f"optimizer step {step}: NaN or Inf in {found}; mend that, or leave out such steps with "
+                "`nan_policy='skip'`."
+            )
+        logger.warning(f"Optimizer step {step} is left out: NaN or Inf in {found}.")
+        self._skipped += 1
+
+    def take(self) -> dict[str, int]:
+        """What a log shows: the steps that were left out since the last one."""
+        taken, self._skipped = self._skipped, 0
+        return {"skipped_steps": taken} if self.policy == "skip" else {}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._found.zero_()
+        self._skipped = 0
