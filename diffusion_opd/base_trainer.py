@@ -9,7 +9,6 @@ underscored names are imported here and in config.py only.
 import contextlib
 import json
 import os
-import shutil
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,6 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.training_utils import EMAModel
-from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,13 +32,11 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
-from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
-from .adapters import STUDENT_ADAPTER
 from .callbacks import Metrics, MovingAverage, NaNPolicy, Pictures, SaveAndStop
 from .callbacks.moving_average import EMA_NAME
-from .callbacks.pictures import IMAGES_DIR, middle_frame
+from .callbacks.pictures import middle_frame
 from .checkpoints import (
     give_ordinary_mode,
     is_checkpoint,
@@ -53,10 +49,10 @@ from .checkpoints import (
 from .config import DiffusionConfig, computes_in_bf16
 from .encode_cache import EncodeCache
 from .engines import compile_blocks, settle_fsdp, take_compilation
-from .errors import brief, listed, one_sentence
-from .files import LORA_NAME
+from .errors import brief, listed
 from .inputs import sample_arguments
 from .policy import Policy, denoiser_name
+from .publishing import Publishing
 from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, columns_of, is_prompt, seed_of
 from .scheduler_proxy import is_flow
 from .startup import check_student, sees_the_end
@@ -134,7 +130,7 @@ class _EveryStep(TrainerCallback):
         self.trainer.after_optimizer_step()
 
 
-class DiffusionTrainer(_BaseTrainer):
+class DiffusionTrainer(Publishing):
     """
     Base of the trainers here.
 
@@ -156,7 +152,6 @@ class DiffusionTrainer(_BaseTrainer):
 
     # A training step backpropagates a mean over its micro-batch; Trainer would guess from the denoiser's `**kwargs`
     loss_is_scaled_for_ga: Any = False
-    _tag_names = ["trl", "diffusion-opd"]
     _task_column = TEACHER
     _section = "student"  # of the stopwatch: where the student's time goes
 
@@ -215,7 +210,6 @@ class DiffusionTrainer(_BaseTrainer):
                 f"the optimizer in `optimizers` holds {len(given)} parameters, none of which the student trains (a "
                 "LoRA is added here, after it was built); name it in `optim` instead."
             )
-        self._has_card = False  # of this run
         self.metrics = Metrics(self.accelerator, self.stopwatch)
         self.nan_policy = NaNPolicy(args.nan_policy, self.tasks, self.accelerator)
         self.average = MovingAverage(args.ema_decay, args.ema_update_every, self.trained_shards)
@@ -595,8 +589,7 @@ class DiffusionTrainer(_BaseTrainer):
         torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.create_model_card(model_name=self._card_name)
-        self._has_card = True
+        self.write_model_card()
         run_dir = self._get_output_dir(trial)
         folder = Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
@@ -689,139 +682,3 @@ class DiffusionTrainer(_BaseTrainer):
             super()._load_best_model()
         else:
             self.load_weights(best)
-
-    # Publishing: Trainer copies transformers' file names, i.e. uploads no weights
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        with one_sentence(
-            f"the repository {name!r} cannot be had to push to (`hf auth login`, or a `hub_token` that may write, or "
-            "`push_to_hub=False`)"
-        ):
-            super().init_hf_repo(token=token, private=private)
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self._finish_current_push()  # with `save_total_limit=1` the last checkpoint may be deleted
-        return super()._finalize_training(*args, **kwargs)
-
-    def _finish_current_push(self) -> None:
-        super()._finish_current_push()
-        self._warn_of_failed_pushes()
-
-    def _warn_of_failed_pushes(self) -> None:
-        # Uploads run in the background, where nobody sees them fail
-        job: Any = getattr(self, "push_in_progress", None)
-        for upload in [] if job is None else job.jobs:
-            if upload.done() and (error := upload.exception()) is not None:
-                logger.warning(
-                    f"An upload to {self.hub_model_id} failed ({brief(error)}); what is missing goes up with the next "
-                    "one, or with `trainer.push_to_hub()`."
-                )
-                job.jobs = [other for other in job.jobs if other is not upload]
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # An upload that still runs reads these very files: the next one waits for it, or is left out as Trainer does,
-        # unless the files may be deleted in a moment
-        with_checkpoint = self.args.hub_strategy in ("checkpoint", "all_checkpoints")
-        if self.args.hub_always_push or (with_checkpoint and self.args.save_total_limit):
-            self._finish_current_push()
-        else:
-            self._warn_of_failed_pushes()
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if self.is_world_process_zero() and self.args.hub_strategy != "end" and not busy:
-            output_dir = Path(self.args.output_dir)
-            if not self.trains_lora and not (output_dir / "model_index.json").is_file():
-                # Its denoiser, which may be sharded, is copied from the checkpoint
-                self.model.save_pretrained = lambda *args, **kwargs: None
-                try:
-                    self.pipeline.save_pretrained(output_dir)
-                finally:
-                    del self.model.save_pretrained
-            for source in Path(checkpoint_folder).iterdir():
-                if source.name in self._published_names:
-                    if source.is_dir():
-                        shutil.copytree(source, output_dir / source.name, dirs_exist_ok=True)
-                    else:
-                        shutil.copy(source, output_dir / source.name)
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    @property
-    def _published_names(self) -> set[str]:
-        return {LORA_NAME, self.denoiser_name}
-
-    # TRL's card names transformers as its library and shows a chat
-
-    def renew_model_card(self) -> None:
-        """Writes the card anew if a checkpoint of this run has written it."""
-        if self._has_card:
-            self.create_model_card(model_name=self._card_name)
-
-    def create_model_card(  # type: ignore[override]  # TRL's signature, which is not Trainer's
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-    ) -> None:
-        """Writes `README.md`: metadata, gallery, how to load the student, settings, citation."""
-        if not self.is_world_process_zero():
-            return
-        base = self.pipeline.config.get("_name_or_path")
-        base = None if not base or os.path.isdir(base) else base
-        output_dir = Path(self.args.output_dir)
-        gallery = sorted(output_dir.glob(f"{IMAGES_DIR}/step_*"))[-1:]
-        pictures = sorted(gallery[0].glob("*.png")) if gallery else []
-        name = model_name or output_dir.name
-        makes_video = hasattr(self.pipeline, "video_processor")
-        data = ModelCardData(
-            library_name="diffusers",
-            base_model=base,
-            # A tag of the Hub's, which else guesses from the files
-            base_model_relation=None if base is None else "adapter" if self.trains_lora else "finetune",
-            model_name=name,
-            datasets=dataset_name,
-            pipeline_tag="text-to-video" if makes_video else "text-to-image",
-            tags=[
-                *self._tag_names,
-                *(["lora"] if self.trains_lora else []),
-                *([tags] if isinstance(tags, str) else tags or []),
-            ],
-            widget=[
-                {"text": prompt, "output": {"url": picture.relative_to(output_dir).as_posix()}}
-                for prompt, picture in zip(self.image_prompts, pictures, strict=False)
-            ]
-            or None,
-        )
-        card = ModelCard.from_template(
-            data,
-            template_path=str(Path(__file__).with_name("model_card.md")),
-            name=name,
-            repo_id=self.hub_model_id or self.args.hub_model_id or str(output_dir),
-            base_model=base,
-            base_folder=self.pipeline.config.get("_name_or_path") or "folder of the base model",
-            pipeline_class=type(self.pipeline).__name__,
-            dtype=None if self.args.mixed_dtype == torch.float32 else str(self.args.mixed_dtype),
-            trains_lora=self.trains_lora,
-            makes_video=makes_video,
-            has_gallery=bool(pictures),
-            call_kwargs={key: repr(value) for key, value in self.args.pipeline_kwargs.items()},
-            trainer_name=self._name,
-            paper=self._paper,
-            **self._card_fields(),
-        )
-        output_dir.mkdir(parents=True, exist_ok=True)
-        card.save(output_dir / "README.md")
-
-    @property
-    def _card_name(self) -> str:
-        return Path(self.args.hub_model_id or self.args.output_dir).name
-
-    def _card_fields(self) -> dict[str, Any]:
-        """What a trainer's own part of the card shows: `teachers` or `rewards` (rows), and `settings`."""
-        return {"settings": self._run_settings()}
-
-    def _run_settings(self) -> dict[str, Any]:
-        settings = {"optimizer steps": self.state.global_step, "processes": self.accelerator.num_processes}
-        if self.trains_lora:
-            lora = self.model.peft_config[STUDENT_ADAPTER]
-            settings |= {"LoRA rank": lora.r, "LoRA alpha": lora.lora_alpha}
-        return settings

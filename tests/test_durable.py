@@ -377,7 +377,7 @@ import time
 from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import hf_api
-from diffusion_opd import base_trainer
+from diffusion_opd import publishing
 from diffusion_opd.checkpoints import last_checkpoint
 from tests.training import trainer_of
 
@@ -385,7 +385,7 @@ warnings = []
 class Keep(logging.Handler):
     def emit(self, record):
         warnings.append(record.getMessage())
-base_trainer.logger.logger.addHandler(Keep())
+publishing.logger.logger.addHandler(Keep())
 
 nobody = socket.socket()  # a port that is taken, and at which nobody listens
 nobody.bind(("127.0.0.1", 0))

@@ -1,0 +1,185 @@
+"""What of a run is published: the files that are pushed to the Hub, and the model card.
+
+transformers' Trainer uploads its own file names, i.e. no weights of a denoiser, and TRL's card names transformers as
+its library and shows a chat.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from huggingface_hub import ModelCard, ModelCardData
+from trl.trainer.base_trainer import _BaseTrainer
+
+from .callbacks.pictures import IMAGES_DIR
+from .config import DiffusionConfig
+from .errors import brief, one_sentence
+from .student import Student
+from .adapters import STUDENT_ADAPTER
+from .files import LORA_NAME
+
+logger = get_logger(__name__)
+
+
+class Publishing(_BaseTrainer):
+    """What [`DiffusionTrainer`] publishes: its `student`, its sample pictures, and what its subclasses add to
+    `_published_names` and `_card_fields`."""
+
+    args: DiffusionConfig
+    student: Student
+
+    _tag_names = ["trl", "diffusion-opd"]
+    _has_card = False  # of this run
+
+    @property
+    def image_prompts(self) -> list[str]:
+        """The prompts of the sample images."""
+        raise NotImplementedError
+
+    # The Hub
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        with one_sentence(
+            f"the repository {name!r} cannot be had to push to (`hf auth login`, or a `hub_token` that may write, or "
+            "`push_to_hub=False`)"
+        ):
+            super().init_hf_repo(token=token, private=private)
+
+    # With `save_total_limit=1` it may delete the last checkpoint, and `on_train_end` comes after that
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._finish_current_push()
+        return super()._finalize_training(*args, **kwargs)
+
+    # Uploads run in the background, where nobody sees them fail; `on_push_begin` is asked before there is one
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._warn_of_failed_pushes()
+
+    def _warn_of_failed_pushes(self) -> None:
+        job: Any = getattr(self, "push_in_progress", None)
+        for upload in [] if job is None else job.jobs:
+            if upload.done() and (error := upload.exception()) is not None:
+                logger.warning(
+                    f"An upload to {self.hub_model_id} failed ({brief(error)}); what is missing goes up with the next "
+                    "one, or with `trainer.push_to_hub()`."
+                )
+                job.jobs = [other for other in job.jobs if other is not upload]
+
+    # It copies what is pushed into `output_dir`, and pushes it, within one call; `on_push_begin` knows no folder, and
+    # `on_save` comes when the upload runs
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # An upload that still runs reads these very files: the next one waits for it, or is left out as Trainer does,
+        # unless the files may be deleted in a moment
+        with_checkpoint = self.args.hub_strategy in ("checkpoint", "all_checkpoints")
+        if self.args.hub_always_push or (with_checkpoint and self.args.save_total_limit):
+            self._finish_current_push()
+        else:
+            self._warn_of_failed_pushes()
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if self.is_world_process_zero() and self.args.hub_strategy != "end" and not busy:
+            output_dir = Path(self.args.output_dir)
+            if not self.student.trains_lora and not (output_dir / "model_index.json").is_file():
+                # Its denoiser, which may be sharded, is copied from the checkpoint
+                self.student.denoiser.save_pretrained = lambda *args, **kwargs: None
+                try:
+                    self.student.pipeline.save_pretrained(output_dir)
+                finally:
+                    del self.student.denoiser.save_pretrained
+            for source in Path(checkpoint_folder).iterdir():
+                if source.name in self._published_names:
+                    if source.is_dir():
+                        shutil.copytree(source, output_dir / source.name, dirs_exist_ok=True)
+                    else:
+                        shutil.copy(source, output_dir / source.name)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    @property
+    def _published_names(self) -> set[str]:
+        return {LORA_NAME, self.student.denoiser_name}
+
+    # The card
+
+    def write_model_card(self) -> None:
+        """Writes the card of a run that saves a checkpoint."""
+        self.create_model_card(model_name=self._card_name)
+        self._has_card = True
+
+    def renew_model_card(self) -> None:
+        """Writes it anew, with what has come since, if there is one of this run."""
+        if self._has_card:
+            self.create_model_card(model_name=self._card_name)
+
+    def create_model_card(  # type: ignore[override]  # TRL's signature, which is not Trainer's
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Writes `README.md`: metadata, gallery, how to load the student, settings, citation."""
+        if not self.is_world_process_zero():
+            return
+        pipeline, trains_lora = self.student.pipeline, self.student.trains_lora
+        base = pipeline.config.get("_name_or_path")
+        base = None if not base or os.path.isdir(base) else base
+        output_dir = Path(self.args.output_dir)
+        gallery = sorted(output_dir.glob(f"{IMAGES_DIR}/step_*"))[-1:]
+        pictures = sorted(gallery[0].glob("*.png")) if gallery else []
+        name = model_name or output_dir.name
+        makes_video = hasattr(pipeline, "video_processor")
+        data = ModelCardData(
+            library_name="diffusers",
+            base_model=base,
+            # A tag of the Hub's, which else guesses from the files
+            base_model_relation=None if base is None else "adapter" if trains_lora else "finetune",
+            model_name=name,
+            datasets=dataset_name,
+            pipeline_tag="text-to-video" if makes_video else "text-to-image",
+            tags=[
+                *self._tag_names,
+                *(["lora"] if trains_lora else []),
+                *([tags] if isinstance(tags, str) else tags or []),
+            ],
+            widget=[
+                {"text": prompt, "output": {"url": picture.relative_to(output_dir).as_posix()}}
+                for prompt, picture in zip(self.image_prompts, pictures, strict=False)
+            ]
+            or None,
+        )
+        card = ModelCard.from_template(
+            data,
+            template_path=str(Path(__file__).with_name("model_card.md")),
+            name=name,
+            repo_id=self.hub_model_id or self.args.hub_model_id or str(output_dir),
+            base_model=base,
+            base_folder=pipeline.config.get("_name_or_path") or "folder of the base model",
+            pipeline_class=type(pipeline).__name__,
+            dtype=None if self.args.mixed_dtype == torch.float32 else str(self.args.mixed_dtype),
+            trains_lora=trains_lora,
+            makes_video=makes_video,
+            has_gallery=bool(pictures),
+            call_kwargs={key: repr(value) for key, value in self.args.pipeline_kwargs.items()},
+            trainer_name=self._name,
+            paper=self._paper,
+            **self._card_fields(),
+        )
+        output_dir.mkdir(parents=True, exist_ok=True)
+        card.save(output_dir / "README.md")
+
+    @property
+    def _card_name(self) -> str:
+        return Path(self.args.hub_model_id or self.args.output_dir).name
+
+    def _card_fields(self) -> dict[str, Any]:
+        """What a trainer's own part of the card shows: `teachers` or `rewards` (rows), and `settings`."""
+        return {"settings": self._run_settings()}
+
+    def _run_settings(self) -> dict[str, Any]:
+        settings = {"optimizer steps": self.state.global_step, "processes": self.accelerator.num_processes}
+        if self.student.trains_lora:
+            lora = self.student.denoiser.peft_config[STUDENT_ADAPTER]
+            settings |= {"LoRA rank": lora.r, "LoRA alpha": lora.lora_alpha}
+        return settings
