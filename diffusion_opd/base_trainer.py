@@ -1,9 +1,9 @@
-"""What every diffusion trainer here shares on top of TRL's: the student's weights on disk and on the Hub, metrics,
-images.
+"""What every diffusion trainer here overrides of transformers' Trainer.
 
 TRL's and transformers' trainers assume a language model in many places, several of them silently (no weights in the
-checkpoint that is pushed, last weights kept as best). Each override says what would go wrong without it. TRL's
-underscored names are imported here and in config.py only.
+checkpoint that is pushed, last weights kept as best). Each override says what would go wrong without it, and each of an
+underscored method why no public one, and no event of a callback, serves. What follows a run has files of its own in
+callbacks/, what is published is publishing.py's, and the weights are the student's own.
 """
 
 import contextlib
@@ -24,7 +24,6 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import deepspeed as hf_deepspeed
@@ -35,10 +34,8 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import identity
 
 from .callbacks import Metrics, MovingAverage, NaNPolicy, Pictures, SaveAndStop
-from .callbacks.moving_average import EMA_NAME
 from .callbacks.pictures import middle_frame
 from .checkpoints import (
-    give_ordinary_mode,
     is_checkpoint,
     last_checkpoint,
     remove_half_written,
@@ -48,13 +45,14 @@ from .checkpoints import (
 )
 from .config import DiffusionConfig, computes_in_bf16
 from .encode_cache import EncodeCache
-from .engines import compile_blocks, settle_fsdp, take_compilation
+from .engines import compile_blocks, settle_arguments, settle_fsdp, take_compilation
 from .errors import brief, listed
 from .inputs import sample_arguments
 from .policy import Policy, denoiser_name
 from .publishing import Publishing
 from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, columns_of, is_prompt, seed_of
 from .scheduler_proxy import is_flow
+from .shards import ShardFiles
 from .startup import check_student, sees_the_end
 from .stopwatch import Stopwatch
 from .student import Student
@@ -115,7 +113,7 @@ class _Config(FrozenDict):
 
 
 class _EveryStep(TrainerCallback):
-    """What a trainer does itself at the events of transformers' loop."""
+    """What the trainer does itself at events of transformers' loop."""
 
     def __init__(self, trainer: "DiffusionTrainer"):
         self.trainer = trainer
@@ -160,25 +158,7 @@ class DiffusionTrainer(Publishing):
         self.pipeline, self.denoiser_name = pipeline, self.student.denoiser_name
         self.trains_lora, model = self.student.trains_lora, self.student.denoiser
         model._internal_dict = _Config(model._internal_dict)
-        if args.activation_checkpointing:
-            if args.activation_checkpointing_kwargs not in (None, {"use_reentrant": False}):
-                raise ValueError(
-                    f"`activation_checkpointing_kwargs={args.activation_checkpointing_kwargs}` is not supported: "
-                    "diffusers checkpoints every block, without re-entrance."
-                )
-            # Trainer would call methods that no diffusers model has. Enabled the diffusers way, then hidden from
-            # Trainer: `activation_checkpointing` is transformers' other name of the same flag
-            model.enable_gradient_checkpointing()
-            args.gradient_checkpointing = args.activation_checkpointing = False
-        if args.ddp_find_unused_parameters is None:  # Trainer: True for anything but a PreTrainedModel
-            args.ddp_find_unused_parameters = False
-        if args.ddp_broadcast_buffers is None:  # constant in a denoiser; a broadcast would precede every forward
-            args.ddp_broadcast_buffers = False
-        if args.n_gpu > 1:
-            logger.warning(
-                "One process sees several GPUs and uses the first; start with `accelerate launch` to use all."
-            )
-            args._n_gpu = 1
+        settle_arguments(args, model)
         _check_helpers(**{key: value for key, value in kwargs.items() if key in ("callbacks", "optimizers")})
         super().__init__(model=model, args=args, data_collator=identity, **kwargs)
         # Whether the engine leaves each process a part of the trained denoiser only
@@ -212,7 +192,8 @@ class DiffusionTrainer(Publishing):
             )
         self.metrics = Metrics(self.accelerator, self.stopwatch)
         self.nan_policy = NaNPolicy(args.nan_policy, self.tasks, self.accelerator)
-        self.average = MovingAverage(args.ema_decay, args.ema_update_every, self.trained_shards)
+        self.shard_files = ShardFiles(self.accelerator, self.shards_parameters, args.should_save)
+        self.average = MovingAverage(args.ema_decay, args.ema_update_every, self.trained_shards, self.shard_files)
         self.pictures = Pictures(self, self._task_column)
         # Each follows the one before: a step's metrics are whole when `after_optimizer_step` has recorded its own, and
         # the last pictures are of the average
@@ -383,7 +364,7 @@ class DiffusionTrainer(Publishing):
         """Remembers, on the device, whether a tensor holds NaN or Inf. `what` is a key of `NONFINITE`."""
         self.nan_policy.watch(what, task, tensor)
 
-    # `on_pre_optimizer_step` comes after it, and is neither told the norm nor asked what the log is to show of it
+    # `on_pre_optimizer_step` comes next, is not told the norm, and has no say in what the log shows of it
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm)
         # In fp16 Inf in a gradient is the loss scaler's business
@@ -426,11 +407,12 @@ class DiffusionTrainer(Publishing):
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
 
-    # Reads `config.model_type`, which a denoiser's config lacks
+    # TRL's reads `config.model_type`, which a denoiser's config lacks, and is called in `__init__`
     def _send_telemetry(self) -> None:
         pass
 
-    # The columns that reach a batch; Trainer would take them from the denoiser's forward and drop the prompts
+    # The columns that reach a batch; Trainer would take them from the denoiser's forward and drop the prompts. As in
+    # TRL's own trainers: `remove_unused_columns` is the user's, and says what reward functions are given
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [PROMPT, self._task_column]
 
@@ -451,6 +433,7 @@ class DiffusionTrainer(Publishing):
         )
         return self._get_dataloader(stream, "Training", self._train_batch_size, is_training=True)
 
+    # `get_train_dataloader` would have to build and prepare a loader as Trainer does, for another order of rows
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TaskCycleSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         self._train_sampler = TaskCycleSampler(
@@ -552,14 +535,11 @@ class DiffusionTrainer(Publishing):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         if is_checkpoint(output_dir):
-            self.average.save(self.save_shards, Path(output_dir))
+            self.average.save(output_dir)
 
     def save_shards(self, tensors: dict[str, Tensor], folder: Path, name: str) -> None:
         """Saves what follows the trained parameters: where these are sharded, a file for each process."""
-        if self.args.should_save or self.shards_parameters:
-            folder.mkdir(parents=True, exist_ok=True)  # the first process may not have come that far
-            save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, folder / self._own(name))
-            give_ordinary_mode(folder / self._own(name))
+        self.shard_files.save(tensors, folder, name)
 
     def load_shards(self, folder: Path, name: str) -> dict[str, Tensor]:
         """What [`save_shards`] saved.
@@ -567,20 +547,9 @@ class DiffusionTrainer(Publishing):
         Raises:
             ValueError: if the trained parameters were sharded in another way.
         """
-        path = folder / self._own(name)
-        if not path.is_file():
-            raise ValueError(
-                f"{folder} has no {path.name}; resume it with the engine and the number of processes that it was saved "
-                "with."
-            )
-        return load_file(path)
+        return self.shard_files.load(folder, name)
 
-    def _own(self, name: str) -> str:
-        if not self.shards_parameters:
-            return name
-        stem, rank, world = Path(name).stem, self.accelerator.process_index, self.accelerator.num_processes
-        return f"{stem}_{rank}_of_{world}.safetensors"
-
+    # What `save_model` calls, and where subclasses add files: at `on_save` a checkpoint is sealed and pushed already
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
@@ -588,6 +557,7 @@ class DiffusionTrainer(Publishing):
         self.student.save(output_dir, state_dict)
         torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
+    # The card is among what it pushes, and what it overwrites is unsealed first; `on_save` comes after
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.write_model_card()
         run_dir = self._get_output_dir(trial)
@@ -602,7 +572,8 @@ class DiffusionTrainer(Publishing):
             error.add_note(f"This was while {folder} was saved; the last whole checkpoint is {last}.")
             raise
 
-    # The last that every process writes: then Trainer adds trainer_state.json, publishes, and deletes old checkpoints
+    # The last that every process writes: then Trainer adds trainer_state.json, publishes, and deletes old checkpoints,
+    # all before `on_save`
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self._seal(output_dir)
@@ -647,15 +618,15 @@ class DiffusionTrainer(Publishing):
         """
         self.student.load(folder)
 
+    # Trainer calls it for whatever is resumed, and no argument leaves it out
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif self.args.ema_decay is None:
             self.load_weights(resume_from_checkpoint)
 
-    def _load_average(self, checkpoint: str) -> None:
-        self.average.load(self.load_shards(Path(checkpoint), EMA_NAME), self.state.global_step)
-
+    # The average begins when the engine has its shards, and before subclasses follow the weights; `on_train_begin` is
+    # not told what is resumed
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if resume_from_checkpoint is not None:
             self.average.check(resume_from_checkpoint)
@@ -670,14 +641,15 @@ class DiffusionTrainer(Publishing):
             if own_forward is not None:
                 self.model.forward = own_forward
         self.average.begin()
-        if resume_from_checkpoint is not None and self.ema is not None:
-            self._load_average(resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            self.average.load(resume_from_checkpoint, self.state.global_step)
         return prepared
 
+    # Trainer calls it with `load_best_model_at_end`; `on_train_end` comes after
     def _load_best_model(self) -> None:
         best: Any = self.state.best_model_checkpoint  # there is one, or Trainer would not ask
         if self.ema is not None:
-            self._load_average(best)  # `on_train_end` puts the average in place
+            self.average.load(best, self.state.global_step)  # `on_train_end` puts the average in place
         elif self.shards_parameters:
             super()._load_best_model()
         else:

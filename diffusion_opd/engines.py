@@ -1,16 +1,45 @@
-"""What accelerate's engines are told so that they suit a denoiser: FSDP2's settings, and torch.compile."""
+"""What Trainer and accelerate's engines are told so that they suit a denoiser: arguments, FSDP2's settings, and
+torch.compile."""
 
 import dataclasses
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import DynamoBackend, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 from diffusers import ModelMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .config import DiffusionConfig
 
+logger = get_logger(__name__)
+
 GRAPHS_PER_PARTY = 8  # with and without gradient, and for a few shapes
+
+
+def settle_arguments(args: DiffusionConfig, denoiser: ModelMixin) -> None:
+    """Sets what Trainer would take a denoiser's arguments to mean for a language model.
+
+    Raises:
+        ValueError: if activations are to be checkpointed in another way than diffusers does.
+    """
+    if args.activation_checkpointing:
+        if args.activation_checkpointing_kwargs not in (None, {"use_reentrant": False}):
+            raise ValueError(
+                f"`activation_checkpointing_kwargs={args.activation_checkpointing_kwargs}` is not supported: "
+                "diffusers checkpoints every block, without re-entrance."
+            )
+        # Trainer would call methods that no diffusers model has. Enabled the diffusers way, then hidden from
+        # Trainer: `activation_checkpointing` is transformers' other name of the same flag
+        denoiser.enable_gradient_checkpointing()
+        args.gradient_checkpointing = args.activation_checkpointing = False
+    if args.ddp_find_unused_parameters is None:  # Trainer: True for anything but a PreTrainedModel
+        args.ddp_find_unused_parameters = False
+    if args.ddp_broadcast_buffers is None:  # constant in a denoiser; a broadcast would precede every forward
+        args.ddp_broadcast_buffers = False
+    if args.n_gpu > 1:
+        logger.warning("One process sees several GPUs and uses the first; start with `accelerate launch` to use all.")
+        args._n_gpu = 1
 
 
 def settle_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:

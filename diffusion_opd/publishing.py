@@ -14,12 +14,12 @@ from accelerate.logging import get_logger
 from huggingface_hub import ModelCard, ModelCardData
 from trl.trainer.base_trainer import _BaseTrainer
 
+from .adapters import STUDENT_ADAPTER
 from .callbacks.pictures import IMAGES_DIR
 from .config import DiffusionConfig
 from .errors import brief, one_sentence
-from .student import Student
-from .adapters import STUDENT_ADAPTER
 from .files import LORA_NAME
+from .student import Student
 
 logger = get_logger(__name__)
 

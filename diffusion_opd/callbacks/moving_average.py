@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from ..shards import ShardFiles
 
 EMA_NAME = "ema_and_raw_weights.safetensors"
 
@@ -26,15 +28,20 @@ class MovingAverage(TrainerCallback):
         every (`int`): Optimizer steps between two updates.
         shards (`Callable[[], AbstractContextManager[list[nn.Parameter]]]`): What this process holds of the trained
             parameters, to be read and written.
+        files ([`ShardFiles`]): Where that is kept.
 
     Attributes:
         ema ([`~diffusers.training_utils.EMAModel`], *optional*): `None` before [`begin`].
     """
 
     def __init__(
-        self, decay: float | None, every: int, shards: Callable[[], AbstractContextManager[list[nn.Parameter]]]
+        self,
+        decay: float | None,
+        every: int,
+        shards: Callable[[], AbstractContextManager[list[nn.Parameter]]],
+        files: ShardFiles,
     ):
-        self.decay, self.every, self.shards = decay, every, shards
+        self.decay, self.every, self.shards, self.files = decay, every, shards, files
         self.ema: EMAModel | None = None
         self._is_in_place = False
 
@@ -79,19 +86,25 @@ class MovingAverage(TrainerCallback):
 
     # On disk: a checkpoint holds the average as the student, and here both
 
-    def save(self, write: Callable[[dict[str, Tensor], Path, str], None], folder: Path) -> None:
-        """Saves trained and averaged weights by `write(tensors, folder, name)`, if there are any."""
+    def save(self, checkpoint: str) -> None:
+        """Saves trained and averaged weights, if there is an average."""
         if self.ema is None:
             return
         with self.shards() as shards:
             raw = {f"raw.{i}": shard for i, shard in enumerate(shards)}
             averaged = {f"ema.{i}": shadow for i, shadow in enumerate(self.ema.shadow_params)}
-            write(raw | averaged, folder, EMA_NAME)
+            self.files.save(raw | averaged, Path(checkpoint), EMA_NAME)
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor], global_step: int) -> None:
-        """Puts trained and averaged weights back as [`save`] wrote them after an optimizer step."""
-        assert self.ema is not None
+    def load(self, checkpoint: str, global_step: int) -> None:
+        """Puts trained and averaged weights back as [`save`] wrote them, if there is an average.
+
+        Raises:
+            ValueError: if the weights were sharded in another way.
+        """
+        if self.ema is None:
+            return
+        tensors = self.files.load(Path(checkpoint), EMA_NAME)
         with self.shards() as shards:
             for index, (shard, shadow) in enumerate(zip(shards, self.ema.shadow_params, strict=True)):
                 shadow.copy_(tensors[f"ema.{index}"])
