@@ -15,8 +15,8 @@ TESTS = Path(__file__).parent
 
 # Lowest first; a module imports modules of lower layers only. Names are patterns, the first that fits counts.
 LAYERS = [
-    ["errors", "transitions", "checkpoints", "stopwatch", "sampling", "shards", "files", "paused", "inputs", "queries"],
-    ["objectives"],
+    ["errors", "transitions", "checkpoints", "stopwatch", "sampling", "files", "paused", "inputs", "queries"],
+    ["objectives", "shards"],
     ["config"],
     ["scheduler_proxy", "encode_cache"],
     ["policy"],
