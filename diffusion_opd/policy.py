@@ -644,6 +644,8 @@ class Follower(_Call):
             return prepared
         first = prepared[0] if isinstance(prepared, tuple) else prepared
         if first.shape != given[0].shape:
+            if self._walk is None:  # a visit has a part of it
+                return prepared
             raise self._not_there(f"its first state is {tuple(first.shape)}, the walk's {tuple(given[0].shape)}")
         handed = given[0].to(first.dtype, copy=True)
         self._handed[stream] = handed, given[0]
@@ -656,7 +658,7 @@ class Follower(_Call):
             # Rounded as the student's own, whatever precision this one has
             onward = None if asked.next_sample is None else asked.next_sample.to(asked.sample.dtype)
             return replace(step, next_sample=onward)
-        if asked is not None and self.place == self._asked.index - 1:  # arrives
+        if asked is not None and (step.chunk, step.index + 1) == (asked.chunk, asked.index):  # arrives
             return replace(step, next_sample=asked.sample)
         return step
 
