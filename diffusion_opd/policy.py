@@ -464,6 +464,7 @@ class Walk(_Call):
         self.all_times: dict[tuple[int, int], Times] = {}
         self.prepared: dict[str, list[Tensor]] = {}
         self._prepared_at: dict[tuple[int, torch.Size], str] = {}
+        self.went: dict[tuple[int, int], tuple[int, Tensor]] = {}  # by stream and chunk: its last step, and where to
         self.ended = False
 
     def __iter__(self) -> Iterator[Visit]:
@@ -556,6 +557,7 @@ class Walk(_Call):
         with torch.no_grad():
             next_sample = self._move(replace(step, prediction=step.prediction.detach())).detach()
         self.is_moving = False
+        self.went[step.stream, step.chunk] = step.index, next_sample.to(step.sample.dtype)
         return replace(step, next_sample=next_sample)
 
 
@@ -564,8 +566,8 @@ class Follower(_Call):
     caller's gradient mode.
 
     It goes through its own `__call__`, from each visit to where that visit went (`step.next_sample`). A visit that is
-    not the next one is jumped to with the empty denoiser, so only a pipeline whose predictions do not depend on earlier
-    ones may be asked so.
+    not the next one is jumped to with the empty denoiser: each stream and each chunk before comes to where the walk has
+    left it. Of what a pipeline keeps between its steps only such states are right then.
 
     Raises:
         ValueError: if the pipeline is not at the state, time or stream that it is asked about.
@@ -621,7 +623,7 @@ class Follower(_Call):
         return visit
 
     def times(self, number: int, chunk: int, own: Times) -> Times:
-        if self._walk is None:
+        if self._walk is None or not self._pauses:  # closing, maybe further than the walk has come
             return own
         times = self._walk.all_times.get((number, chunk))
         if times is None or times.timesteps.shape[0] < own.timesteps.shape[0]:
@@ -660,6 +662,9 @@ class Follower(_Call):
             return replace(step, next_sample=onward)
         if asked is not None and (step.chunk, step.index + 1) == (asked.chunk, asked.index):  # arrives
             return replace(step, next_sample=asked.sample)
+        # What is asked may depend on other streams, and on the chunks before
+        if self._walk is not None and (went := self._walk.went.get((step.stream, step.chunk))) is not None:
+            return replace(step, next_sample=went[1]) if went[0] == step.index else step
         return step
 
     def step(self, step: Step, scheduler_step: SchedulerStep) -> Tensor:
