@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
 from diffusion_opd.policy import Policy, Visit, Walk
-from diffusion_opd.queries import learnt_visits
 from diffusion_opd.scheduler_proxy import Step
 from diffusion_opd.startup import check_student, check_teacher
 from diffusion_opd.transitions import ode
@@ -360,7 +359,7 @@ def test_every_chunk_but_the_last_is_walked_to_its_end():
     calls = calls_of(policy.denoiser)
     whole, _ = walked(policy_of("helios"), "helios", euler)
     with policy.walk(inputs("helios"), generators(), euler) as walk:
-        visits = list(learnt_visits(walk, learnt))
+        visits = list(walk.visits(learnt))
     assert tuple(visit.index for visit in visits) == learnt
     assert all(prediction.requires_grad for prediction in predictions(visits))
     assert len(calls) == 2 * (learnt[-1] + 1)  # with guidance; nothing after the last
