@@ -45,7 +45,9 @@ if find_spec("trl") is None:
     sys.modules["diffusion_opd"] = package
 
 from diffusion_opd import objectives, transitions  # noqa: E402
-from diffusion_opd.policy import Policy, PromptMemo, Step, active_adapter, tuner_layers  # noqa: E402
+from diffusion_opd.encode_cache import EncodeCache  # noqa: E402
+from diffusion_opd.policy import Policy, active_adapter, tuner_layers  # noqa: E402
+from diffusion_opd.scheduler_proxy import Step  # noqa: E402
 
 GUIDANCE, TEACHER_GUIDANCE = 4.5, (4.5, 4.5, 1.0)  # of the released recipe: student; aesthetics, OCR, GenEval
 LORA_TARGETS = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
@@ -131,16 +133,16 @@ class Parties:
         return self.optimizer.param_groups[0]["params"]
 
     @cached_property
-    def policies(self) -> tuple[PromptMemo, Policy, list[Policy]]:
-        """The memo, the student and its teachers, made once as the trainer makes them."""
-        memo = PromptMemo()
+    def policies(self) -> tuple[EncodeCache, Policy, list[Policy]]:
+        """The encode cache, the student and its teachers, made once as the trainer makes them."""
+        cache = EncodeCache()
         size = {"height": self.resolution, "width": self.resolution}
-        student = Policy(self.student, self.steps, {"guidance_scale": GUIDANCE, **size}, memo)
+        student = Policy(self.student, self.steps, {"guidance_scale": GUIDANCE, **size}, cache)
         teachers = [
-            Policy(self.teacher, self.steps, {"guidance_scale": guidance, **size}, memo, adapter=f"teacher_{index}")
+            Policy(self.teacher, self.steps, {"guidance_scale": guidance, **size}, cache, adapter=f"teacher_{index}")
             for index, guidance in enumerate(self.guidance)
         ]
-        return memo, student, teachers
+        return cache, student, teachers
 
 
 def build(
@@ -207,24 +209,25 @@ def noise_generators(parties: Parties, task: int) -> list[torch.Generator]:
 
 def one_pass(parties: Parties) -> Tensor:
     """Losses and gradients of all tasks, each in one pass (the trainer's way)."""
-    memo, student, teachers = parties.policies
-    prompts = [f"prompt {index}" for index in range(parties.batch)]
+    cache, student, teachers = parties.policies
+    inputs = {"prompt": [f"prompt {index}" for index in range(parties.batch)]}
     total = torch.zeros((), device=parties.parameters[0].device)
+
+    def move(step: Step) -> Tensor:
+        return transitions.ode(step.sample, step.prediction, step.schedule, step.index).mean
+
     for task, teacher in enumerate(teachers):
-
-        def learn(step: Step, teacher: Policy = teacher) -> Tensor:
-            nonlocal total
-            with torch.no_grad():
-                target = teacher.predict(step.sample, step.timestep, prompts)
-            mine = transitions.ode(step.sample, step.prediction, step.schedule, step.index)
-            theirs = transitions.ode(step.sample, target, step.schedule, step.index)
-            loss = objectives.kl(mine, theirs).mean() / (parties.learnt * len(teachers))
-            loss.backward()
-            total = total + loss.detach()
-            return mine.mean
-
-        student.rollout(prompts, noise_generators(parties, task), learn, parties.learnt)
-        memo.clear()
+        with student.walk(inputs, noise_generators(parties, task), move) as walk, teacher.follow(walk) as follow:
+            for visit in walk.visits(range(parties.learnt)):
+                with torch.no_grad():
+                    (target,) = follow(visit)
+                (step,) = visit.steps
+                mine = transitions.ode(step.sample, step.prediction, step.schedule, step.index)
+                theirs = transitions.ode(step.sample, target, step.schedule, step.index)
+                loss = objectives.kl(mine, theirs).mean() / (parties.learnt * len(teachers))
+                loss.backward()
+                total = total + loss.detach()
+        cache.clear()
     return total
 
 

@@ -10,7 +10,8 @@ from diffusers import SD3Transformer2DModel
 from PIL import Image
 
 from diffusion_opd import objectives
-from diffusion_opd.policy import Policy, Step
+from diffusion_opd.policy import Policy
+from diffusion_opd.scheduler_proxy import Step
 from diffusion_opd.transitions import flow_sde, ode
 from examples.toy_world.demo import distil, specialist
 from examples.toy_world.evaluate import generate
@@ -105,15 +106,18 @@ def test_the_two_estimators_differ_by_the_likelihood_ratio_term():
 
     noise, losses = torch.Generator().manual_seed(5), []
 
-    def visit(step: Step) -> torch.Tensor:
-        with torch.no_grad():
-            target = teacher.predict(step.sample, step.timestep, prompts)
-        own, theirs = (flow_sde(step.sample, v, step.schedule, step.index, 0.7) for v in (step.prediction, target))
-        state = own.sample(torch.randn(own.mean.shape, generator=noise)).detach()
-        losses.append(objectives.policy_gradient(objectives.kl(own, theirs), own, state).mean())
-        return state
+    def move(step: Step) -> torch.Tensor:
+        own = flow_sde(step.sample, step.prediction, step.schedule, step.index, 0.7)
+        return own.sample(torch.randn(own.mean.shape, generator=noise))
 
-    student.rollout(prompts, [torch.Generator().manual_seed(10 + i) for i in range(2)], visit, steps - 1)
+    generators = [torch.Generator().manual_seed(10 + i) for i in range(2)]
+    with student.walk({"prompt": prompts}, generators, move) as walk, teacher.follow(walk) as follow:
+        for visit in walk.visits(range(steps - 1)):
+            (step,) = visit.steps
+            with torch.no_grad():
+                (target,) = follow(visit)
+            own, theirs = (flow_sde(step.sample, v, step.schedule, step.index, 0.7) for v in (step.prediction, target))
+            losses.append(objectives.policy_gradient(objectives.kl(own, theirs), own, step.next_sample).mean())
     parameters = [p for p in pipeline.transformer.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(torch.stack(losses).mean(), parameters)
     expected = torch.cat([gradient.flatten() for gradient in gradients])
@@ -123,30 +127,41 @@ def test_the_two_estimators_differ_by_the_likelihood_ratio_term():
 
 @pytest.mark.slow
 def test_off_policy_states_are_those_of_the_teacher(tmp_path, monkeypatch):
-    visited = []
-    compare = OffPolicyTrainer._compare
+    visited, seeds, prompts = [], [], []
+    divergence, generators_of = OffPolicyTrainer._divergence, OffPolicyTrainer._generators
 
-    def spy(self, step, prompts, task, generators):
-        visited.append((step.sample.clone(), list(prompts), generators))
-        return compare(self, step, prompts, task, generators)
+    def spy(self, visit, targets):
+        visited.append(visit.steps[0].sample.clone())
+        return divergence(self, visit, targets)
 
-    monkeypatch.setattr(OffPolicyTrainer, "_compare", spy)
+    def spy_on_seeds(self, *args):
+        generators = generators_of(self, *args)
+        seeds.append([generator.initial_seed() for generator in generators])
+        return generators
+
+    def spy_on_prompts(self, model, inputs, *args):
+        prompts.append([example["prompt"] for example in inputs])
+        return step(self, model, inputs, *args)
+
+    step = OffPolicyTrainer.training_step
+    monkeypatch.setattr(OffPolicyTrainer, "_divergence", spy)
+    monkeypatch.setattr(OffPolicyTrainer, "_generators", spy_on_seeds)
+    monkeypatch.setattr(OffPolicyTrainer, "training_step", spy_on_prompts)
     distil(
         tmp_path, 0, 1, ("style",), OffPolicyTrainer, num_scored=0, per_device_train_batch_size=2, objective="velocity"
     )
-    states = []
     arguments = dict(SAMPLING)
     teacher = Policy(specialist("style"), arguments.pop("num_inference_steps"), arguments)
 
-    def visit(step: Step) -> torch.Tensor:
-        states.append(step.sample)
+    def move(step: Step) -> torch.Tensor:
         return ode(step.sample, step.prediction, step.schedule, step.index).mean
 
-    generators = [torch.Generator().manual_seed(g.initial_seed()) for g in visited[0][2]]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds[0]]
     with torch.no_grad():
-        teacher.rollout(visited[0][1], generators, visit, LEARNT)
-    for (ours, _, _), theirs in zip(visited, states, strict=True):
+        states = [visit.steps[0].sample for visit in teacher.walk({"prompt": prompts[0]}, generators, move)]
+    for ours, theirs in zip(visited[:LEARNT], states, strict=False):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert len(visited) >= LEARNT
 
 
 @pytest.fixture

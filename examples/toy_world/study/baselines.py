@@ -1,5 +1,6 @@
 """What on-policy distillation is compared with: the same teachers, without the student's own states."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,9 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import _collate_lora_metadata
 from peft import get_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_opd import DiffusionOPDTrainer
-from diffusion_opd.transitions import Transition
 from examples.toy_world.demo import specialist
 from examples.toy_world.evaluate import generate
 from examples.toy_world.pipeline import load_base
@@ -23,8 +23,28 @@ from examples.toy_world.world import TASKS, sample_prompts
 class OffPolicyTrainer(DiffusionOPDTrainer):
     """The same losses at the states of the TEACHER's trajectories: the teacher moves, the student follows."""
 
-    def _next_state(self, student: Transition, teacher: Transition, generators: Any) -> Tensor:
-        return super()._next_state(teacher, student, generators)
+    def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> Tensor:
+        self._begin_micro_batch(model)
+        prompts, task = [example["prompt"] for example in inputs], inputs[0]["teacher_id"]
+        generators = self._generators(len(inputs), 0, self.state.global_step, *self._place_in_step(task))
+        scale = 1 / (len(self.learnt) * self.current_gradient_accumulation_steps)
+        losses = []
+        with (
+            self.teachers.on_device(task) as teacher,
+            teacher.walk({"prompt": prompts}, generators, self._move(generators)) as walk,
+            self.student.policy.follow(walk, denoiser=model) as follow,
+        ):
+            for visit in walk.visits(self.learnt):
+                targets = [step.prediction.detach() for step in visit.steps]
+                own = zip(visit.steps, follow(visit), strict=True)
+                visit = replace(visit, steps=tuple(replace(step, prediction=prediction) for step, prediction in own))
+                loss, kl = self._divergence(visit, targets)
+                self._backward(loss.mean() * scale)
+                losses.append(loss.mean().detach())
+                self._note(task, visit, targets, loss, kl)
+        self._end_micro_batch()
+        self._micro_step += 1
+        return torch.stack(losses).mean() / self.current_gradient_accumulation_steps
 
 
 def finetune_on_samples(

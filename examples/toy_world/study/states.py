@@ -5,6 +5,7 @@ visits others. The fixed states are those of the teachers' own rollouts, and noi
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from diffusion_opd.objectives import velocity
-from diffusion_opd.policy import Policy, Step
+from diffusion_opd.policy import Policy, Visit
+from diffusion_opd.scheduler_proxy import Step
 from diffusion_opd.transitions import noised, ode
 from examples.toy_world.demo import specialist
 from examples.toy_world.pipeline import SAMPLING
@@ -25,8 +27,9 @@ SEED, SAMPLES = 99, 24
 
 
 class State(NamedTuple):
-    x: Tensor
-    timestep: Tensor
+    """One place of a walk, with the state that is asked about and the teacher's velocity there."""
+
+    visit: Visit
     prompts: list[str]
     target: Tensor
 
@@ -36,15 +39,21 @@ def _policy(pipeline: StableDiffusion3Pipeline) -> Policy:
     return Policy(pipeline, arguments.pop("num_inference_steps"), arguments)
 
 
-def _rollout(policy: Policy, prompts: list[str]) -> list[Step]:
-    steps = []
+def _generators(prompts: list[str]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(SEED + i) for i in range(len(prompts))]
 
-    def visit(step: Step) -> Tensor:
-        steps.append(step)
+
+def _walk(policy: Policy, prompts: list[str]) -> list[Visit]:
+    def move(step: Step) -> Tensor:
         return ode(step.sample, step.prediction, step.schedule, step.index).mean
 
-    policy.rollout(prompts, [torch.Generator().manual_seed(SEED + i) for i in range(len(prompts))], visit)
-    return steps
+    return list(policy.walk({"prompt": prompts}, _generators(prompts), move))
+
+
+def _ask(policy: Policy, prompts: list[str], visits: list[Visit]) -> list[Tensor]:
+    """What a policy predicts at the states of successive visits."""
+    with policy.follow(inputs={"prompt": prompts}, generators=_generators(prompts)) as follow:
+        return [follow(visit)[0] for visit in visits]
 
 
 @cache
@@ -58,15 +67,19 @@ def fixed_states(task: Task) -> dict[str, list[State]]:
     """States with the teacher's velocity there, by origin: `"teacher"`, `"real"`."""
     asked = sample_prompts(task, SAMPLES, SEED, heldout=True)
     prompts, teacher = [prompt.text for prompt in asked], _teacher(task)
-    steps = _rollout(teacher, prompts)
-    states = {"teacher": [State(step.sample, step.timestep, prompts, step.prediction) for step in steps]}
+    visits = _walk(teacher, prompts)
+    states = {"teacher": [State(visit, prompts, visit.steps[0].prediction) for visit in visits]}
 
     rng, generator = np.random.default_rng(SEED), torch.Generator().manual_seed(SEED)
-    latents = encode_pictures(teacher._pipeline, [draw(prompt, rng) for prompt in asked])
-    states["real"] = []
-    for step in steps:
-        x = noised(latents, torch.randn(latents.shape, generator=generator), step.schedule, step.index)
-        states["real"].append(State(x, step.timestep, prompts, teacher.predict(x, step.timestep, prompts)))
+    latents = encode_pictures(teacher.pipeline, [draw(prompt, rng) for prompt in asked])
+    real: list[Visit] = []
+    for visit in reversed(visits):  # each goes to the next one
+        (step,) = visit.steps
+        noise = torch.randn(latents.shape, generator=generator)
+        x, following = noised(latents, noise, step.schedule, step.index), real[0].steps[0].sample if real else None
+        real.insert(0, replace(visit, steps=(replace(step, sample=x, next_sample=following),)))
+    targets = _ask(teacher, prompts, real)
+    states["real"] = [State(visit, prompts, target) for visit, target in zip(real, targets, strict=True)]
     return states
 
 
@@ -79,11 +92,14 @@ def gaps(pipeline: StableDiffusion3Pipeline, tasks: tuple[Task, ...] = TASKS) ->
     def measured(origin: str, task: Task) -> Iterator[Tensor]:
         if origin == "own":
             prompts = [prompt.text for prompt in sample_prompts(task, SAMPLES, SEED, heldout=True)]
-            for step in _rollout(student, prompts):
-                yield velocity(step.prediction, _teacher(task).predict(step.sample, step.timestep, prompts))
+            visits = _walk(student, prompts)
+            for visit, target in zip(visits, _ask(_teacher(task), prompts, visits), strict=True):
+                yield velocity(visit.steps[0].prediction, target)
         else:
-            for x, timestep, prompts, target in fixed_states(task)[origin]:
-                yield velocity(student.predict(x, timestep, prompts), target)
+            states = fixed_states(task)[origin]
+            predictions = _ask(student, states[0].prompts, [state.visit for state in states])
+            for prediction, state in zip(predictions, states, strict=True):
+                yield velocity(prediction, state.target)
 
     return {
         origin: {task: torch.stack(list(measured(origin, task))).mean().item() for task in tasks}

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from diffusion_opd import objectives
-from diffusion_opd.policy import Policy, Step
+from diffusion_opd.policy import Policy
+from diffusion_opd.scheduler_proxy import Step
 from diffusion_opd.transitions import flow_sde
 from examples.toy_world.demo import specialist
 from examples.toy_world.pipeline import SAMPLING, load_base
@@ -33,21 +34,23 @@ def estimators(student: Policy, teacher: Policy, prompts: list[str], seed: int, 
     sums = [torch.zeros(sum(p.numel() for p in parameters)) for _ in range(2)]
     noise = torch.Generator().manual_seed(seed)
 
-    def visit(step: Step) -> Tensor:
-        with torch.no_grad():
-            target = teacher.predict(step.sample, step.timestep, prompts)
+    def move(step: Step) -> Tensor:
         own = flow_sde(step.sample, step.prediction, step.schedule, step.index, noise_level)
-        theirs = flow_sde(step.sample, target, step.schedule, step.index, noise_level)
-        state = own.sample(torch.randn(own.mean.shape, generator=noise)).detach()
-        kl = objectives.kl(own, theirs)
-        score = kl.detach() * objectives.log_prob(own, state)
-        for total, loss in zip(sums, (kl, score), strict=True):
-            gradients = torch.autograd.grad(loss.mean() / learnt, parameters, retain_graph=True)
-            total += torch.cat([gradient.flatten() for gradient in gradients])
-        return state
+        return own.sample(torch.randn(own.mean.shape, generator=noise))
 
     generators = [torch.Generator().manual_seed(seed * len(prompts) + i) for i in range(len(prompts))]
-    student.rollout(prompts, generators, visit, learnt)
+    with student.walk({"prompt": prompts}, generators, move) as walk, teacher.follow(walk) as follow:
+        for visit in walk.visits(range(learnt)):
+            with torch.no_grad():
+                (target,) = follow(visit)
+            (step,) = visit.steps
+            own = flow_sde(step.sample, step.prediction, step.schedule, step.index, noise_level)
+            theirs = flow_sde(step.sample, target, step.schedule, step.index, noise_level)
+            kl = objectives.kl(own, theirs)
+            score = kl.detach() * objectives.log_prob(own, step.next_sample)
+            for total, loss in zip(sums, (kl, score), strict=True):
+                gradients = torch.autograd.grad(loss.mean() / learnt, parameters, retain_graph=True)
+                total += torch.cat([gradient.flatten() for gradient in gradients])
     return sums
 
 
