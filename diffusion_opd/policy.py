@@ -235,7 +235,8 @@ class Policy:
                 **fresh_containers(self.call_kwargs),
             )[0]
         except Exception as error:
-            if call.is_moving or self.has_worked:  # not the pipeline's, or not for how it is called
+            # Not the pipeline's, or not for how it is called
+            if call.is_moving or self.has_worked or isinstance(error, Elsewhere):
                 raise
             raise ValueError(f"{self.name} fails in its own `__call__`: {reason(error)}{self._hint(error)}") from error
         finally:
@@ -561,6 +562,10 @@ class Walk(_Call):
         return replace(step, next_sample=next_sample)
 
 
+class Elsewhere(ValueError):
+    """A follower is not at the state, time or stream that it is asked about."""
+
+
 class Follower(_Call):
     """What [`Policy.follow`] returns: `follower(visit)` gives the prediction for each of the visit's steps, under the
     caller's gradient mode.
@@ -570,7 +575,8 @@ class Follower(_Call):
     left it. Of what a pipeline keeps between its steps only such states are right then.
 
     Raises:
-        ValueError: if the pipeline is not at the state, time or stream that it is asked about.
+        Elsewhere: if the pipeline is not at the state, time or stream that it is asked about.
+        ValueError: if it is asked at a visit that it has left behind.
     """
 
     def __init__(
@@ -661,7 +667,7 @@ class Follower(_Call):
             onward = None if asked.next_sample is None else asked.next_sample.to(asked.sample.dtype)
             return replace(step, next_sample=onward)
         if asked is not None and (step.chunk, step.index + 1) == (asked.chunk, asked.index):  # arrives
-            return replace(step, next_sample=asked.sample)
+            return replace(step, next_sample=self._of_its_shape(step, asked).sample)
         # What is asked may depend on other streams, and on the chunks before
         if self._walk is not None and (went := self._walk.went.get((step.stream, step.chunk))) is not None:
             return replace(step, next_sample=went[1]) if went[0] == step.index else step
@@ -677,8 +683,7 @@ class Follower(_Call):
         """What was asked, if the pipeline is there."""
         if asked is None or (step.chunk, step.index) != (asked.chunk, asked.index):
             raise self._not_there(f"it steps stream {step.stream} at step {step.index} of chunk {step.chunk}")
-        if step.sample.shape != asked.sample.shape:
-            raise self._not_there(f"its state is {tuple(step.sample.shape)}, the walk's {tuple(asked.sample.shape)}")
+        self._of_its_shape(step, asked)
         handed, source = self._handed.get(step.stream, (None, None))
         if handed is not None and handed.data_ptr() == step.sample.data_ptr():
             if self._walk is not None or source is asked.sample:
@@ -688,9 +693,14 @@ class Follower(_Call):
             raise self._not_there("its state is another")
         return asked
 
-    def _not_there(self, what: str) -> ValueError:
+    def _of_its_shape(self, step: Step, asked: Step) -> Step:
+        if step.sample.shape != asked.sample.shape:
+            raise self._not_there(f"its state is {tuple(step.sample.shape)}, the walk's {tuple(asked.sample.shape)}")
+        return asked
+
+    def _not_there(self, what: str) -> Elsewhere:
         theirs = self.policy.name if self._walk is None else self._walk.policy_name
-        return ValueError(
+        return Elsewhere(
             f"{self.policy.name} does not come to the states that {theirs} visits: {what}, at visit {self.place}."
         )
 

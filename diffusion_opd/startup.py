@@ -84,7 +84,7 @@ def check_student(
             if walk.place <= place < len(plan):
                 with torch.no_grad():
                     walk.jump(place)
-                    visits.append(_finite(policy, walk.advance()))
+                    visits.append(_next(walk))
     with torch.no_grad():
         with policy.follow(walk) as copy:
             for visit in visits:
@@ -159,7 +159,8 @@ def sees_the_end(policy: Policy, prompt: str, count: int) -> bool:
 
         def look(*args: Any, **kwargs: Any) -> Any:
             seen.append((args, kwargs))
-            return policy.empty_output(args, kwargs)
+            output = policy.empty_output(args, kwargs)
+            return policy.denoiser(*args, **kwargs) if output is None else output
 
         with torch.no_grad(), policy.walk({"prompt": [text] * count}, seeded(count), _noiseless, denoiser=look) as walk:
             walk.advance()
@@ -179,6 +180,7 @@ def _noiseless(step: Step) -> Tensor:
 
 def _agree_with_scheduler(policy: Policy) -> Callable[[Step, SchedulerStep], None]:
     def agree(step: Step, scheduler_step: SchedulerStep) -> None:
+        _require_finite(policy, step.index, step.prediction)  # or nothing would agree
         with torch.no_grad():
             theirs, meant = scheduler_step()
             ours, theirs = _noiseless(meant), theirs.float()
@@ -197,7 +199,7 @@ def _agree_with_scheduler(policy: Policy) -> Callable[[Step, SchedulerStep], Non
 
 
 def _differentiated(policy: Policy, walk: Walk, count: int, backward: Callable[[Tensor], None]) -> Visit:
-    visit = _finite(policy, walk.advance())
+    visit = _next(walk)
     for step in visit.steps:
         if step.sample.shape[0] != count:
             raise ValueError(
@@ -249,10 +251,9 @@ def _check_rows(policy: Policy, inputs: Inputs, visit: Visit) -> None:
         )
 
 
-def _finite(policy: Policy, visit: Visit | None) -> Visit:
+def _next(walk: Walk) -> Visit:
+    visit = walk.advance()
     assert visit is not None
-    for step in visit.steps:
-        _require_finite(policy, visit.index, step.prediction)
     return visit
 
 

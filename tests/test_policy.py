@@ -1,31 +1,21 @@
-"""A pipeline as a policy and as a field, on every family, against the unmodified pipeline.
+"""Walks and followers, on every family, against the unmodified pipeline (see own_runs.py). All numbers are equal bit
+for bit."""
 
-What is expected comes from `run`: the pipeline's own `__call__` under its own scheduler, of which only `step` is
-watched. All numbers are equal bit for bit.
-"""
-
-import contextlib
 import gc
 import inspect
 import pickle
 import re
 import weakref
-from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import accelerate
-import numpy as np
 import pytest
 import torch
 from diffusers import (
-    CogVideoXDDIMScheduler,
     DDIMScheduler,
     DDPMPipeline,
-    DiffusionPipeline,
-    EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
     FluxControlPipeline,
     FluxKontextPipeline,
     LTXImageToVideoPipeline,
@@ -38,160 +28,52 @@ from diffusers import (
     WanImageToVideoPipeline,
 )
 from diffusers.hooks import apply_group_offloading
-from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection
 
+from diffusion_opd.encode_cache import EncodeCache
 from diffusion_opd.objectives import kl
-from diffusion_opd.policy import BACKBONE, Policy, PromptMemo, Step, active_adapter, read_schedule, tuner_layers
+from diffusion_opd.policy import BACKBONE, Policy, active_adapter, tuner_layers
+from diffusion_opd.scheduler_proxy import Step
+from diffusion_opd.startup import check_student
 from diffusion_opd.transitions import flow_sde, ode
-from tests.own_pipelines import Momentum, Plain, of
-from tests.tiny_pipelines import BUILDERS, CALL, FLOW, LORA_TARGETS, VP, clip, denoiser
+from tests.own_pipelines import AtOnce, Momentum, Plain, Tracked, Twice, WithoutLatents, WithoutPrompts, of
+from tests.own_runs import (
+    INPUTS,
+    PROMPTS,
+    STEPS,
+    Seen,
+    adapted,
+    along,
+    as_reference,
+    asked,
+    assert_same,
+    at,
+    built,
+    counted,
+    euler,
+    families,
+    few_families,
+    generators,
+    gradients_of,
+    learner,
+    levels_of,
+    on_euler,
+    own_run,
+    quiet,
+    reference,
+    run,
+    unguided,
+    walked,
+    with_teacher_lora,
+)
+from tests.tiny_pipelines import BUILDERS, CALL, FLOW, denoiser
 
-PROMPTS = ["a red fox", "two blue birds"]
-STEPS = 3
-
-families = pytest.mark.parametrize("family", FLOW + VP)
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # a second adapter, on purpose
 
 
-# The unmodified pipeline, watched
-
-
-class Visit(NamedTuple):
-    timestep: Tensor
-    sample: Tensor
-    prediction: Tensor
-
-
-NextState = Callable[[int, Visit, tuple[float, ...]], Tensor]
-
-
-def generators(seed: int = 5) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed + index) for index in range(len(PROMPTS))]
-
-
-def levels_of(scheduler: Any) -> tuple[float, ...]:
-    if hasattr(scheduler, "sigmas"):
-        return tuple(scheduler.sigmas.tolist())
-    return (*scheduler.alphas_cumprod[scheduler.timesteps].tolist(), scheduler.final_alpha_cumprod.item())
-
-
-def run(
-    pipe: DiffusionPipeline,
-    next_state: NextState | None = None,
-    gradient: bool = False,
-    **call_kwargs: Any,
-) -> tuple[list[Visit], Tensor]:
-    """The pipeline's own run: what reaches `scheduler.step`, and the final latents.
-
-    `next_state(index, visit, levels)` may replace what `step` returns.
-    """
-    visits, scheduler = [], pipe.scheduler
-    step = scheduler.step
-
-    def watched(model_output: Tensor, timestep: Tensor, sample: Tensor, **kwargs: Any) -> Any:
-        visits.append(Visit(timestep, sample, model_output))
-        if next_state is None:
-            return step(model_output, timestep, sample, **kwargs)
-        return (next_state(len(visits) - 1, visits[-1], levels_of(scheduler)),)
-
-    scheduler.step = watched
-    call = type(pipe).__call__.__wrapped__ if gradient else type(pipe).__call__
-    try:
-        latents = call(
-            pipe,
-            prompt=list(PROMPTS),
-            num_inference_steps=STEPS,
-            generator=generators(),
-            output_type="latent",
-            **call_kwargs,
-        )[0]
-    finally:
-        del scheduler.step
-    return visits, latents
-
-
-def euler(index: int, visit: Visit, levels: tuple[float, ...]) -> Tensor:
-    """Some rule that moves every family; for flow matching, the ODE's."""
-    return (visit.sample + (levels[index + 1] - levels[index]) * visit.prediction).detach()
-
-
-def on_euler(step: Step) -> Tensor:
-    return euler(step.index, Visit(step.timestep, step.sample, step.prediction), step.schedule.levels)
-
-
-def along(states: list[Tensor]) -> NextState:
-    """A run that visits the given states, whatever is predicted there (the first state is the noise of the seed)."""
-    return lambda index, visit, levels: states[index + 1] if index + 1 < len(states) else visit.sample
-
-
-def as_reference(pipe: DiffusionPipeline, family: str) -> DiffusionPipeline:
-    if family in VP:
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    return pipe
-
-
-@cache
-def built(family: str, seed: int = 0) -> DiffusionPipeline:
-    return BUILDERS[family](seed)
-
-
-@cache
-def reference(family: str) -> DiffusionPipeline:
-    """The same pipeline again, for the runs without our code."""
-    return as_reference(BUILDERS[family](0), family)
-
-
-@cache
-def own_run(family: str) -> tuple[list[Visit], Tensor]:
-    return run(reference(family), euler, **CALL[family])
-
-
-def unguided(family: str) -> dict[str, Any]:
-    """The call of a teacher with another guidance than the student's: none, where the family can do without."""
-    if family == "flux":  # schnell: there is no guidance
-        return CALL[family]
-    if family == "flux_guidance":  # embedded
-        return {**CALL[family], "guidance_scale": 1.5}
-    return {**CALL[family], "true_cfg_scale" if family == "qwenimage" else "guidance_scale": 1.0}
-
-
-def record(policy: Policy, on_step: Callable[[Step], Tensor] = on_euler, **kwargs: Any) -> tuple[list[Step], Tensor]:
-    steps = []
-
-    def listen(step: Step) -> Tensor:
-        steps.append(step)
-        return on_step(step)
-
-    latents = policy.rollout(PROMPTS, generators(), listen, **kwargs)
-    return steps, latents
-
-
-def assert_same(steps: list[Step] | list[Visit], visits: list[Visit]) -> None:
-    assert len(steps) == len(visits)
-    for step, visit in zip(steps, visits, strict=True):
-        assert torch.equal(step.timestep, visit.timestep)
-        assert torch.equal(step.sample, visit.sample)
-        assert torch.equal(step.prediction, visit.prediction)
-
-
-def quiet(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@contextlib.contextmanager
-def counted(*modules: nn.Module) -> Iterator[list[nn.Module]]:
-    """The calls of these modules."""
-    calls = []
-    handles = [module.register_forward_hook(lambda module, *_: calls.append(module)) for module in modules]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
+def on_ode(step: Step) -> Tensor:
+    return ode(step.sample, step.prediction, step.schedule, step.index).mean
 
 
 # The contract, on every family
@@ -199,67 +81,77 @@ def counted(*modules: nn.Module) -> Iterator[list[nn.Module]]:
 
 @families
 @torch.no_grad()
-def test_field_is_the_pipelines_own_prediction(family: str):
-    """At the states that the pipeline's own solver visits (multistep for Wan and SANA), asked in any order."""
-    visits, _ = run(reference(family), **CALL[family])
-    assert len(visits) == STEPS
+def test_walk_is_the_pipelines_own_run(family: str):
+    seen, latents = own_run(family)
     policy = Policy(built(family), STEPS, CALL[family])
-    for visit in reversed(visits):
-        prediction = policy.predict(visit.sample, visit.timestep, PROMPTS)
-        assert prediction.abs().max() > 0 and prediction.dtype == visit.prediction.dtype
-        assert torch.equal(prediction, visit.prediction)
+    visits, output = walked(policy)
+    assert_same(visits, seen)
+    assert torch.equal(output, latents)
+    assert [visit.index for visit in visits] == list(range(STEPS))
+    steps = [step for visit in visits for step in visit.steps]
+    assert [(step.stream, step.chunk, step.index) for step in steps] == [(0, 0, index) for index in range(STEPS)]
+    assert all(step.schedule.levels == levels_of(reference(family).scheduler) for step in steps)
+    assert all(step.schedule.is_flow == (family in FLOW) for step in steps)
+    assert all(torch.equal(step.next_sample, after.sample) for step, after in zip(steps, seen[1:], strict=False))
+
+    if isinstance(built(family).scheduler, FlowMatchEulerDiscreteScheduler):  # the ODE kernel is its own step
+        _, own = run(reference(family), **CALL[family])
+        assert torch.equal(walked(policy, on_ode)[1], own)
 
 
 @families
 @torch.no_grad()
-def test_rollout_is_the_pipelines_own_run(family: str):
-    visits, latents = own_run(family)
+def test_single_states_are_jumped_to(family: str):
+    """At the states that the pipeline's own solver visits (multistep for Wan and SANA), asked in any order, and several
+    of them of one follower."""
+    seen, _ = run(reference(family), **CALL[family])
+    assert len(seen) == STEPS
     policy = Policy(built(family), STEPS, CALL[family])
-    steps, rolled_out = record(policy)
-    assert_same(steps, visits)
-    assert torch.equal(rolled_out, latents)
-    assert [step.index for step in steps] == list(range(STEPS))
-    assert all(step.schedule.levels == levels_of(reference(family).scheduler) for step in steps)
-    assert all(step.schedule.is_flow == (family in FLOW) for step in steps)
-
-    if isinstance(built(family).scheduler, FlowMatchEulerDiscreteScheduler):  # the ODE kernel is its own step
-        _, own = run(reference(family), **CALL[family])
-        _, ours = record(policy, lambda step: ode(step.sample, step.prediction, step.schedule, step.index).mean)
-        assert torch.equal(ours, own)
+    for place in reversed(range(STEPS)):
+        (prediction,) = asked(policy, at(place, seen[place].sample))
+        assert prediction.abs().max() > 0 and prediction.dtype == seen[place].prediction.dtype
+        assert torch.equal(prediction, seen[place].prediction)
+    first, last = asked(policy, at(0, seen[0].sample), at(2, seen[2].sample))
+    assert torch.equal(first, seen[0].prediction) and torch.equal(last, seen[2].prediction)
 
 
 @families
 @torch.no_grad()
 def test_equal_weights_leave_no_gap(family: str):
-    memo = PromptMemo()
-    student = Policy(built(family), STEPS, CALL[family], memo)
-    equal, other = (Policy(BUILDERS[family](seed), STEPS, CALL[family], memo) for seed in (0, 1))
-    for step in record(student)[0]:
-        assert torch.equal(equal.predict(step.sample, step.timestep, PROMPTS), step.prediction)
-        gap = other.predict(step.sample, step.timestep, PROMPTS) - step.prediction
-        assert gap.abs().max() > 0.01 * step.prediction.abs().max()
+    """In lock-step with a walk, and as a replay of what it was."""
+    cache = EncodeCache()
+    student = Policy(built(family), STEPS, CALL[family], cache)
+    equal, other = (Policy(BUILDERS[family](seed), STEPS, CALL[family], cache) for seed in (0, 1))
+    visits = []
+    with student.walk(INPUTS, generators(), on_euler) as walk, equal.follow(walk) as same, other.follow(walk) as apart:
+        for visit in walk:
+            (step,), (target,), (further,) = visit.steps, same(visit), apart(visit)
+            assert torch.equal(target, step.prediction)
+            assert (further - step.prediction).abs().max() > 0.01 * step.prediction.abs().max()
+            visits.append(visit)
+    assert len(visits) == STEPS
+    for prediction, visit in zip(asked(equal, *visits), visits, strict=True):
+        assert torch.equal(prediction, visit.steps[0].prediction)
 
 
 @families
 @torch.no_grad()
 def test_teacher_of_another_guidance_does_not_disturb_the_student(family: str):
     """Asked between the steps, and by way of the very pipeline that is running."""
-    visits, _ = own_run(family)
-    targets, _ = run(reference(family), along([visit.sample for visit in visits]), **unguided(family))
+    seen, _ = own_run(family)
+    targets, _ = run(reference(family), along([one.sample for one in seen]), **unguided(family))
 
-    memo = PromptMemo()
-    policy, teacher = (Policy(built(family), STEPS, kwargs, memo) for kwargs in (CALL[family], unguided(family)))
-    answers = []
-
-    def ask(step: Step) -> Tensor:
-        answers.append(Visit(step.timestep, step.sample, teacher.predict(step.sample, step.timestep, PROMPTS)))
-        return on_euler(step)
-
-    steps, _ = record(policy, ask)
-    assert_same(steps, visits)
+    cache = EncodeCache()
+    policy, teacher = (Policy(built(family), STEPS, kwargs, cache) for kwargs in (CALL[family], unguided(family)))
+    visits, answers = [], []
+    with policy.walk(INPUTS, generators(), on_euler) as walk, teacher.follow(walk) as follow:
+        for visit in walk:
+            visits.append(visit)
+            answers.append(Seen(visit.steps[0].timestep, visit.steps[0].sample, *follow(visit)))
+    assert_same(visits, seen)
     assert_same(answers, targets)
     if family != "flux":
-        assert not torch.equal(answers[0].prediction, steps[0].prediction)
+        assert not torch.equal(answers[0].prediction, seen[0].prediction)
 
 
 @families
@@ -270,11 +162,13 @@ def test_pipeline_is_left_as_it_was(family: str):
     run(pipe, **unguided(family))  # leaves guidance and the like behind, and a scheduler in the middle of things
     attributes, config, components = dict(vars(pipe)), dict(pipe.config), dict(pipe.components)
     scheduler, weights = pickle.dumps(vars(pipe.scheduler)), pickle.dumps(denoiser(pipe).state_dict())
+    processors = [module.processor for module in denoiser(pipe).modules() if hasattr(module, "set_processor")]
 
     policy = Policy(pipe, STEPS, CALL[family])
-    steps, _ = record(policy, num_steps=2)
-    policy.predict(steps[0].sample, steps[0].timestep, PROMPTS)
-    policy.self_check(PROMPTS)
+    with policy.walk(INPUTS, generators(), on_euler) as walk, policy.follow(walk) as follow:
+        follow(walk.advance())
+        visit = walk.advance()  # and is left there
+    asked(policy, visit)
 
     assert vars(pipe).keys() == attributes.keys()
     for name, value in attributes.items():
@@ -285,23 +179,34 @@ def test_pipeline_is_left_as_it_was(family: str):
     assert pipe._progress_bar_config == {"disable": True, "desc": "mine"}
     assert pickle.dumps(vars(pipe.scheduler)) == scheduler
     assert pickle.dumps(denoiser(pipe).state_dict()) == weights
+    assert processors == [module.processor for module in denoiser(pipe).modules() if hasattr(module, "set_processor")]
 
 
 @families
 @torch.no_grad()
 def test_later_steps_are_not_computed(family: str):
-    """The states are those of the whole rollout, and the denoiser runs for no more."""
-    visits, _ = own_run(family)
+    """The states are those of the whole walk, and the denoiser runs for no more; nor does it for a walk that is left
+    by `break`, which is closed then."""
+    seen, _ = own_run(family)
     policy = Policy(built(family), STEPS, CALL[family])
     counts = []
-    for num_steps in (STEPS, 2, 1):
+    for count in (STEPS, 2, 1):
+        walk, visits = policy.walk(INPUTS, generators(), on_euler), []
         with counted(denoiser(built(family))) as calls:
-            steps, _ = record(policy, num_steps=num_steps)
-        assert_same(steps, visits[:num_steps])
-        assert len(steps[0].schedule.levels) == STEPS + 1
+            for visit in walk:
+                visits.append(visit)
+                if len(visits) == count:
+                    break
+            assert count == STEPS or walk.ended
+        assert_same(visits, seen[:count])
+        assert len(visits[0].steps[0].schedule.levels) == STEPS + 1
         counts.append(len(calls))
     per_step = counts[-1]
     assert counts == [STEPS * per_step, 2 * per_step, per_step] and per_step in (1, 2)
+
+    with counted(denoiser(built(family))) as calls:
+        asked(policy, at(2, seen[2].sample))
+    assert len(calls) == per_step
 
 
 class Wrapper(nn.Module):
@@ -321,19 +226,24 @@ def test_denoiser_is_called_through_its_wrapper(family: str):
     policy, module = Policy(built(family), STEPS, CALL[family]), denoiser(built(family))
     wrapper = Wrapper(module)
     with counted(wrapper, module) as calls:
-        steps, _ = record(policy, denoiser=wrapper)
-    assert_same(steps, own_run(family)[0])
+        visits, _ = walked(policy, denoiser=wrapper)
+        predictions = asked(policy, *visits, denoiser=wrapper)
+    assert_same(visits, own_run(family)[0])
+    assert all(torch.equal(p, visit.steps[0].prediction) for p, visit in zip(predictions, visits, strict=True))
     assert calls.count(wrapper) == calls.count(module) > 0
 
 
 @families
 @torch.no_grad()
 def test_random_state_is_left_alone(family: str):
+    """Also where a walk is left, and what is drawn between two visits is what would have been drawn without it."""
     policy = Policy(built(family), STEPS, CALL[family])
     before = torch.get_rng_state()
-    steps, _ = record(policy)
-    policy.predict(steps[1].sample, steps[1].timestep, PROMPTS)
-    policy.self_check(PROMPTS)
+    visits, _ = walked(policy)
+    asked(policy, *visits[1:])
+    with policy.walk(INPUTS, generators(), on_euler) as walk:
+        walk.advance()
+        assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -342,17 +252,20 @@ def test_random_state_is_left_alone(family: str):
 def test_bfloat16(family: str):
     """The state handed back has the dtype that the pipeline gave, though the kernels answer in float32."""
     pipe = as_reference(BUILDERS[family](0).to(torch.bfloat16), family)
-    visits, _ = run(pipe, lambda *args: on_euler_in_float32(*args).to(args[1].sample.dtype), **CALL[family])
+    seen, _ = run(pipe, lambda *args: euler_in_float32(*args).to(args[1].sample.dtype), **CALL[family])
     policy = Policy(pipe, STEPS, CALL[family])
-    steps, _ = record(policy, lambda step: on_euler_in_float32(step.index, step, step.schedule.levels))
-    assert_same(steps, visits)
-    for step, visit in zip(steps, visits, strict=True):
-        assert step.sample.dtype == visits[0].sample.dtype and step.prediction.dtype == visit.prediction.dtype
-    assert torch.equal(policy.predict(visit.sample, visit.timestep, PROMPTS), visit.prediction)
+    visits, _ = walked(policy, lambda step: euler_in_float32(step.index, step, step.schedule.levels))
+    assert_same(visits, seen)
+    for visit, one in zip(visits, seen, strict=True):
+        (step,) = visit.steps
+        assert step.sample.dtype == seen[0].sample.dtype and step.prediction.dtype == one.prediction.dtype
+    for place, prediction in enumerate(asked(policy, *visits)):
+        assert torch.equal(prediction, seen[place].prediction)
+    assert torch.equal(*asked(policy, at(2, seen[2].sample)), seen[2].prediction)
 
 
-def on_euler_in_float32(index: int, visit: Visit | Step, levels: tuple[float, ...]) -> Tensor:
-    return visit.sample.float() + (levels[index + 1] - levels[index]) * visit.prediction.float()
+def euler_in_float32(index: int, seen: Seen | Step, levels: tuple[float, ...]) -> Tensor:
+    return seen.sample.float() + (levels[index + 1] - levels[index]) * seen.prediction.float()
 
 
 @torch.no_grad()
@@ -361,46 +274,95 @@ def test_source_image_for_editing():
     own, ours = (quiet(FluxKontextPipeline(**BUILDERS["flux_guidance"](0).components)) for _ in range(2))
     image = Image.effect_noise((16, 16), 50).convert("RGB")
     call_kwargs = {**CALL["flux_guidance"], "image": image, "max_area": 256, "_auto_resize": False}
-    visits, _ = run(own, euler, **call_kwargs)
+    seen, _ = run(own, euler, **call_kwargs)
     policy = Policy(ours, STEPS, call_kwargs)
-    assert_same(record(policy)[0], visits)
-    for visit in visits:
-        assert torch.equal(policy.predict(visit.sample, visit.timestep, PROMPTS), visit.prediction)
+    visits, _ = walked(policy)
+    assert_same(visits, seen)
+    for place in range(STEPS):
+        assert torch.equal(*asked(policy, at(place, seen[place].sample)), seen[place].prediction)
     other = Policy(ours, STEPS, {**call_kwargs, "image": image.rotate(90)})
-    assert not torch.equal(other.predict(visit.sample, visit.timestep, PROMPTS), visit.prediction)
+    assert not torch.equal(asked(other, *visits)[0], seen[0].prediction)
 
 
-# Learning inside the rollout, against two passes over the recorded states
+# What can be done with a walk
 
 
-def add_lora(module: nn.Module, name: str, rank: int, alpha: int, seed: int) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=False, target_modules=LORA_TARGETS)
-        inject_adapter_in_model(config, module, adapter_name=name)
+@torch.no_grad()
+def test_walk_runs_to_its_end_and_decodes():
+    policy = Policy(built("sd3"), STEPS, CALL["sd3"])
+    assert torch.equal(policy.walk(INPUTS, generators(), on_euler).run(), own_run("sd3")[1])
+    pictures = policy.walk(INPUTS, generators(), on_ode, output_type="pil").run()
+    own = reference("sd3")(PROMPTS, num_inference_steps=STEPS, generator=generators(), **CALL["sd3"]).images
+    assert [one.tobytes() for one in pictures] == [one.tobytes() for one in own]
 
 
-def learner(family: str, lora: bool) -> DiffusionPipeline:
-    """A student: LoRA (rank 4) or the whole denoiser."""
-    pipe = as_reference(BUILDERS[family](0), family)
-    if lora:
-        add_lora(denoiser(pipe), "student", rank=4, alpha=8, seed=1)
-    else:
-        denoiser(pipe).requires_grad_(True)
-    return pipe
+@few_families
+@torch.no_grad()
+def test_plan_knows_every_visit_and_computes_none(family: str):
+    """But one for each kind of call, whose form has to be seen once."""
+    policy = Policy(built(family), STEPS, CALL[family])
+    seen, _ = own_run(family)
+    walked(policy)
+    with counted(denoiser(built(family))) as calls, policy.walk(INPUTS, generators(), on_euler) as walk:
+        plan = walk.plan()
+    assert not calls and walk.ended and walk.advance() is None
+    for index, (visit, one) in enumerate(zip(plan, seen, strict=True)):
+        (step,) = visit.steps
+        assert (visit.index, step.index) == (index, index)
+        assert torch.equal(step.timestep, one.timestep) and step.sample.shape == one.sample.shape
 
 
-def with_teacher_lora(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """Of another rank and another scale than the student's."""
-    add_lora(denoiser(pipe), "teacher", rank=2, alpha=6, seed=2)
-    return pipe
+@few_families
+@torch.no_grad()
+def test_walk_jumps_without_moving(family: str):
+    noise = own_run(family)[0][0].sample
+    expected, _ = run(reference(family), along([noise] * STEPS), **CALL[family])
+    policy = Policy(built(family), STEPS, CALL[family])
+    with policy.walk(INPUTS, generators(), on_euler) as walk:
+        walk.jump(2)
+        visit = walk.advance()
+    assert visit.index == 2
+    assert_same([visit], expected[2:])
+    with policy.walk(INPUTS, generators(), on_euler) as walk, pytest.raises(IndexError, match="3 visits, and not 5"):
+        walk.jump(4)
 
 
-def gradients_of(pipe: DiffusionPipeline) -> dict[str, Tensor]:
-    parameters = dict(denoiser(pipe).named_parameters())
-    found = {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
-    denoiser(pipe).zero_grad()
-    return found
+@torch.no_grad()
+def test_follower_begins_where_the_walk_began():
+    """Though the walk has drawn from its generators since; and several can follow, also after its end."""
+    policy = Policy(built("sd3"), STEPS, CALL["sd3"])
+    given = generators()
+    with policy.walk(INPUTS, given, on_euler) as walk:
+        visits = list(walk)
+    for _ in range(2):
+        with policy.follow(walk) as follow:
+            assert all(torch.equal(*follow(visit), visit.steps[0].prediction) for visit in visits)
+    assert not torch.equal(given[0].get_state(), generators()[0].get_state())
+
+
+@torch.no_grad()
+def test_follower_that_is_elsewhere_says_so():
+    policy = Policy(built("sd3"), STEPS, CALL["sd3"])
+    visits, _ = walked(policy)
+    with policy.follow(inputs=INPUTS, generators=generators()) as follow:
+        follow(visits[1])
+        with pytest.raises(ValueError, match="does not go back: it is at visit 2, and was asked at 0"):
+            follow(visits[0])
+    with pytest.raises(ValueError, match="does not come to the states .* it ended after 3 visits"):
+        asked(policy, *visits, at(3, visits[0].steps[0].sample))
+    with pytest.raises(ValueError, match=r"its state is \(2, 4, 8, 8\), the walk's \(2, 5, 8, 8\), at visit 0"):
+        asked(policy, at(1, torch.zeros(2, 5, 8, 8)))
+    with pytest.raises(ValueError, match=r"its state is \(2, 4, 8, 8\), the walk's \(1, 4, 8, 8\), at visit 0"):
+        asked(policy, at(0, torch.zeros(1, 4, 8, 8)))
+    with pytest.raises(ValueError, match="a follower needs a walk, or the inputs and generators of one"):
+        policy.follow(inputs=INPUTS)
+    longer = Policy(built("sd3"), STEPS + 1, CALL["sd3"])
+    with policy.walk(INPUTS, generators(), on_euler) as walk, longer.follow(walk) as follow:
+        with pytest.raises(ValueError, match="it sets its timesteps otherwise"):
+            follow(walk.advance())
+
+
+# Learning inside the walk, against two passes over the recorded states
 
 
 @cache
@@ -408,8 +370,8 @@ def two_passes(family: str, lora: bool) -> tuple[list[float], dict[str, Tensor]]
     """Without our code: the student's rollout without gradient, the teacher alone along its states, then the student
     along its states with gradient. Teacher and student live in pipelines of their own."""
     student = learner(family, lora)
-    visits, _ = run(student, euler, **CALL[family])
-    states = [visit.sample for visit in visits]
+    seen, _ = run(student, euler, **CALL[family])
+    states = [one.sample for one in seen]
 
     teacher = as_reference(BUILDERS[family](0 if lora else 1), family)
     if lora:
@@ -425,32 +387,41 @@ def two_passes(family: str, lora: bool) -> tuple[list[float], dict[str, Tensor]]
     return losses, gradients_of(student)
 
 
-@families
-@pytest.mark.parametrize("kind", ["lora", "lora with checkpointing", "full"])
-def test_learning_inside_the_rollout_equals_two_passes(family: str, kind: str):
-    lora, memo = kind != "full", PromptMemo()
-    pipe = learner(family, lora)
+@few_families
+@pytest.mark.parametrize("kind", ["lora", "lora with checkpointing", "full", "full, as a replay"])
+def test_learning_inside_the_walk_equals_two_passes(family: str, kind: str):
+    lora, cache = kind.startswith("lora"), EncodeCache()
     if lora:  # the teacher is another adapter of the student's own pipeline
-        with_teacher_lora(pipe)
-        for layer in tuner_layers(denoiser(pipe)):
-            layer.set_adapter("student")
-        teacher = Policy(pipe, STEPS, unguided(family), memo, adapter="teacher")
+        pipe = adapted(family)
+        teacher = Policy(pipe, STEPS, unguided(family), cache, adapter="teacher")
     else:
-        teacher = Policy(BUILDERS[family](1), STEPS, unguided(family), memo)
+        pipe = learner(family, lora=False)
+        teacher = Policy(BUILDERS[family](1), STEPS, unguided(family), cache)
     if kind == "lora with checkpointing":
         denoiser(pipe).enable_gradient_checkpointing()
-    student = Policy(pipe, STEPS, CALL[family], memo)
+    student = Policy(pipe, STEPS, CALL[family], cache)
     losses = []
 
-    def learn(step: Step) -> Tensor:
-        with torch.no_grad():
-            target = teacher.predict(step.sample, step.timestep, PROMPTS)
-        loss = (step.prediction.float() - target.float()).square().mean()
+    def learn(prediction: Tensor, target: Tensor) -> None:
+        loss = (prediction.float() - target.float()).square().mean()
         loss.backward()
         losses.append(loss.item())
-        return on_euler(step)
 
-    student.rollout(PROMPTS, generators(), learn)
+    if kind == "full, as a replay":
+        with torch.no_grad():
+            visits, _ = walked(student)
+        given = {"inputs": INPUTS, "generators": generators()}
+        with student.follow(**given) as again, teacher.follow(**given) as follow:
+            for visit in visits:
+                with torch.no_grad():
+                    (target,) = follow(visit)
+                learn(*again(visit), target)
+    else:
+        with student.walk(INPUTS, generators(), on_euler) as walk, teacher.follow(walk) as follow:
+            for visit in walk:
+                with torch.no_grad():
+                    (target,) = follow(visit)
+                learn(visit.steps[0].prediction, target)
     expected_losses, expected = two_passes(family, lora)
     found = gradients_of(pipe)
     assert losses == expected_losses
@@ -462,51 +433,61 @@ def test_learning_inside_the_rollout_equals_two_passes(family: str, kind: str):
 
 def test_checkpointing_recomputes():
     """What makes the test above a test of it: blocks run again in the backward pass, with the teacher in between."""
-    pipe = with_teacher_lora(learner("sd3", lora=True))
-    for layer in tuner_layers(pipe.transformer):
-        layer.set_adapter("student")
+    pipe = adapted()
     pipe.transformer.enable_gradient_checkpointing()
-    policy = Policy(pipe, STEPS, CALL["sd3"])
+    cache = EncodeCache()
+    student, teacher = (Policy(pipe, STEPS, CALL["sd3"], cache, adapter=name) for name in (None, "teacher"))
     block, adapters = pipe.transformer.transformer_blocks[0], []
     handle = block.register_forward_pre_hook(lambda *_: adapters.append(tuner_layers(block)[0].active_adapters))
-
-    def learn(step: Step) -> Tensor:
-        with active_adapter(tuner_layers(pipe.transformer), "teacher"), torch.no_grad():
-            policy.predict(step.sample, step.timestep, PROMPTS)
-        step.prediction.float().square().mean().backward()
-        return on_euler(step)
-
-    policy.rollout(PROMPTS, generators(), learn, num_steps=1)
+    with student.walk(INPUTS, generators(), on_euler) as walk, teacher.follow(walk) as follow:
+        visit = walk.advance()
+        with torch.no_grad():
+            follow(visit)
+        visit.steps[0].prediction.float().square().mean().backward()
     handle.remove()
     assert adapters == [["student"], ["teacher"], ["student"]]
 
 
+def test_each_forward_pass_is_under_the_gradient_mode_of_who_asks_for_it():
+    policy = Policy(learner("sd3", lora=True), STEPS, CALL["sd3"])
+    with policy.walk(INPUTS, generators(), on_euler) as walk, policy.follow(walk) as follow:
+        for index in range(STEPS):
+            with torch.set_grad_enabled(index != 1):
+                visit = walk.advance()
+            with torch.set_grad_enabled(index == 1):
+                (answer,) = follow(visit)
+            assert torch.is_grad_enabled()
+            assert visit.steps[0].prediction.requires_grad == (index != 1)
+            assert answer.requires_grad == (index == 1)
+            assert not visit.steps[0].sample.requires_grad and not visit.steps[0].next_sample.requires_grad
+
+
 @pytest.mark.parametrize("asked_before", [False, True])
 def test_autocast(asked_before: bool):
-    """One context around the whole rollout, as a trainer has it: states keep the pipeline's dtype, kernels and losses
-    are float32, and weights that were cast without gradient for a question do not lose theirs."""
+    """One context around the whole walk, as a trainer has it: states keep the pipeline's dtype, kernels and losses are
+    float32, and weights that were cast without gradient for a question do not lose theirs."""
     pipe = learner("sd3", lora=True)
-    policy = Policy(pipe, STEPS, CALL["sd3"])
-    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    steps = []
+    policy, steps = Policy(pipe, STEPS, CALL["sd3"]), []
 
-    def learn(step: Step) -> Tensor:
-        steps.append(step)
-        ours = flow_sde(step.sample, step.prediction, step.schedule, step.index, 0.7)
-        with torch.no_grad():
-            answer = policy.predict(step.sample, step.timestep, PROMPTS)
-        assert torch.equal(answer, step.prediction)
-        loss = kl(ours, ours._replace(mean=torch.zeros_like(ours.mean))).mean()
-        assert ours.mean.dtype == loss.dtype == torch.float32
+    def move(step: Step) -> Tensor:
         assert torch.is_autocast_enabled("cpu")
-        loss.backward()
-        return ours.mean
+        return flow_sde(step.sample, step.prediction, step.schedule, step.index, 0.7).mean
 
     with torch.autocast("cpu", torch.bfloat16):
         if asked_before:
             with torch.no_grad():
-                policy.predict(x, torch.tensor(500.0), PROMPTS)
-        policy.rollout(PROMPTS, generators(), learn)
+                asked(policy, at(1, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))))
+        with policy.walk(INPUTS, generators(), move) as walk, policy.follow(walk) as follow:
+            for visit in walk:
+                (step,) = visit.steps
+                steps.append(step)
+                ours = flow_sde(step.sample, step.prediction, step.schedule, step.index, 0.7)
+                with torch.no_grad():
+                    assert torch.equal(*follow(visit), step.prediction)
+                loss = kl(ours, ours._replace(mean=torch.zeros_like(ours.mean))).mean()
+                assert ours.mean.dtype == loss.dtype == torch.float32
+                assert torch.is_autocast_enabled("cpu")
+                loss.backward()
     assert not torch.is_autocast_enabled("cpu")
     assert {step.prediction.dtype for step in steps} == {torch.float32}  # whose guidance is not rounded once more
     assert {step.sample.dtype for step in steps} == {torch.float32}
@@ -514,35 +495,37 @@ def test_autocast(asked_before: bool):
     assert gradients and all(gradient.any() for name, gradient in gradients.items() if "lora_B" in name)
 
 
-def test_nothing_outlives_its_call():
+@pytest.mark.parametrize("early", [False, True])
+def test_nothing_outlives_its_call(early: bool):
     """No cycle holds a prediction, and so its graph, until the next garbage collection."""
-    pipe = learner("sd3", lora=True)
-    policy = Policy(pipe, STEPS, CALL["sd3"])
+    policy = Policy(learner("sd3", lora=True), STEPS, CALL["sd3"])
     held = []
 
-    def listen(step: Step) -> Tensor:
-        answer = policy.predict(step.sample, step.timestep, PROMPTS)
-        assert answer.requires_grad and step.prediction.requires_grad and not step.sample.requires_grad
-        held.extend((weakref.ref(answer), weakref.ref(step.prediction)))
-        return on_euler(step)
+    def watch(*things: Any) -> None:
+        held.extend(weakref.ref(thing) for thing in things)
+
+    def learn() -> None:
+        with policy.walk(INPUTS, generators(), on_euler) as walk, policy.follow(walk) as follow:
+            watch(walk, follow)
+            for visit in walk:
+                (answer,) = follow(visit)
+                (step,) = visit.steps
+                assert answer.requires_grad and step.prediction.requires_grad and not step.sample.requires_grad
+                watch(answer, step.prediction)
+                if early and visit.index == 1:
+                    break
 
     gc.collect()
     gc.disable()
     try:
-        policy.rollout(PROMPTS, generators(), listen)
-        assert len(held) == 2 * STEPS and all(reference() is None for reference in held)
+        learn()
+        assert len(held) == 2 + 2 * (2 if early else STEPS)
+        assert all(reference() is None for reference in held)
     finally:
         gc.enable()
 
 
 # Adapters
-
-
-def adapted() -> DiffusionPipeline:
-    pipe = with_teacher_lora(learner("sd3", lora=True))
-    for layer in tuner_layers(pipe.transformer):
-        layer.set_adapter("student")
-    return pipe
 
 
 @pytest.mark.parametrize("name", ["teacher", "student", BACKBONE])
@@ -571,329 +554,148 @@ def test_active_adapter_is_restored_and_touches_no_gradient(name: str):
 def test_adapter_gives_what_it_gives_alone():
     """Beside another of other rank and scale; without any, what the backbone gives that never had one."""
     pipe = adapted()
-    alone = {"student": learner("sd3", lora=True), "teacher": with_teacher_lora(BUILDERS["sd3"](0)), None: built("sd3")}
-    x, timestep = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(700.0)
+    alone = {
+        "student": learner("sd3", lora=True),
+        "teacher": with_teacher_lora(BUILDERS["sd3"](0)),
+        BACKBONE: built("sd3"),
+    }
+    visit = at(1, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)))
     answers = []
     for name, only in alone.items():
-        expected = Policy(only, STEPS, CALL["sd3"]).predict(x, timestep, PROMPTS)
+        (expected,) = asked(Policy(only, STEPS, CALL["sd3"]), visit)
         with active_adapter(tuner_layers(pipe.transformer), name):
-            assert torch.equal(Policy(pipe, STEPS, CALL["sd3"]).predict(x, timestep, PROMPTS), expected)
-        if name is not None:
-            assert torch.equal(Policy(pipe, STEPS, CALL["sd3"], adapter=name).predict(x, timestep, PROMPTS), expected)
+            assert torch.equal(*asked(Policy(pipe, STEPS, CALL["sd3"]), visit), expected)
+        assert torch.equal(*asked(Policy(pipe, STEPS, CALL["sd3"], adapter=name), visit), expected)
         answers.append(expected)
     for index, answer in enumerate(answers):
         assert not torch.allclose(answer, answers[index - 1], rtol=0.01, atol=0.01)
 
 
-def test_adapter_is_restored_after_a_failed_call():
+def test_adapter_is_active_while_its_policy_runs_and_at_no_other_time():
+    """Between the visits of a teacher's walk the student's is, also where a call fails or is left."""
     pipe = adapted()
+    layers = tuner_layers(pipe.transformer)
     policy = Policy(pipe, STEPS, CALL["sd3"], adapter="teacher")
 
-    def fail(step: Step) -> Tensor:
-        raise KeyError("on purpose")
+    def active() -> set[str]:
+        return {name for layer in layers for name in layer.active_adapters}
 
-    with pytest.raises(KeyError, match="on purpose"):
-        policy.rollout(PROMPTS, generators(), fail)
-    with pytest.raises(Exception), torch.no_grad():  # noqa: B017
-        policy.predict(torch.zeros(2, 5, 8, 8), torch.tensor(700.0), PROMPTS)
-    assert all(layer.active_adapters == ["student"] for layer in tuner_layers(pipe.transformer))
+    def move(step: Step) -> Tensor:
+        assert active() == {"teacher"}
+        if step.index == 1:
+            raise KeyError("on purpose")
+        return on_euler(step)
 
-
-# The memo
-
-
-def encoders_of(pipe: DiffusionPipeline) -> list[nn.Module]:
-    return [part for name, part in pipe.components.items() if name.startswith("text_encoder")]
-
-
-def sharing(family: str, seed: int, **others: Any) -> DiffusionPipeline:
-    """A pipeline with another denoiser and, unless told otherwise, all else of `built(family)`."""
-    pipe, name = built(family), "unet" if family in ("sdxl", "sd15") else "transformer"
-    settings = {k: v for k, v in pipe.config.items() if k not in pipe.components and not k.startswith("_")}
-    return quiet(type(pipe)(**{**pipe.components, **settings, name: denoiser(built(family, seed)), **others}))
+    with pytest.raises(KeyError, match="on purpose"), policy.walk(INPUTS, generators(), move) as walk:
+        walk.advance()
+        assert active() == {"student"}
+        walk.advance()
+    assert active() == {"student"}
+    with policy.walk(INPUTS, generators(), on_euler) as walk:
+        walk.advance()
+    assert active() == {"student"}
+    with pytest.raises(ValueError, match="its state is"), torch.no_grad():
+        asked(policy, at(1, torch.zeros(2, 5, 8, 8)))
+    assert active() == {"student"}
 
 
-@families
+# Pipelines of one's own
+
+
+@pytest.mark.parametrize("cls", [Plain, WithoutLatents, WithoutPrompts, Momentum])
 @torch.no_grad()
-def test_prompts_are_encoded_once_for_all(family: str):
-    """Student and teacher of one guidance, asked at every state, cost the encoder calls of a single run; a second batch
-    costs the same again after `clear`, and nothing without."""
-    with counted(*encoders_of(built(family))) as calls:
-        run(built(family), **CALL[family])
-        once = len(calls)
-    assert once > 0
-
-    memo = PromptMemo()
-    student, teacher = (Policy(pipe, STEPS, CALL[family], memo) for pipe in (built(family), sharing(family, seed=1)))
-
-    def batch() -> int:
-        with counted(*encoders_of(built(family))) as calls:
-            for step in record(student)[0]:
-                teacher.predict(step.sample, step.timestep, PROMPTS)
-                student.predict(step.sample, step.timestep, PROMPTS)
-        return len(calls)
-
-    assert batch() == once
-    assert batch() == 0
-    memo.clear()
-    assert batch() == once
-
-
-SD3_ENCODE = {
-    "prompt": PROMPTS,
-    "prompt_2": PROMPTS,
-    "prompt_3": PROMPTS,
-    "do_classifier_free_guidance": True,
-    "max_sequence_length": 32,
-}
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"prompt": ["a red fox", "two blue bird"]},
-        {"prompt_3": ["a red fox", ""]},
-        {"negative_prompt": ["blurry", "blurry"]},
-        {"max_sequence_length": 16},
-        {"do_classifier_free_guidance": False},
-        {"num_images_per_prompt": 2},
-        {"clip_skip": 1},
-        {"device": torch.device("cpu")},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-@torch.no_grad()
-def test_memo_keys_on_every_argument(change: dict[str, Any]):
-    pipe, memo = built("sd3"), PromptMemo()
-    for arguments in (SD3_ENCODE, {**SD3_ENCODE, **change}, SD3_ENCODE):
-        expected, found = pipe.encode_prompt(**arguments), memo.encode(pipe, "encoders", **arguments)
-        assert len(found) == len(expected)
-        assert all(a is b is None or torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert memo.num_encodings == 2
+def test_pipeline_of_ones_own(cls: type):
+    """No `prepare_latents` and no `encode_prompt` is needed, nor a memory that the next step is free of."""
+    seen, latents = run(of(cls))
+    policy, equal = Policy(of(cls), STEPS), Policy(of(cls), STEPS)
+    visits = []
+    with policy.walk(INPUTS, generators(), on_ode) as walk, equal.follow(walk) as follow:
+        for visit in walk:
+            assert torch.equal(*follow(visit), visit.steps[0].prediction)
+            visits.append(visit)
+    assert_same(visits, seen)
+    assert torch.equal(walk.output, latents)
+    for prediction, visit in zip(asked(equal, *visits), visits, strict=True):
+        assert torch.equal(prediction, visit.steps[0].prediction)
 
 
 @torch.no_grad()
-def test_memo_knows_an_argument_however_it_is_given():
-    pipe, memo = built("sd3"), PromptMemo()
-    memo.encode(pipe, "encoders", PROMPTS, PROMPTS, PROMPTS, max_sequence_length=32)
-    memo.encode(pipe, "encoders", PROMPTS, PROMPTS, prompt_3=PROMPTS, max_sequence_length=32, negative_prompt=None)
-    memo.encode(pipe, "encoders", list(PROMPTS), PROMPTS, PROMPTS, None, max_sequence_length=32)
-    assert memo.num_encodings == 1
-    memo.encode(pipe, "other encoders", PROMPTS, PROMPTS, PROMPTS, max_sequence_length=32)
-    assert memo.num_encodings == 2
-
-
-class Showing(StableDiffusion3Pipeline):
-    """Encodes whatever it is shown."""
-
-    def encode_prompt(self, shown: Any) -> Tensor:
-        if isinstance(shown, (list, tuple)):
-            return sum(self.encode_prompt(item) for item in shown)
-        return (shown if isinstance(shown, Tensor) else torch.tensor(np.array(shown))).double().sum()
-
-
-def picture(value: int) -> Image.Image:
-    return Image.new("RGB", (4, 2), (value, 0, 0))
-
-
-@pytest.mark.parametrize(
-    ("value", "equal", "others"),
-    [
-        (torch.ones(2, 3), torch.ones(2, 3), [torch.ones(3, 2), torch.ones(2, 3).double(), torch.zeros(2, 3)]),
-        (torch.arange(6.0).view(2, 3).T, torch.tensor([[0.0, 3], [1, 4], [2, 5]]), [torch.arange(6.0).view(3, 2)]),
-        (torch.tensor(1.5), torch.tensor(1.5), [torch.tensor(2.5)]),
-        (torch.ones(2).bfloat16(), torch.ones(2).bfloat16(), [torch.ones(2)]),
-        (np.ones(3), np.ones(3), [np.ones(4), np.ones(3, np.float32), np.zeros(3)]),
-        (picture(1), picture(1), [picture(2), picture(1).rotate(90, expand=True)]),
-        ([1, 2], [1, 2], [[2, 1], (1, 2)]),
-        (1, 1, [1.0, True]),
-    ],
-    ids=["tensor", "transposed", "scalar", "bfloat16", "array", "picture", "list", "number"],
-)
-def test_memo_compares_by_content(value: Any, equal: Any, others: list[Any]):
-    pipe, memo = Showing(**built("sd3").components), PromptMemo()
-
-    def encodings(shown: Any) -> int:
-        before = memo.num_encodings
-        for given in (shown, [shown]):  # nested too
-            assert torch.equal(memo.encode(pipe, (), given), pipe.encode_prompt(given))
-        return memo.num_encodings - before
-
-    assert encodings(value) == 2
-    assert encodings(equal) == 0
-    for other in others:
-        assert encodings(other) == 2
-    assert encodings(equal) == 0
-
-
-def test_memo_sees_a_tensor_change():
-    pipe, memo = Showing(**built("sd3").components), PromptMemo()
-    shown = torch.ones(3)
-    assert memo.encode(pipe, (), shown) == 3
-    shown[0] = 5
-    assert memo.encode(pipe, (), shown) == 7
-
-
-def test_memo_does_not_confuse_objects_that_come_and_go():
-    """An object without content to compare is itself alone, and a later one in its place in memory is another."""
-
-    class Box:
-        __hash__ = None
-
-        def __init__(self, value: int):
-            self.value = value
-
-        def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
-            return np.array(self.value)
-
-    pipe, memo = Showing(**built("sd3").components), PromptMemo()
-    for value in range(50):
-        assert memo.encode(pipe, (), Box(value)) == value
-
-
-def test_memo_has_no_gradient():
-    pipe = BUILDERS["sd3"](0)
-    for encoder in encoders_of(pipe):
-        encoder.requires_grad_(True)
-    assert pipe.encode_prompt(**SD3_ENCODE)[0].requires_grad
-    assert not any(part.requires_grad for part in PromptMemo().encode(pipe, (), **SD3_ENCODE))
+def test_a_state_of_another_draw_is_not_taken_for_the_followers_own():
+    """Where no seam hands over the first state, it is compared."""
+    policy = Policy(of(WithoutLatents), STEPS)
+    visits, _ = walked(policy)
+    with pytest.raises(ValueError, match="WithoutLatents does not come to the states .* its state is another"):
+        with policy.follow(inputs=INPUTS, generators=generators(seed=6)) as follow:
+            follow(visits[0])
+    assert torch.equal(*asked(policy, visits[2]), visits[2].steps[0].prediction)
 
 
 @torch.no_grad()
-def test_memo_encodes_in_the_encoders_own_precision():
-    """Whoever asks first: a party in mixed precision leaves nothing coarser behind for one without."""
-    memo, expected = PromptMemo(), built("sd3").encode_prompt(**SD3_ENCODE)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not torch.equal(built("sd3").encode_prompt(**SD3_ENCODE)[0].float(), expected[0])
-        first = memo.encode(built("sd3"), (), **SD3_ENCODE)
-    for found in (first, memo.encode(built("sd3"), (), **SD3_ENCODE)):
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+def test_momentum_depends_on_the_way():
+    """What it predicts at a state that is jumped to is another number: why some callers refuse it."""
+    policy = Policy(of(Momentum), STEPS)
+    visits, _ = walked(policy)
+    assert not torch.allclose(*asked(policy, visits[2]), visits[2].steps[0].prediction, rtol=0.01)
 
 
 @torch.no_grad()
-def test_memo_hands_out_fresh_lists():
-    """Z-Image extends the list of embeddings that it gets by those of the negative prompts."""
-    memo = PromptMemo()
-
-    def encode() -> list[Tensor]:
-        return memo.encode(built("zimage"), (), prompt=list(PROMPTS), max_sequence_length=64)[0]
-
-    first, second = encode(), encode()
-    assert memo.num_encodings == 1 and isinstance(first, list)
-    first.clear()
-    assert len(second) == len(encode()) == len(PROMPTS)
-
-    policy = Policy(built("zimage"), STEPS, CALL["zimage"], memo)
-    for _ in range(2):
-        assert_same(record(policy)[0], own_run("zimage")[0])
-
-
-@torch.no_grad()
-def test_arguments_of_the_user_are_not_edited():
-    """Z-Image writes its chat template into the list of negative prompts: a second call would write it twice."""
-    negative = ["blurry", "a person"]
-    visits, _ = run(reference("zimage"), euler, **CALL["zimage"], negative_prompt=list(negative))
-    policy = Policy(built("zimage"), STEPS, {**CALL["zimage"], "negative_prompt": negative})
-    for _ in range(2):
-        assert_same(record(policy)[0], visits)
-        policy.memo.clear()
-    assert negative == ["blurry", "a person"]
-
-
-@torch.no_grad()
-def test_other_encoders_are_not_shared():
-    """A teacher whose first text encoder is another than the student's reads the prompt with its own."""
-    text_encoder, tokenizer = clip(CLIPTextModelWithProjection, seed=11)
-    other = sharing("sd3", seed=1, text_encoder=text_encoder, tokenizer=tokenizer)
-    memo = PromptMemo()
-    student, teacher = (Policy(pipe, STEPS, CALL["sd3"], memo) for pipe in (built("sd3"), other))
-    step = record(student)[0][0]
-    expected = run(other, along([step.sample]), **CALL["sd3"])[0][0]
-    assert torch.equal(expected.sample, step.sample)
-    assert torch.equal(teacher.predict(step.sample, step.timestep, PROMPTS), expected.prediction)
-    assert not torch.equal(
-        Policy(sharing("sd3", seed=1), STEPS, CALL["sd3"], memo).predict(step.sample, step.timestep, PROMPTS),
-        expected.prediction,
-    )
-
-
-@torch.no_grad()
-def test_settings_of_a_pipeline_are_not_shared():
-    """SDXL reads in its own config whether an absent negative prompt is encoded or zero."""
-    zeros = built("sdxl")
-    encoded = sharing("sdxl", seed=0, force_zeros_for_empty_prompt=False)
-    encoded.scheduler = DDIMScheduler.from_config(encoded.scheduler.config)
-    memo = PromptMemo()
-    student, teacher = (Policy(pipe, STEPS, CALL["sdxl"], memo) for pipe in (zeros, encoded))
-    step = record(student)[0][0]
-    expected = run(encoded, along([step.sample]), **CALL["sdxl"])[0][0]
-    assert torch.equal(teacher.predict(step.sample, step.timestep, PROMPTS), expected.prediction)
-    assert not torch.equal(expected.prediction, step.prediction)
-
-
-# Seams
-
-
-class Broken(Plain):
-    def predict(self, x: Tensor, t: Tensor, **embeds: Tensor) -> Tensor:
-        return super().predict(x, t, **embeds) * float("nan")
-
-
-class Twice(Plain):
-    def advance(self, x: Tensor, t: Tensor, **embeds: Tensor) -> Tensor:
-        return super().advance(super().advance(x, t, **embeds), t, **embeds)
-
-
-class Skips(Plain):
-    def advance(self, x: Tensor, t: Tensor, **embeds: Tensor) -> Tensor:
-        return super().advance(x, t, **embeds) if t != self.scheduler.timesteps[1] else x
-
-
-class Tracked(Plain):
-    """Its `__call__` keeps the graph itself."""
-
-    def __call__(self, prompt, num_inference_steps=4, generator=None, output_type="pil", return_dict=True):
-        return super().__call__(prompt, num_inference_steps, generator)
-
-
-class WithoutLatents(Plain):
-    prepare_latents = None
-
-
-class WithoutPrompts(Plain):
-    encode_prompt = None
-
-
-@torch.no_grad()
-def test_pipeline_of_ones_own():
-    pipe = of(Plain)
-    visits, latents = run(pipe)
-    policy = Policy(of(Plain), STEPS)
-    steps, ours = record(policy, lambda step: ode(step.sample, step.prediction, step.schedule, step.index).mean)
-    assert_same(steps, visits)
-    assert torch.equal(ours, latents)
-    assert len(policy.self_check(PROMPTS)) == 2
-
-
-@pytest.mark.parametrize(
-    ("cls", "seam"),
-    [
-        (WithoutLatents, "prepare_latents"),
-        (WithoutPrompts, "encode_prompt"),
-        (Tracked, r"`__call__` is not decorated with `torch.no_grad\(\)`"),
-    ],
-    ids=lambda value: getattr(value, "__name__", None),
-)
-def test_missing_seam_is_named(cls: type, seam: str):
-    with pytest.raises(ValueError, match=f"{cls.__name__} lacks a seam.*{seam}"):
-        Policy(of(cls), STEPS)
-
-
-def test_unconditional_pipeline_is_refused():
-    unet = UNet2DModel(sample_size=8, block_out_channels=(4, 4), norm_num_groups=2, layers_per_block=1,
+def test_unconditional_pipeline_walks_without_inputs():
+    """It has no `prepare_latents`, no `encode_prompt` and no prompt."""
+    unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=2, layers_per_block=1,
         down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"))  # fmt: skip
-    with pytest.raises(ValueError, match="DDPMPipeline lacks a seam.*encode_prompt"):
-        Policy(DDPMPipeline(unet, DDIMScheduler()), STEPS)
+    pipe = quiet(DDPMPipeline(unet.eval(), DDIMScheduler(clip_sample=False)))
+    policy = Policy(pipe, STEPS, {"batch_size": 2})
+    own = pipe(batch_size=2, generator=generators(), num_inference_steps=STEPS, output_type="np").images
+    visits = []
+
+    def move(step: Step) -> Tensor:
+        scheduler = DDIMScheduler(clip_sample=False)
+        scheduler.set_timesteps(STEPS)
+        return scheduler.step(step.prediction, step.timestep, step.sample).prev_sample
+
+    with policy.walk({}, generators(), move, output_type="np") as walk, policy.follow(walk) as follow:
+        for visit in walk:
+            assert torch.equal(*follow(visit), visit.steps[0].prediction)
+            visits.append(visit)
+    assert len(visits) == STEPS
+    assert (walk.output == own).all()
+    with pytest.raises(ValueError, match="DDPMPipeline fails in its own `__call__`: .*'prompt'"):
+        Policy(pipe, STEPS).walk(INPUTS, generators(), move).run()
+
+
+@torch.no_grad()
+def test_guidance_that_depends_on_the_step():
+    """SD3's skip-layer guidance, which starts after the first step: asked at a single state, it is that of the step."""
+    call_kwargs = {**CALL["sd3"], "skip_guidance_layers": [0], "skip_layer_guidance_stop": 1.0}
+    seen, _ = run(reference("sd3"), euler, **call_kwargs)
+    policy = Policy(built("sd3"), STEPS, call_kwargs)
+    visits, _ = walked(policy)
+    assert_same(visits, seen)
+    for place in range(STEPS):
+        assert torch.equal(*asked(policy, at(place, seen[place].sample)), seen[place].prediction)
+    assert not torch.equal(visits[1].steps[0].prediction, own_run("sd3")[0][1].prediction)
+
+
+# What is refused
+
+
+def test_missing_seam_is_named():
+    sentence = r"Tracked lacks a seam.*`__call__` is not decorated with `torch.no_grad\(\)`"
+    with pytest.raises(ValueError, match=sentence):
+        Policy(of(Tracked), STEPS)
+
+
+@pytest.mark.parametrize(
+    ("cls", "sentence"),
+    [
+        (Twice, "steps its scheduler more often than it has timesteps"),
+        (AtOnce, "AtOnce steps its scheduler twice between two calls of its transformer"),
+    ],
+)
+@torch.no_grad()
+def test_step_is_called_once_a_timestep_at_most(cls: type, sentence: str):
+    with pytest.raises(ValueError, match=sentence):
+        walked(Policy(of(cls), STEPS))
 
 
 def test_two_denoisers_are_refused():
@@ -904,15 +706,6 @@ def test_two_denoisers_are_refused():
     none = type(built("wan"))(**{**components, "transformer": None})
     with pytest.raises(ValueError, match="WanPipeline has no single denoiser"):
         Policy(none, STEPS, CALL["wan"])
-
-
-@pytest.mark.parametrize("cls", [Twice, Skips])
-def test_step_must_be_called_once_a_timestep(cls: type):
-    policy = Policy(of(cls), STEPS)
-    with torch.no_grad(), pytest.raises(ValueError, match="scheduler.step"):
-        record(policy)
-    with pytest.raises(ValueError, match="scheduler.step"):
-        policy.self_check(PROMPTS)
 
 
 def test_unknown_arguments_are_refused():
@@ -939,15 +732,6 @@ def test_used_pipeline_is_not_taken_for_an_offloaded_one(family: str):
     """A first call may leave an empty registry of hooks on the denoiser."""
     run(built(family), **CALL[family])
     Policy(built(family), STEPS, CALL[family])
-
-
-@pytest.mark.parametrize(
-    ("cls", "sentence"),
-    [(Momentum, "cannot be asked at a given state"), (Broken, "predicts NaN or infinity at step 0")],
-)
-def test_self_check_refuses(cls: type, sentence: str):
-    with pytest.raises(ValueError, match=f"{cls.__name__} {sentence}"):
-        Policy(of(cls), STEPS).self_check(PROMPTS)
 
 
 @pytest.mark.parametrize(
@@ -982,9 +766,9 @@ def test_a_pipeline_that_cannot_be_called_is_named(cls: type, family: str, call_
     pipe = cls(**{name: parts.get(name) for name in names if name in parts or name == "processor"})
     call = {key: value for key, value in CALL[family].items() if key in inspect.signature(cls.__call__).parameters}
     policy = Policy(pipe, STEPS, call | call_kwargs)
-    for run_it in (policy.self_check, lambda prompts: policy.rollout(prompts, generators(), on_euler)):
+    for run_it in (lambda: check_student(policy, INPUTS, 1.0), policy.walk(INPUTS, generators(), on_euler).run):
         with pytest.raises(ValueError) as refusal:
-            run_it(PROMPTS)
+            run_it()
         words = ".*".join(re.escape(part) for part in sentence.split(".*"))
         assert re.search(f"^{cls.__name__} fails in its own `__call__`: .*{words}", str(refusal.value))
         assert refusal.value.__cause__ is not None
@@ -1006,11 +790,11 @@ def test_a_pipeline_that_was_loaded_without_its_encoders_is_told_so(family: str,
         vars(pipe)[name] = None
     sentence = f"{type(pipe).__name__} fails in its own `__call__`: .* it is without its {absent}: load it with them"
     with pytest.raises(ValueError, match=sentence.replace("[", r"\[")):
-        Policy(pipe, STEPS, CALL[family]).self_check(PROMPTS)
+        walked(Policy(pipe, STEPS, CALL[family]))
 
 
 def test_what_others_raise_in_a_run_stays_as_it_is():
-    """What an `on_step` raises, and what a pipeline does that has worked before, is about other things than its
+    """What a `move` raises, and what a pipeline does that has worked before, is about other things than its
     arguments."""
     policy = Policy(built("sd3"), STEPS, CALL["sd3"])
 
@@ -1018,100 +802,22 @@ def test_what_others_raise_in_a_run_stays_as_it_is():
         raise torch.OutOfMemoryError
 
     with pytest.raises(torch.OutOfMemoryError):
-        record(policy, out_of_memory)
-    policy.self_check(PROMPTS)
+        walked(policy, out_of_memory)
+    walked(policy)
     handle = policy.denoiser.register_forward_pre_hook(out_of_memory)
     with handle, pytest.raises(torch.OutOfMemoryError):
-        policy.self_check(PROMPTS)
+        walked(policy)
 
 
-def test_self_check_refuses_guidance_that_depends_on_the_step():
-    """SD3's skip-layer guidance, which starts after the first step."""
-    policy = Policy(built("sd3"), STEPS, {**CALL["sd3"], "skip_guidance_layers": [0], "skip_layer_guidance_stop": 1.0})
-    with pytest.raises(ValueError, match="at step 1 differs"):
-        policy.self_check(PROMPTS)
+def test_a_walk_that_failed_is_over_and_leaves_its_policy_as_it_was():
+    policy = Policy(built("sd3"), STEPS, CALL["sd3"])
 
+    def fail(step: Step) -> Tensor:
+        raise KeyError("on purpose")
 
-@families
-def test_self_check_hands_out_the_run(family: str):
-    policy = Policy(built(family), STEPS, CALL[family])
-    steps = policy.self_check(PROMPTS)
-    assert [step.index for step in steps] == [0, 1]
-    assert all(len(step.sample) == len(PROMPTS) and not step.prediction.requires_grad for step in steps)
-
-
-def test_self_check_of_a_single_step():
-    assert len(Policy(built("sd3"), 1, CALL["sd3"]).self_check(PROMPTS)) == 1
-
-
-# Schedules
-
-
-class Scaled(FlowMatchEulerDiscreteScheduler):
-    """Scales the input of the model by the step it is at, as SDXL's own Euler solver does."""
-
-    init_noise_sigma = 1.0
-
-    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        if self.step_index is None:
-            self._init_step_index(timestep)
-        return sample / (1 + self.sigmas[self.step_index] ** 2) ** 0.5
-
-
-@torch.no_grad()
-def test_step_index_advances():
-    """SDXL under a scheduler whose `scale_model_input` reads it."""
-    own, ours = BUILDERS["sdxl"](0), BUILDERS["sdxl"](0)
-    own.scheduler, ours.scheduler = Scaled(), Scaled()
-    visits, latents = run(own, **CALL["sdxl"])
-    policy = Policy(ours, STEPS, CALL["sdxl"])
-    for _ in range(2):
-        steps, rolled_out = record(
-            policy, lambda step: ode(step.sample, step.prediction, step.schedule, step.index).mean
-        )
-        assert_same(steps, visits)
-        assert torch.equal(rolled_out, latents)
-
-
-@torch.no_grad()
-def test_shift_that_is_set_by_hand_is_kept():
-    """`set_shift` does not reach a scheduler's config."""
-    own, ours = BUILDERS["sd3"](0), BUILDERS["sd3"](0)
-    for pipe in (own, ours):
-        pipe.scheduler.set_shift(7.0)
-    visits, _ = run(own, euler, **CALL["sd3"])
-    assert_same(record(Policy(ours, STEPS, CALL["sd3"]))[0], visits)
-    assert not torch.equal(visits[1].timestep, own_run("sd3")[0][1].timestep)
-
-
-def test_solver_of_second_order_is_refused():
-    pipe = BUILDERS["sd3"](0)
-    pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
-    with pytest.raises(ValueError, match="FlowMatchHeunDiscreteScheduler.*first-order scheduler"):
-        Policy(pipe, STEPS, CALL["sd3"]).self_check(PROMPTS)
-
-
-@pytest.mark.parametrize("scheduler", [EDMEulerScheduler(), CogVideoXDDIMScheduler(snr_shift_scale=3.0)])
-def test_noise_levels_that_ddim_would_not_take_are_refused(scheduler: Any):
-    pipe = BUILDERS["sdxl"](0)
-    pipe.scheduler = scheduler
-    with pytest.raises(ValueError, match=f"{type(scheduler).__name__}.*DDIM"):
-        Policy(pipe, STEPS, CALL["sdxl"])
-
-
-def test_prediction_of_the_sample_is_refused():
-    pipe = BUILDERS["sd15"](0)
-    pipe.scheduler = DDIMScheduler(prediction_type="sample")
-    with pytest.raises(ValueError, match="prediction type 'sample' is not supported"):
-        Policy(pipe, STEPS, CALL["sd15"]).self_check(PROMPTS)
-
-
-@pytest.mark.parametrize("set_alpha_to_one", [True, False])
-def test_levels_of_a_vp_schedule(set_alpha_to_one: bool):
-    scheduler = DDIMScheduler(prediction_type="v_prediction", set_alpha_to_one=set_alpha_to_one, steps_offset=1)
-    scheduler.set_timesteps(4)
-    schedule = read_schedule(scheduler)
-    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    alphas = (1 - betas).cumprod(0)[[751, 501, 251, 1]].tolist()
-    assert schedule.levels == pytest.approx([*alphas, 1.0 if set_alpha_to_one else 1 - 1e-4], rel=1e-4)
-    assert schedule.prediction_type == "v_prediction" and not schedule.is_flow
+    walk = policy.walk(INPUTS, generators(), fail)
+    with pytest.raises(KeyError), walk:
+        walk.advance()
+    assert walk.ended and walk.advance() is None
+    with torch.no_grad():
+        assert_same(walked(policy)[0], own_run("sd3")[0])
