@@ -5,6 +5,8 @@ The step is everything from one `on_step_end` of `trainer.train()` to the next: 
 Python, objective, metrics, clipping, AdamW, schedule, logging. The floor is what no implementation can leave out: the
 denoiser's forwards and backwards with the very inputs of a step, and nothing else. Both take turns within one training.
 
+Before that, the trainer's constructor: its seconds, and the calls of the denoiser in the start-up check.
+
     python -m benchmarks.overhead                       # guidance 1.0, as the toy world is sampled
     python -m benchmarks.overhead --guidance 4.5        # as the recipe
     python -m benchmarks.overhead --batch 4 --profile   # where the trainer's time goes
@@ -103,8 +105,11 @@ def main() -> None:
             transformer = get_peft_model(untrained_pipeline(options.seed).transformer, lora)
             transformer.save_pretrained(Path(folder, task))
         lora.init_lora_weights = "gaussian"
+        student, checked = untrained_pipeline(options.seed), []
+        hook = student.transformer.register_forward_hook(lambda *_: checked.append(None))
+        started = time.perf_counter(), time.process_time()
         trainer = DiffusionOPDTrainer(
-            untrained_pipeline(options.seed),
+            student,
             {task: str(Path(folder, task)) for task in TASKS},
             DiffusionOPDConfig(
                 folder,
@@ -126,6 +131,9 @@ def main() -> None:
             },
             peft_config=lora if options.student == "lora" else None,
         )
+        seconds = time.perf_counter() - started[0], time.process_time() - started[1]
+        hook.remove()
+        print(f"start-up: {len(checked)} calls of the student's denoiser, {seconds[0]:.2f} s, CPU {seconds[1]:.2f} s")
         modules = {trainer.model, *(teacher.pipeline.transformer for teacher in trainer.loaded_teachers.values())}
         watch = Profile() if options.profile else Floor(modules)
         trainer.add_callback(watch)

@@ -41,9 +41,9 @@ class Paused(Generic[T]):
         self._own: dict[str, Any] = {}  # what the function has changed itself
         self._functions: list[Any] = []
         self._generators = [torch.default_generator]
-        if device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index
-            self._generators.append(torch.cuda.default_generators[index])
+        if device.type != "cpu" and hasattr(of_device := torch.get_device_module(device), "default_generators"):
+            index = of_device.current_device() if device.index is None else device.index
+            self._generators.append(of_device.default_generators[index])
         self._random = [torch.Generator(g.device).manual_seed(seed).get_state() for g in self._generators]
 
     @property

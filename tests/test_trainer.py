@@ -1083,6 +1083,20 @@ def test_a_stream_to_evaluate_is_looked_at(tmp_path, row):
         trainer_of(tmp_path, eval_dataset=rows).evaluate()
 
 
+def test_the_start_up_check_is_small_and_at_the_runs_own_batch(tmp_path):
+    """The recipe: ten steps, three LoRA teachers."""
+    student, batches = BUILDERS["sd3"](0), []
+    hook = student.transformer.register_forward_hook(lambda module, args, output: batches.append(len(output[0])))
+    teachers = {name: str(save_peft(tmp_path / name, seed=seed)) for seed, name in enumerate("abc")}
+    rows = Dataset.from_dict({"prompt": PROMPTS, "teacher_id": list("abc") * 4})
+    args = config(tmp_path, num_inference_steps=10, per_device_train_batch_size=3)
+    DiffusionOPDTrainer(student, teachers, args, rows, peft_config=lora())
+    hook.remove()
+    assert len(batches) <= 20
+    per_sample = CALL["sd3"].get("guidance_scale", 7.0) > 1
+    assert set(batches) == {3 * (1 + per_sample), 1 + per_sample}  # and one sample alone
+
+
 def test_guidance_that_depends_on_the_step_is_the_steps_own(tmp_path):
     """An equal teacher leaves no loss at any step, though guidance ends with the third."""
     kwargs = CALL["lumina2"] | {"cfg_trunc_ratio": 0.3}
