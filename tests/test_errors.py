@@ -639,10 +639,10 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
         )
         for how in ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
     },
-    "a pipeline without seams for a teacher": (
+    "a pipeline without prompts for a teacher": (
         lambda w: w.opd(teachers=DDPMPipeline(UNet2DModel(4, block_out_channels=(32,) * 4), DDIMScheduler())),
         ValueError,
-        "teacher 'teacher' ... DDPMPipeline ... `encode_prompt`",
+        "teacher 'teacher' ... DDPMPipeline ... in_channels 3 ... 4",
     ),
     "a size that the student does not draw": (
         lambda w: w.opd(call_kwargs={"height": 17}),
