@@ -606,7 +606,8 @@ class Follower(_Call):
         self._handed: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, visit: Visit) -> tuple[Tensor, ...]:
-        self._asked = visit
+        nothing: Any = None  # in the place of the prediction, whose graph must not live until the next question
+        self._asked = replace(visit, steps=tuple(replace(step, prediction=nothing) for step in visit.steps))
         if self._paused is None:
             if self.place:
                 raise self._not_there(f"it ended after {self.place} visits")
