@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import convert_to_fp32
@@ -610,7 +610,7 @@ class Follower(_Call):
         self._asked = replace(visit, steps=tuple(replace(step, prediction=nothing) for step in visit.steps))
         if self._paused is None:
             if self.place:
-                raise self._not_there(f"it ended after {self.place} visits")
+                self._not_there(f"it ended after {self.place} visits")
             self._start()
         if visit.index < self.place:
             raise ValueError(
@@ -621,12 +621,12 @@ class Follower(_Call):
                 self._leg(computes=False)
         steps = self._leg(computes=True).steps
         if len(steps) != len(visit.steps):
-            raise self._not_there(f"it steps {len(steps)} streams, the walk {len(visit.steps)}")
+            self._not_there(f"it steps {len(steps)} streams, the walk {len(visit.steps)}")
         return tuple(step.prediction for step in steps)
 
     def _leg(self, computes: bool) -> Visit:
         if self._paused is None or (visit := self._resume(computes)) is None:
-            raise self._not_there(f"it ended after {self.place} visits")
+            self._not_there(f"it ended after {self.place} visits")
         return visit
 
     def times(self, number: int, chunk: int, own: Times) -> Times:
@@ -634,7 +634,7 @@ class Follower(_Call):
             return own
         times = self._walk.all_times.get((number, chunk))
         if times is None or times.timesteps.shape[0] < own.timesteps.shape[0]:
-            raise self._not_there("it sets its timesteps otherwise")
+            self._not_there("it sets its timesteps otherwise")
         return times
 
     def first_state(self, name: str, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -655,7 +655,7 @@ class Follower(_Call):
         if first.shape != given[0].shape:
             if self._walk is None:  # a visit has a part of it
                 return prepared
-            raise self._not_there(f"its first state is {tuple(first.shape)}, the walk's {tuple(given[0].shape)}")
+            self._not_there(f"its first state is {tuple(first.shape)}, the walk's {tuple(given[0].shape)}")
         handed = given[0].to(first.dtype, copy=True)
         self._handed[stream] = handed, given[0]
         return (handed, *prepared[1:]) if isinstance(prepared, tuple) else handed
@@ -683,7 +683,7 @@ class Follower(_Call):
     def _same(self, step: Step, asked: Step | None) -> Step:
         """What was asked, if the pipeline is there."""
         if asked is None or (step.chunk, step.index) != (asked.chunk, asked.index):
-            raise self._not_there(f"it steps stream {step.stream} at step {step.index} of chunk {step.chunk}")
+            self._not_there(f"it steps stream {step.stream} at step {step.index} of chunk {step.chunk}")
         self._of_its_shape(step, asked)
         handed, source = self._handed.get(step.stream, (None, None))
         if handed is not None and handed.data_ptr() == step.sample.data_ptr():
@@ -691,17 +691,17 @@ class Follower(_Call):
                 return asked
         # A pipeline that takes its states apart; this waits for the device
         if not torch.equal(step.sample, asked.sample.to(step.sample.dtype)):
-            raise self._not_there("its state is another")
+            self._not_there("its state is another")
         return asked
 
     def _of_its_shape(self, step: Step, asked: Step) -> Step:
         if step.sample.shape != asked.sample.shape:
-            raise self._not_there(f"its state is {tuple(step.sample.shape)}, the walk's {tuple(asked.sample.shape)}")
+            self._not_there(f"its state is {tuple(step.sample.shape)}, the walk's {tuple(asked.sample.shape)}")
         return asked
 
-    def _not_there(self, what: str) -> Elsewhere:
+    def _not_there(self, what: str) -> NoReturn:
         theirs = self.policy.name if self._walk is None else self._walk.policy_name
-        return Elsewhere(
+        raise Elsewhere(
             f"{self.policy.name} does not come to the states that {theirs} visits: {what}, at visit {self.place}."
         )
 
