@@ -29,7 +29,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import identity
 
@@ -50,7 +50,7 @@ from .errors import brief, listed
 from .inputs import sample_arguments
 from .policy import Policy, denoiser_name
 from .publishing import Publishing
-from .sampling import PROMPT, TEACHER, TaskCycleSampler, TaskCycleStream, columns_of, is_prompt, seed_of
+from .sampling import PROMPT, SEED_EVAL, TEACHER, TaskCycleSampler, TaskCycleStream, columns_of, is_prompt, seed_of
 from .scheduler_proxy import is_flow
 from .shards import ShardFiles
 from .startup import check_student, sees_the_end
@@ -471,6 +471,44 @@ class DiffusionTrainer(Publishing):
     def ema_weights(self) -> contextlib.AbstractContextManager[None]:
         """The averaged weights in place of the trained ones, if there are any."""
         return self.average.in_place()
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        self.model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        if callable(getattr(self.optimizer, "eval", None)):  # schedule-free optimizers
+            self.optimizer.eval()
+        rows = []
+        for number, batch in enumerate(dataloader):
+            for example in batch:  # of a stream, which nobody has looked at yet
+                if example.get(self._task_column) not in self.tasks or not is_prompt(example.get(PROMPT)):
+                    whose = self._task_column.removesuffix("_id")
+                    raise ValueError(f"eval_dataset: {example} is no prompt for one of the {whose}s {self.tasks}.")
+            generators = self._generators(len(batch), SEED_EVAL, number, 0, 0)
+            rows.append(self.accelerator.gather_for_metrics(self._evaluate_batch(batch, generators)))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        if not rows:
+            raise ValueError("eval_dataset is empty.")
+        table = torch.cat(rows)
+        found = {name: value.item() for name, value in self._evaluation_metrics(table).items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        nothing: Any = None  # as Trainer's own loop has it without predictions, whatever the annotation says
+        return EvalLoopOutput(predictions=nothing, label_ids=None, metrics=metrics, num_samples=len(table))
+
+    def _evaluate_batch(self, batch: Sequence[dict[str, Any]], generators: list[torch.Generator]) -> Tensor:
+        """A row of numbers for each sample of a batch, the first of them its task's index."""
+        raise NotImplementedError
+
+    def _evaluation_metrics(self, table: Tensor) -> dict[str, Tensor]:
+        """The metrics of all rows."""
+        raise NotImplementedError
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         before = len(self.state.log_history)

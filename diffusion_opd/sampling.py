@@ -25,6 +25,10 @@ _PROMPT_NAMES = ("caption", "text")  # what prompts are called elsewhere
 _MAX_WAITING = 10_000
 
 
+# What generators are for, as the first number of their seeds after the run's own
+SEED_TRAIN, SEED_EVAL, SEED_NOISE = 0, 1, 2
+
+
 def seed_of(*numbers: int) -> int:
     """One 63-bit seed from several numbers; neighbouring inputs give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1

@@ -21,22 +21,20 @@ from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, set_seed
+from transformers.trainer_utils import set_seed
 
 from . import objectives
 from .base_trainer import DiffusionTrainer, refuse_unread_columns, whole_cycles
 from .config import DiffusionOPDConfig, check_call_kwargs
 from .errors import one_sentence
 from .policy import Move, Visit
-from .sampling import PROMPT, TEACHER, is_prompt, noise_generators, routed_dataset
+from .sampling import PROMPT, SEED_TRAIN, TEACHER, noise_generators, routed_dataset
 from .scheduler_proxy import Step
 from .startup import check_teacher
 from .student import load_student, whole_modules
 from .teachers import MANIFEST_NAME, Teachers, load_teachers, name_teachers
 
 logger = get_logger(__name__)
-
-_TRAIN, _EVAL = 0, 1  # seed domains
 
 
 class DiffusionOPDTrainer(DiffusionTrainer):
@@ -191,7 +189,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         """One micro-batch: the student walks, the task's teacher follows, and each visit has its backward pass."""
         self._begin_micro_batch(model)
         prompts, task = [example[PROMPT] for example in inputs], inputs[0][TEACHER]
-        generators = self._generators(len(inputs), _TRAIN, self.state.global_step, *self._place_in_step(task))
+        generators = self._generators(len(inputs), SEED_TRAIN, self.state.global_step, *self._place_in_step(task))
         scale = 1 / (len(self.learnt) * self.current_gradient_accumulation_steps)
         losses = []
         with (
@@ -261,45 +259,23 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             eval_dataset = routed_dataset(eval_dataset, list(self.teachers), "eval_dataset", need_all=False)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        self.model.eval()
-        ids = list(self.teachers)
-        rows = []
-        self.callback_handler.eval_dataloader = dataloader
-        if callable(getattr(self.optimizer, "eval", None)):  # schedule-free optimizers
-            self.optimizer.eval()
-        for number, batch in enumerate(dataloader):
-            for example in batch:  # of a stream, which nobody has looked at yet
-                if example.get(TEACHER) not in ids or not is_prompt(example.get(PROMPT)):
-                    raise ValueError(f"eval_dataset: {example} is no prompt for one of the teachers {ids}.")
-            # A batch of an eval dataset may hold several tasks; a rollout holds one
-            generators = self._generators(len(batch), _EVAL, number, 0, 0)
-            results = torch.zeros(len(batch), 3, device=self.accelerator.device)
-            for task in sorted({example[TEACHER] for example in batch}):
-                chosen = [index for index, example in enumerate(batch) if example[TEACHER] == task]
-                loss, kl = self._evaluate_task(
-                    [batch[index][PROMPT] for index in chosen], task, [generators[index] for index in chosen]
-                )
-                results[chosen] = torch.stack([torch.full_like(loss, ids.index(task)), loss, kl], dim=1)
-            rows.append(self.accelerator.gather_for_metrics(results))
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        if not rows:
-            raise ValueError("eval_dataset is empty.")
-        table = torch.cat(rows)
-        metrics = {"loss": table[:, 1].mean().item(), "kl": table[:, 2].mean().item()}
-        for index, key in enumerate(ids):
+    def _evaluate_batch(self, batch: Sequence[dict[str, Any]], generators: list[torch.Generator]) -> Tensor:
+        """Task, loss and KL of each sample. A batch of an eval dataset may hold several tasks; a walk holds one."""
+        results = torch.zeros(len(batch), 3, device=self.accelerator.device)
+        for task in sorted({example[TEACHER] for example in batch}):
+            chosen = [index for index, example in enumerate(batch) if example[TEACHER] == task]
+            loss, kl = self._evaluate_task(
+                [batch[index][PROMPT] for index in chosen], task, [generators[index] for index in chosen]
+            )
+            results[chosen] = torch.stack([torch.full_like(loss, self.tasks.index(task)), loss, kl], dim=1)
+        return results
+
+    def _evaluation_metrics(self, table: Tensor) -> dict[str, Tensor]:
+        metrics = {"loss": table[:, 1].mean(), "kl": table[:, 2].mean()}
+        for index, key in enumerate(self.tasks):
             if (mask := table[:, 0] == index).any():
-                metrics[f"kl/{key}"] = table[mask, 2].mean().item()
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
-        nothing: Any = None  # as Trainer's own loop has it without predictions, whatever the annotation says
-        return EvalLoopOutput(predictions=nothing, label_ids=None, metrics=metrics, num_samples=len(table))
+                metrics[f"kl/{key}"] = table[mask, 2].mean()
+        return metrics
 
     @torch.no_grad()
     def _evaluate_task(

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .. import objectives
 from ..policy import Visit
-from ..sampling import PROMPT, noise_generators, seed_of
+from ..sampling import PROMPT, SEED_TRAIN, noise_generators, seed_of
 from ..scheduler_proxy import Step, is_flow
 from ..transitions import Schedule, Transition
 from .config import DiffusionGRPOConfig
 from .objectives import clipped_surrogate, log_ratio, normalised_log_ratio
-from .trainer import _TRAIN, DiffusionRLTrainer, Rollout, _move
+from .trainer import DiffusionRLTrainer, Rollout, _move
 
 
 class DiffusionGRPOTrainer(DiffusionRLTrainer):
@@ -85,7 +85,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         self, task: str, prompts: list[str], generators: list[torch.Generator]
     ) -> tuple[Schedule, dict[str, Tensor], list[Any]]:
         # Of the seed and the step alone, and so the same on all processes
-        order = np.random.default_rng(seed_of(self.args.seed, _TRAIN, self.state.global_step))
+        order = np.random.default_rng(seed_of(self.args.seed, SEED_TRAIN, self.state.global_step))
         window = self.args.sde_window(order.integers)
         kept: dict[str, list[Tensor]] = {"states": [], "means": [], "noise": []}
         noise_of = noise_generators(generators)

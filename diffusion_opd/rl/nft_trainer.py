@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from ..adapters import STUDENT_ADAPTER
 from ..objectives import velocity
 from ..policy import Policy, Visit
-from ..sampling import PROMPT
+from ..sampling import PROMPT, SEED_NOISE
 from ..scheduler_proxy import Step
 from ..shards import local_shards, reshard, shards_changed
 from ..transitions import Schedule, denoised, noised
 from .config import DiffusionNFTConfig
 from .objectives import nft, optimality
-from .trainer import _NOISE, DiffusionRLTrainer, Rollout, _move
+from .trainer import DiffusionRLTrainer, Rollout, _move
 
 OLD_ADAPTER = "old"
 OLD_NAME = "old_policy.safetensors"
@@ -108,7 +108,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         x_0, states = rollout.tensors["x_0"], []
         for place in self.learnt:
             key = self.tasks.index(rollout.task) * self.args.num_inference_steps + place
-            generators = self._generators(len(x_0), _NOISE, self.state.global_step, key, rollout.place)
+            generators = self._generators(len(x_0), SEED_NOISE, self.state.global_step, key, rollout.place)
             noise = randn_tensor(x_0.shape, generators, x_0.device, torch.float32)
             # In the dtype that the denoiser is given in a rollout
             states.append(noised(x_0, noise, *self.plan[place].levels[0]).to(self._state_dtype))

@@ -24,13 +24,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, set_seed
+from transformers.trainer_utils import set_seed
 
 from ..adapters import STUDENT_ADAPTER, add_adapter, frozen_copy
 from ..base_trainer import DiffusionTrainer, refuse_unread_columns, whole_cycles
 from ..checkpoints import give_ordinary_mode, is_checkpoint
 from ..policy import BACKBONE, Policy, Visit
-from ..sampling import PROMPT, TASK, check_no_splits, is_prompt, routed_dataset, stream_columns, tasks_in
+from ..sampling import PROMPT, SEED_TRAIN, TASK, check_no_splits, routed_dataset, stream_columns, tasks_in
 from ..scheduler_proxy import Step
 from ..startup import require_independence
 from ..student import load_student
@@ -41,7 +41,6 @@ from .rewards import Rewards
 
 logger = get_logger(__name__)
 
-_TRAIN, _EVAL, _NOISE = 0, 1, 2  # seed domains
 MANIFEST_NAME = "reward_manifest.json"
 
 
@@ -180,7 +179,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         rewards: dict[str, list[Tensor]] = {task: [] for task in self.tasks}
         for index, batch in enumerate(batches):
             task, place = batch[0][TASK], index // len(self.tasks)
-            generators = self._generators(len(batch), _TRAIN, self.state.global_step, self.tasks.index(task), place)
+            generators = self._generators(len(batch), SEED_TRAIN, self.state.global_step, self.tasks.index(task), place)
             prompts = [example[PROMPT] for example in batch]
             with self.stopwatch.section("rollout"):
                 schedule, tensors, images = self._roll_out(task, prompts, generators)
@@ -275,7 +274,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         place = began, self.tasks.index(rollout.task), rollout.place
         given: Any = {
             "inputs": {PROMPT: rollout.prompts},
-            "generators": self._generators(len(rollout.prompts), _TRAIN, *place),
+            "generators": self._generators(len(rollout.prompts), SEED_TRAIN, *place),
         }
         with contextlib.ExitStack() as stack:
             trained = stack.enter_context(self.student.policy.follow(**given, denoiser=model))
@@ -315,54 +314,31 @@ class DiffusionRLTrainer(DiffusionTrainer):
             eval_dataset = self._routed_eval(eval_dataset, self.tasks)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
-    @torch.no_grad()
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        self.model.eval()
-        names, rows = self.rewards.all_names, []
-        self.callback_handler.eval_dataloader = dataloader
-        if callable(getattr(self.optimizer, "eval", None)):  # schedule-free optimizers
-            self.optimizer.eval()
-        for number, batch in enumerate(dataloader):
-            for example in batch:
-                if example.get(TASK) not in self.tasks or not is_prompt(example.get(PROMPT)):
-                    raise ValueError(f"eval_dataset: {example} is no prompt for one of the tasks {self.tasks}.")
-            generators = self._generators(len(batch), _EVAL, number, 0, 0)
-            given = {PROMPT: [example[PROMPT] for example in batch]}
-            images = list(
-                self.student.policy.walk(given, generators, partial(_move, self._ode), output_type="pil").run()
-            )
-            self.cache.clear()
-            # task, reward, and each function's own
-            results = torch.full((len(batch), 2 + len(names)), torch.nan, device=self.accelerator.device)
-            for task, chosen, scores in self._score(batch, images):
-                results[chosen, 0] = float(self.tasks.index(task))
-                weights = torch.tensor(self.rewards.weights(task))
-                results[chosen, 1] = combine(scores, weights).to(results.device)
-                columns = [2 + names.index(name) for name in self.rewards.names(task)]
-                results[torch.tensor(chosen)[:, None], columns] = scores.to(results.device)
-            rows.append(self.accelerator.gather_for_metrics(results))
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        if not rows:
-            raise ValueError("eval_dataset is empty.")
-        table = torch.cat(rows)
+    def _evaluate_batch(self, batch: Sequence[dict[str, Any]], generators: list[torch.Generator]) -> Tensor:
+        """Task, reward, and each function's own, of each sample."""
+        names, inputs = self.rewards.all_names, {PROMPT: [example[PROMPT] for example in batch]}
+        walk = self.student.policy.walk(inputs, generators, partial(_move, self._ode), output_type="pil")
+        images = list(walk.run())
+        self.cache.clear()
+        results = torch.full((len(batch), 2 + len(names)), torch.nan, device=self.accelerator.device)
+        for task, chosen, scores in self._score(batch, images):
+            results[chosen, 0] = float(self.tasks.index(task))
+            weights = torch.tensor(self.rewards.weights(task))
+            results[chosen, 1] = combine(scores, weights).to(results.device)
+            columns = [2 + names.index(name) for name in self.rewards.names(task)]
+            results[torch.tensor(chosen)[:, None], columns] = scores.to(results.device)
+        return results
+
+    def _evaluation_metrics(self, table: Tensor) -> dict[str, Tensor]:
         metrics = {"reward": table[:, 1].nanmean(), "reward_std": nanstd(table[:, 1])}
         for index, task in enumerate(self.tasks if len(self.tasks) > 1 else []):
             if (mask := table[:, 0] == index).any():
                 metrics[f"reward/{task}"] = table[mask, 1].nanmean()
-        for name, column in zip(names, table[:, 2:].T, strict=True):
+        for name, column in zip(self.rewards.all_names, table[:, 2:].T, strict=True):
             if not column.isnan().all():
                 metrics[f"rewards/{name}/mean"] = column.nanmean()
                 metrics[f"rewards/{name}/std"] = nanstd(column)
-        numbers = {f"{metric_key_prefix}_{key}": value.item() for key, value in metrics.items()}
-        nothing: Any = None  # as Trainer's own loop has it without predictions, whatever the annotation says
-        return EvalLoopOutput(predictions=nothing, label_ids=None, metrics=numbers, num_samples=len(table))
+        return metrics
 
     def _score(self, examples: Sequence[dict[str, Any]], images: Sequence[Any]) -> list[tuple[str, list[int], Tensor]]:
         """Rewards of images of several tasks: task, which of the images, `[images, functions]`."""
