@@ -7,11 +7,12 @@ callbacks/, what is published is publishing.py's, and the weights are the studen
 """
 
 import contextlib
+import copy
 import json
 import os
 import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,17 @@ from .errors import brief, listed
 from .inputs import sample_arguments
 from .policy import Policy, denoiser_name
 from .publishing import Publishing
-from .sampling import PROMPT, SEED_EVAL, TEACHER, TaskCycleSampler, TaskCycleStream, columns_of, is_prompt, seed_of
+from .sampling import (
+    PROMPT,
+    SEED_EVAL,
+    TEACHER,
+    TaskCycleSampler,
+    TaskCycleStream,
+    columns_of,
+    is_prompt,
+    routed_dataset,
+    seed_of,
+)
 from .scheduler_proxy import is_flow
 from .shards import ShardFiles
 from .startup import check_student, sees_the_end
@@ -61,6 +72,21 @@ from .transitions import TRANSITIONS, BoundKernel
 logger = get_logger(__name__)
 
 CHECK_PROMPTS = ["a cat", "a dog"]  # a batch, and short enough for any tokenizer
+
+
+def own_arguments(model: Any, args: Any, config_class: type, name: str) -> Any:
+    """The arguments of a run, a copy: what a run sets in them must not reach the next one. By default those with an
+    `output_dir` of the model's name.
+
+    Raises:
+        TypeError: if they are of another class.
+    """
+    if args is None:
+        source = model.config.get("_name_or_path") if isinstance(model, DiffusionPipeline) else str(model)
+        args = config_class(f"{Path(source or type(model).__name__).name}-{name}")
+    if not isinstance(args, config_class):
+        raise TypeError(f"`args` must be a {config_class.__name__}, got {type(args).__name__}.")
+    return copy.copy(args)
 
 
 def whole_cycles(args: DiffusionConfig, tasks: Sequence[str]) -> None:
@@ -151,6 +177,7 @@ class DiffusionTrainer(Publishing):
     # A training step backpropagates a mean over its micro-batch; Trainer would guess from the denoiser's `**kwargs`
     loss_is_scaled_for_ga: Any = False
     _task_column = TEACHER
+    _keep_columns = False  # of a dataset, besides the prompt and its task
     _section = "student"  # of the stopwatch: where the student's time goes
 
     def __init__(self, pipeline: DiffusionPipeline, args: DiffusionConfig, tasks: Sequence[str], **kwargs: Any):
@@ -339,25 +366,6 @@ class DiffusionTrainer(Publishing):
             # DeepSpeed would divide by the accumulation steps again
             self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
 
-    @contextlib.contextmanager
-    def _held_gradient_sync(self, model: nn.Module, num_backwards: int) -> Iterator[Any]:
-        """Of the `num_backwards` backward passes of a micro-batch, the LAST one of an optimizer step alone synchronises
-        gradients: call what this yields when only that one is left.
-
-        DDP decides at the forward pass, so the release must come before the forward passes of that step; accelerate's
-        DeepSpeed wrapper calls `engine.step()` in every backward pass while `sync_gradients` is set. Until then FSDP
-        holds whole gradients; accelerate's `sync_each_batch` is the way to ask for a reduction in each backward pass.
-        """
-        state = self.accelerator.gradient_state
-        stack = contextlib.ExitStack()
-        holds = self.is_deepspeed_enabled or not state.plugin_kwargs.get("sync_each_batch", False)
-        if holds and state.sync_gradients and num_backwards > 1:
-            state._set_sync_gradients(False)
-            stack.callback(state._set_sync_gradients, True)
-            stack.enter_context(self.accelerator.no_sync(model))
-        with stack:
-            yield stack.close
-
     # NaN and Inf
 
     def watch(self, what: str, task: str, tensor: Tensor) -> None:
@@ -510,10 +518,20 @@ class DiffusionTrainer(Publishing):
         """The metrics of all rows."""
         raise NotImplementedError
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if eval_dataset is not None:
+            refuse_unread_columns(self.pipeline, eval_dataset=eval_dataset)
+            eval_dataset = routed_dataset(
+                eval_dataset,
+                self.tasks,
+                "eval_dataset",
+                need_all=False,
+                column=self._task_column,
+                keep_columns=self._keep_columns,
+            )
         before = len(self.state.log_history)
         with self.ema_weights(), self.stopwatch.paused():
-            metrics = super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(eval_dataset, *args, **kwargs)
         # Trainer logs before it asks `on_evaluate`, where callbacks may add theirs
         logged = {key for entry in self.state.log_history[before:] for key in entry}
         if added := {key: value for key, value in metrics.items() if key not in logged}:

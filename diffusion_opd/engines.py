@@ -1,13 +1,17 @@
 """What Trainer and accelerate's engines are told so that they suit a denoiser: arguments, FSDP2's settings, and
 torch.compile."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DynamoBackend, FullyShardedDataParallelPlugin, TorchDynamoPlugin
+from accelerate.utils import DistributedType, DynamoBackend, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 from diffusers import ModelMixin
+from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .config import DiffusionConfig
@@ -95,6 +99,28 @@ def take_compilation(plugin: TorchDynamoPlugin, args: DiffusionConfig) -> dict[s
             "as its teacher is asked; leave it out, or use 'max-autotune-no-cudagraphs'."
         )
     return asked
+
+
+@contextlib.contextmanager
+def held_gradient_sync(accelerator: Accelerator, model: nn.Module, num_backwards: int) -> Iterator[Any]:
+    """Of the `num_backwards` backward passes of a micro-batch, the LAST one of an optimizer step alone synchronises
+    gradients: call what this yields when only that one is left.
+
+    DDP decides at the forward pass, so the release must come before the forward passes of that step; accelerate's
+    DeepSpeed wrapper calls `engine.step()` in every backward pass while `sync_gradients` is set. Until then FSDP
+    holds whole gradients; accelerate's `sync_each_batch` is the way to ask for a reduction in each backward pass.
+    """
+    state = accelerator.gradient_state
+    stack = contextlib.ExitStack()
+    holds = accelerator.distributed_type == DistributedType.DEEPSPEED or not state.plugin_kwargs.get(
+        "sync_each_batch", False
+    )
+    if holds and state.sync_gradients and num_backwards > 1:
+        state._set_sync_gradients(False)
+        stack.callback(state._set_sync_gradients, True)
+        stack.enter_context(accelerator.no_sync(model))
+    with stack:
+        yield stack.close
 
 
 def compile_blocks(denoiser: ModelMixin, num_parties: int, **kwargs: Any) -> None:

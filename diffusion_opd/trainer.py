@@ -6,11 +6,9 @@ state it visits, the task's teacher says what it would have done there; the clos
 backpropagated at once. Rollout and gradient are one pass through the pipeline's own `__call__` (see policy.py).
 """
 
-import copy
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +22,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
 from . import objectives
-from .base_trainer import DiffusionTrainer, refuse_unread_columns, whole_cycles
+from .base_trainer import DiffusionTrainer, own_arguments, refuse_unread_columns, whole_cycles
 from .config import DiffusionOPDConfig, check_call_kwargs
+from .engines import held_gradient_sync
 from .errors import one_sentence
 from .policy import Move, Visit
 from .sampling import PROMPT, SEED_TRAIN, TEACHER, noise_generators, routed_dataset
@@ -108,11 +107,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         peft_config: LoraConfig | None = None,
     ):
-        if args is None:
-            name = model.config.get("_name_or_path") if isinstance(model, DiffusionPipeline) else str(model)
-            args = DiffusionOPDConfig(f"{Path(name or type(model).__name__).name}-DiffusionOPD")
-        if not isinstance(args, DiffusionOPDConfig):
-            raise TypeError(f"`args` must be a DiffusionOPDConfig, got {type(args).__name__}.")
+        args = own_arguments(model, args, DiffusionOPDConfig, self._name)
         specs = name_teachers(teachers)
         for key, spec in specs.items():
             check_call_kwargs(spec.call_kwargs, {"guidance_scale": spec.guidance_scale}, f"teacher {key!r}")
@@ -125,7 +120,6 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             evaluated = eval_dataset.unique(TEACHER) if isinstance(eval_dataset, Dataset) else ids
             metrics = ["loss", "kl", *(f"kl/{key}" for key in ids if key in evaluated)]
             self._check_best_metric(args, metrics, callbacks)
-        args = copy.copy(args)  # what a run sets in them must not reach the next one
         whole_cycles(args, ids)
 
         set_seed(args.seed)
@@ -194,7 +188,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         losses = []
         with (
             self.teachers.on_device(task) as teacher,
-            self._held_gradient_sync(model, len(self.learnt)) as release_sync,
+            held_gradient_sync(self.accelerator, model, len(self.learnt)) as release_sync,
             self.student.policy.walk({PROMPT: prompts}, generators, self._move(generators), denoiser=model) as walk,
             teacher.follow(walk) as follow,
         ):
@@ -252,12 +246,6 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         return self.tasks.index(task), micro_step // len(self.tasks)
 
     # Evaluation: the same rollouts and divergences, without learning
-
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        if eval_dataset is not None:
-            refuse_unread_columns(self.pipeline, eval_dataset=eval_dataset)
-            eval_dataset = routed_dataset(eval_dataset, list(self.teachers), "eval_dataset", need_all=False)
-        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _evaluate_batch(self, batch: Sequence[dict[str, Any]], generators: list[torch.Generator]) -> Tensor:
         """Task, loss and KL of each sample. A batch of an eval dataset may hold several tasks; a walk holds one."""

@@ -27,8 +27,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
 from ..adapters import STUDENT_ADAPTER, add_adapter, frozen_copy
-from ..base_trainer import DiffusionTrainer, refuse_unread_columns, whole_cycles
+from ..base_trainer import DiffusionTrainer, own_arguments, refuse_unread_columns, whole_cycles
 from ..checkpoints import give_ordinary_mode, is_checkpoint
+from ..engines import held_gradient_sync
 from ..policy import BACKBONE, Policy, Visit
 from ..sampling import PROMPT, SEED_TRAIN, TASK, check_no_splits, routed_dataset, stream_columns, tasks_in
 from ..scheduler_proxy import Step
@@ -77,6 +78,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
     _task_column = TASK
     _config_class = DiffusionRLConfig
     _section = "policy"
+    _keep_columns = True  # for reward functions
 
     def __init__(
         self,
@@ -89,12 +91,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         peft_config: LoraConfig | None = None,
     ):
-        if args is None:
-            name = model.config.get("_name_or_path") if isinstance(model, DiffusionPipeline) else str(model)
-            args = self._config_class(f"{Path(name or type(model).__name__).name}-{self._name}")
-        if not isinstance(args, self._config_class):
-            raise TypeError(f"`args` must be a {self._config_class.__name__}, got {type(args).__name__}.")
-        args = copy.copy(args)  # what a run sets in them must not reach the next one
+        args = own_arguments(model, args, self._config_class, self._name)
         self.rewards = Rewards(reward_funcs, args.reward_weights)
         tasks = self.rewards.tasks
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
@@ -103,7 +100,9 @@ class DiffusionRLTrainer(DiffusionTrainer):
         if train_dataset is not None:
             train_dataset = routed_dataset(train_dataset, tasks, "train_dataset", column=TASK, keep_columns=True)
         if eval_dataset is not None:
-            eval_dataset = self._routed_eval(eval_dataset, tasks)
+            eval_dataset = routed_dataset(
+                eval_dataset, tasks, "eval_dataset", need_all=False, column=TASK, keep_columns=True
+            )
             evaluated = eval_dataset.unique(TASK) if isinstance(eval_dataset, Dataset) else tasks
             funcs = dict.fromkeys(name for task in evaluated for name in self.rewards.names(task))
             metrics = ["reward", "reward_std", *(f"reward/{task}" for task in evaluated if len(tasks) > 1)]
@@ -238,7 +237,10 @@ class DiffusionRLTrainer(DiffusionTrainer):
         visits = self._visits(inputs)
         scale = 1 / (len(visits) * self.current_gradient_accumulation_steps)
         losses = []
-        with self._held_gradient_sync(model, len(visits)) as release_sync, self._followers(model, inputs) as ask:
+        with (
+            held_gradient_sync(self.accelerator, model, len(visits)) as release_sync,
+            self._followers(model, inputs) as ask,
+        ):
             for number, visit in enumerate(visits):
                 if number == len(visits) - 1:
                     release_sync()
@@ -304,15 +306,6 @@ class DiffusionRLTrainer(DiffusionTrainer):
         return visits
 
     # Evaluation by rewards, with the sampler that users have
-
-    def _routed_eval(self, dataset: Any, tasks: Sequence[str]) -> Any:
-        return routed_dataset(dataset, tasks, "eval_dataset", need_all=False, column=TASK, keep_columns=True)
-
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        if eval_dataset is not None:
-            refuse_unread_columns(self.pipeline, eval_dataset=eval_dataset)
-            eval_dataset = self._routed_eval(eval_dataset, self.tasks)
-        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _evaluate_batch(self, batch: Sequence[dict[str, Any]], generators: list[torch.Generator]) -> Tensor:
         """Task, reward, and each function's own, of each sample."""
