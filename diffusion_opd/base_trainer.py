@@ -7,7 +7,6 @@ callbacks/, what is published is publishing.py's, and the weights are the studen
 """
 
 import contextlib
-import copy
 import json
 import os
 import textwrap
@@ -44,11 +43,11 @@ from .checkpoints import (
     unseal,
     what_is_torn,
 )
+from .checks import check_helpers, refuse_unread_columns
 from .config import DiffusionConfig, computes_in_bf16
 from .encode_cache import EncodeCache
 from .engines import compile_blocks, settle_arguments, settle_fsdp, take_compilation
-from .errors import brief, listed
-from .inputs import sample_arguments
+from .errors import listed
 from .policy import Policy, denoiser_name
 from .publishing import Publishing
 from .sampling import (
@@ -57,7 +56,6 @@ from .sampling import (
     TEACHER,
     TaskCycleSampler,
     TaskCycleStream,
-    columns_of,
     is_prompt,
     routed_dataset,
     seed_of,
@@ -72,63 +70,6 @@ from .transitions import TRANSITIONS, BoundKernel
 logger = get_logger(__name__)
 
 CHECK_PROMPTS = ["a cat", "a dog"]  # a batch, and short enough for any tokenizer
-
-
-def own_arguments(model: Any, args: Any, config_class: type, name: str) -> Any:
-    """The arguments of a run, a copy: what a run sets in them must not reach the next one. By default those with an
-    `output_dir` of the model's name.
-
-    Raises:
-        TypeError: if they are of another class.
-    """
-    if args is None:
-        source = model.config.get("_name_or_path") if isinstance(model, DiffusionPipeline) else str(model)
-        args = config_class(f"{Path(source or type(model).__name__).name}-{name}")
-    if not isinstance(args, config_class):
-        raise TypeError(f"`args` must be a {config_class.__name__}, got {type(args).__name__}.")
-    return copy.copy(args)
-
-
-def whole_cycles(args: DiffusionConfig, tasks: Sequence[str]) -> None:
-    """An optimizer step sees whole cycles: `gradient_accumulation_steps` becomes, or must be, a multiple of the
-    tasks."""
-    steps = args.gradient_accumulation_steps
-    if steps == 1 and len(tasks) > 1:
-        args.gradient_accumulation_steps = len(tasks)
-        logger.info(f"An optimizer step sees every task: `gradient_accumulation_steps` is set to {len(tasks)}.")
-    elif steps % len(tasks):
-        raise ValueError(
-            f"`gradient_accumulation_steps={steps}` is not a multiple of the {len(tasks)} tasks {list(tasks)}: an "
-            f"optimizer step must see every task equally often; leave it out, or use "
-            f"{len(tasks) * max(1, round(steps / len(tasks)))}."
-        )
-
-
-def refuse_unread_columns(pipeline: DiffusionPipeline, /, **datasets: Any) -> None:
-    """Refuses columns that the pipeline could use and is not given: a picture to be edited, for one."""
-    for name, dataset in datasets.items():
-        if unread := sorted(columns_of(dataset) & sample_arguments(type(pipeline))):
-            raise ValueError(
-                f"{name} has the columns {unread}, which {type(pipeline).__name__} takes for each sample, but which "
-                "are not handed to it yet; remove them, rename what means something else, or give one value for all "
-                "samples in `call_kwargs`."
-            )
-
-
-def _check_helpers(callbacks: Any = None, optimizers: Any = (None, None)) -> None:
-    """Refuses what `transformers.Trainer` would trip over later."""
-    listed = callbacks or []
-    if not isinstance(listed, (list, tuple)) or not all(
-        isinstance(one, TrainerCallback) or (isinstance(one, type) and issubclass(one, TrainerCallback))
-        for one in listed
-    ):
-        raise TypeError(f"`callbacks` must be a list of `TrainerCallback`s, got {brief(callbacks)}.")
-    is_pair = isinstance(optimizers, (list, tuple)) and len(optimizers) == 2
-    if not is_pair or any(isinstance(one, type) or not (one is None or hasattr(one, "step")) for one in optimizers):
-        raise TypeError(
-            "`optimizers` must be a pair of an optimizer and a scheduler, each of which may be None, got "
-            f"{brief(optimizers)}."
-        )
 
 
 class _Config(FrozenDict):
@@ -186,7 +127,7 @@ class DiffusionTrainer(Publishing):
         self.trains_lora, model = self.student.trains_lora, self.student.denoiser
         model._internal_dict = _Config(model._internal_dict)
         settle_arguments(args, model)
-        _check_helpers(**{key: value for key, value in kwargs.items() if key in ("callbacks", "optimizers")})
+        check_helpers(**{key: value for key, value in kwargs.items() if key in ("callbacks", "optimizers")})
         super().__init__(model=model, args=args, data_collator=identity, **kwargs)
         # Whether the engine leaves each process a part of the trained denoiser only
         self.shards_parameters = self.is_fsdp_enabled or hf_deepspeed.is_deepspeed_zero3_enabled()

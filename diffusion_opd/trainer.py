@@ -22,7 +22,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
 from . import objectives
-from .base_trainer import DiffusionTrainer, own_arguments, refuse_unread_columns, whole_cycles
+from .base_trainer import DiffusionTrainer
+from .checks import own_arguments, refuse_unread_columns, whole_cycles
 from .config import DiffusionOPDConfig, check_call_kwargs
 from .engines import held_gradient_sync
 from .errors import one_sentence

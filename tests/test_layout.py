@@ -27,7 +27,7 @@ LAYERS = [
     ["teachers.loading", "teachers.teachers"],
     ["teachers.__init__"],
     ["student"],
-    ["engines", "callbacks.[!_]*"],
+    ["checks", "engines", "callbacks.[!_]*"],
     ["callbacks.__init__"],
     ["publishing"],
     ["base_trainer"],

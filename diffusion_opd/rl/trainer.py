@@ -27,8 +27,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
 from ..adapters import STUDENT_ADAPTER, add_adapter, frozen_copy
-from ..base_trainer import DiffusionTrainer, own_arguments, refuse_unread_columns, whole_cycles
+from ..base_trainer import DiffusionTrainer
 from ..checkpoints import give_ordinary_mode, is_checkpoint
+from ..checks import own_arguments, refuse_unread_columns, whole_cycles
 from ..engines import held_gradient_sync
 from ..policy import BACKBONE, Policy, Visit
 from ..sampling import PROMPT, SEED_TRAIN, TASK, check_no_splits, routed_dataset, stream_columns, tasks_in

@@ -1,0 +1,77 @@
+"""What a trainer is given, looked at before anything is loaded.
+
+This file knows settings and datasets, and no trainer.
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline
+from transformers import TrainerCallback
+
+from .config import DiffusionConfig
+from .errors import brief
+from .inputs import sample_arguments
+from .sampling import columns_of
+
+logger = get_logger(__name__)
+
+
+def own_arguments(model: Any, args: Any, config_class: type, name: str) -> Any:
+    """The arguments of a run, a copy: what a run sets in them must not reach the next one. By default those with an
+    `output_dir` of the model's name.
+
+    Raises:
+        TypeError: if they are of another class.
+    """
+    if args is None:
+        source = model.config.get("_name_or_path") if isinstance(model, DiffusionPipeline) else str(model)
+        args = config_class(f"{Path(source or type(model).__name__).name}-{name}")
+    if not isinstance(args, config_class):
+        raise TypeError(f"`args` must be a {config_class.__name__}, got {type(args).__name__}.")
+    return copy.copy(args)
+
+
+def whole_cycles(args: DiffusionConfig, tasks: Sequence[str]) -> None:
+    """An optimizer step sees whole cycles: `gradient_accumulation_steps` becomes, or must be, a multiple of the
+    tasks."""
+    steps = args.gradient_accumulation_steps
+    if steps == 1 and len(tasks) > 1:
+        args.gradient_accumulation_steps = len(tasks)
+        logger.info(f"An optimizer step sees every task: `gradient_accumulation_steps` is set to {len(tasks)}.")
+    elif steps % len(tasks):
+        raise ValueError(
+            f"`gradient_accumulation_steps={steps}` is not a multiple of the {len(tasks)} tasks {list(tasks)}: an "
+            f"optimizer step must see every task equally often; leave it out, or use "
+            f"{len(tasks) * max(1, round(steps / len(tasks)))}."
+        )
+
+
+def refuse_unread_columns(pipeline: DiffusionPipeline, /, **datasets: Any) -> None:
+    """Refuses columns that the pipeline could use and is not given: a picture to be edited, for one."""
+    for name, dataset in datasets.items():
+        if unread := sorted(columns_of(dataset) & sample_arguments(type(pipeline))):
+            raise ValueError(
+                f"{name} has the columns {unread}, which {type(pipeline).__name__} takes for each sample, but which "
+                "are not handed to it yet; remove them, rename what means something else, or give one value for all "
+                "samples in `call_kwargs`."
+            )
+
+
+def check_helpers(callbacks: Any = None, optimizers: Any = (None, None)) -> None:
+    """Refuses what `transformers.Trainer` would trip over later."""
+    listed = callbacks or []
+    if not isinstance(listed, (list, tuple)) or not all(
+        isinstance(one, TrainerCallback) or (isinstance(one, type) and issubclass(one, TrainerCallback))
+        for one in listed
+    ):
+        raise TypeError(f"`callbacks` must be a list of `TrainerCallback`s, got {brief(callbacks)}.")
+    is_pair = isinstance(optimizers, (list, tuple)) and len(optimizers) == 2
+    if not is_pair or any(isinstance(one, type) or not (one is None or hasattr(one, "step")) for one in optimizers):
+        raise TypeError(
+            "`optimizers` must be a pair of an optimizer and a scheduler, each of which may be None, got "
+            f"{brief(optimizers)}."
+        )
