@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .encode_cache import EncodeCache, encoders_of, fresh_containers, signature
-from .errors import reason
+from .errors import brief, reason
 from .inputs import PICTURE
 from .paused import Paused
 from .scheduler_proxy import SchedulerStep, Step, Times, dissolve, own_scheduler, proxy
@@ -153,6 +153,8 @@ class Policy:
         self._autocast = autocast
         self.denoiser = getattr(pipeline, self.denoiser_name)
         self._layers = tuner_layers(self.denoiser) if adapter is not None else []
+        if adapter and adapter not in (known := getattr(self.denoiser, "peft_config", {})):
+            raise ValueError(f"the {self.denoiser_name} has no adapter {adapter!r}; it has {sorted(known)}.")
         self._attention = [module for module in self.denoiser.modules() if hasattr(module, "set_processor")]
         self._encoders = encoders_of(pipeline)
         self._scheduler = own_scheduler(pipeline.scheduler)
@@ -185,6 +187,7 @@ class Policy:
             probe (`Callable`, *optional*): Called at each step before `move`, with what the scheduler's own `step`
                 would answer as a function.
         """
+        self._check_inputs(inputs, generators)
         return Walk(self, inputs, generators, denoiser, move, output_type, probe)
 
     def follow(
@@ -205,7 +208,24 @@ class Policy:
         """
         if walk is None and (inputs is None or generators is None):
             raise ValueError("a follower needs a walk, or the inputs and generators of one.")
+        if inputs is not None:
+            self._check_inputs(inputs, walk.generators if generators is None and walk is not None else generators or [])
         return Follower(self, inputs, generators, denoiser, walk)
+
+    def _check_inputs(self, inputs: Inputs, generators: Sequence[torch.Generator]) -> None:
+        accepted = signature(type(self.pipeline).__call__).parameters
+        if not isinstance(inputs, Mapping) or (unknown := sorted(inputs.keys() - accepted.keys())):
+            given = unknown if isinstance(inputs, Mapping) else type(inputs).__name__
+            raise ValueError(
+                f"`inputs` are arguments of {self.name}, each with one value a sample, e.g. {{'prompt': [...]}}; got "
+                f"{given}."
+            )
+        for name, values in inputs.items():
+            if isinstance(values, str) or len(values) != len(generators):
+                raise ValueError(
+                    f"`inputs` needs a list with one {name!r} a sample, and `generators` one for each; got "
+                    f"{brief(values)} for {len(generators)} generators."
+                )
 
     # What walks and followers ask
 
@@ -465,6 +485,7 @@ class Walk(_Call):
         self.all_times: dict[tuple[int, int], Times] = {}
         self.prepared: dict[str, list[Tensor]] = {}
         self._prepared_at: dict[tuple[int, torch.Size], str] = {}
+        self.visited: dict[int, list[int]] = {}  # where in memory the states of each visit are
         self.went: dict[tuple[int, int], tuple[int, Tensor]] = {}  # by stream and chunk: its last step, and where to
         self.ended = False
 
@@ -487,6 +508,9 @@ class Walk(_Call):
         """The visits at these places, in rising order, under the caller's gradient mode; those between are walked
         without gradient, those after the last are not walked. `before_last()` is called before the forward passes of
         the last."""
+        asked, places = list(places), sorted(set(places))
+        if asked != places or not places or places[0] < self.place:
+            raise ValueError(f"a walk at visit {self.place} goes on in rising order, and was asked for {asked}.")
         while self.place <= places[-1]:
             place = self.place
             if place == places[-1]:
@@ -527,6 +551,8 @@ class Walk(_Call):
             self._start()
         visit = self._resume(computes)
         self.ended = self._paused is None
+        if visit is not None:
+            self.visited[visit.index] = [step.sample.data_ptr() for step in visit.steps]
         return visit
 
     def close(self, failed: bool = False) -> None:
@@ -557,6 +583,11 @@ class Walk(_Call):
             self._probe(step, scheduler_step)
         with torch.no_grad():
             next_sample = self._move(replace(step, prediction=step.prediction.detach())).detach()
+        if next_sample.shape != step.sample.shape:
+            raise ValueError(
+                f"`move` gave a state of shape {tuple(next_sample.shape)}, the visited one is "
+                f"{tuple(step.sample.shape)}."
+            )
         self.is_moving = False
         self.went[step.stream, step.chunk] = step.index, next_sample.to(step.sample.dtype)
         return replace(step, next_sample=next_sample)
@@ -608,6 +639,8 @@ class Follower(_Call):
     def __call__(self, visit: Visit) -> tuple[Tensor, ...]:
         nothing: Any = None  # in the place of the prediction, whose graph must not live until the next question
         self._asked = replace(visit, steps=tuple(replace(step, prediction=nothing) for step in visit.steps))
+        where = [step.sample.data_ptr() for step in visit.steps]
+        self._is_walked = self._walk is not None and self._walk.visited.get(visit.index) == where
         if self._paused is None:
             if self.place:
                 self._not_there(f"it ended after {self.place} visits")
@@ -687,7 +720,7 @@ class Follower(_Call):
         self._of_its_shape(step, asked)
         handed, source = self._handed.get(step.stream, (None, None))
         if handed is not None and handed.data_ptr() == step.sample.data_ptr():
-            if self._walk is not None or source is asked.sample:
+            if self._is_walked or source is asked.sample:
                 return asked
         # A pipeline that takes its states apart; this waits for the device
         if not torch.equal(step.sample, asked.sample.to(step.sample.dtype)):

@@ -659,7 +659,7 @@ def test_unconditional_pipeline_walks_without_inputs():
             visits.append(visit)
     assert len(visits) == STEPS
     assert (walk.output == own).all()
-    with pytest.raises(ValueError, match="DDPMPipeline fails in its own `__call__`: .*'prompt'"):
+    with pytest.raises(ValueError, match=r"arguments of DDPMPipeline, each with one value a sample.*got \['prompt'\]"):
         Policy(pipe, STEPS).walk(INPUTS, generators(), move).run()
 
 

@@ -492,3 +492,39 @@ def test_a_follower_needs_to_know_where_and_does_not_go_back():
         follow(visits[2])
         with pytest.raises(ValueError, match="does not go back: it is at visit 3, and was asked at 1"):
             follow(visits[1])
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"promt": PROMPTS}, r"`inputs` are arguments of StableDiffusion3Pipeline.*got \['promt'\]"),
+        (PROMPTS, "`inputs` are arguments of StableDiffusion3Pipeline.*got list"),
+        ({"prompt": "ab"}, "a list with one 'prompt' a sample.*got str: 'ab' for 2 generators"),
+        ({"prompt": [*PROMPTS, "three"]}, "a list with one 'prompt' a sample.* for 2 generators"),
+    ],
+)
+def test_inputs_that_are_no_batch_are_refused(given: Any, sentence: str):
+    policy = Policy(BUILDERS["sd3"](0), STEPS, CALL["sd3"])
+    with pytest.raises(ValueError, match=sentence):
+        policy.walk(given, generators(), euler)
+    with pytest.raises(ValueError, match=sentence):
+        policy.follow(inputs=given, generators=generators())
+
+
+@torch.no_grad()
+def test_a_small_mistake_is_one_sentence():
+    policy = Policy(BUILDERS["sd3"](0), STEPS, CALL["sd3"])
+    with pytest.raises(ValueError, match=r"`move` gave .* \(1, 4, 8, 8\), the visited one is \(2, 4, 8, 8\)"):
+        walked(policy, lambda step: euler(step)[:1])
+    with pytest.raises(ValueError, match=r"the transformer has no adapter 'typo'; it has \[\]"):
+        Policy(BUILDERS["sd3"](0), STEPS, CALL["sd3"], adapter="typo")
+    for places in ([2, 0], [], [-1]):
+        with (
+            policy.walk(INPUTS, generators(), euler) as walk,
+            pytest.raises(ValueError, match="goes on in rising order"),
+        ):
+            list(walk.visits(places))
+    first, _ = walked(policy)
+    with policy.walk(INPUTS, generators(50), euler) as other, policy.follow(first) as follow:
+        with pytest.raises(ValueError, match="its state is another, at visit 0"):
+            follow(next(other))  # of another walk
