@@ -54,6 +54,11 @@ class Paused(Generic[T]):
     def ended(self) -> bool:
         return self._greenlet.dead
 
+    @property
+    def changed(self) -> set[str]:
+        """What of the caller's state the function, where it pauses, has changed itself."""
+        return set(self._own)
+
     def resume(self) -> T | None:
         """Goes on until the function pauses, and returns what it pauses with; `None` at its end. What it raises is
         raised here."""

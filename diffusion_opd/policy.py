@@ -220,6 +220,8 @@ class Policy:
                 f"`inputs` are arguments of {self.name}, each with one value a sample, e.g. {{'prompt': [...]}}; got "
                 f"{given}."
             )
+        if not isinstance(generators, (list, tuple)) or not generators:
+            raise ValueError(f"`generators` is a list, one a sample, got {brief(generators)}.")
         for name, values in inputs.items():
             if isinstance(values, str) or len(values) != len(generators):
                 raise ValueError(
@@ -487,6 +489,7 @@ class Walk(_Call):
         self._prepared_at: dict[tuple[int, torch.Size], str] = {}
         self.visited: dict[int, list[int]] = {}  # where in memory the states of each visit are
         self.went: dict[tuple[int, int], tuple[int, Tensor]] = {}  # by stream and chunk: its last step, and where to
+        self.changed: set[str] = set()  # of its caller's state, where it pauses
         self.ended = False
 
     def __iter__(self) -> Iterator[Visit]:
@@ -547,10 +550,13 @@ class Walk(_Call):
     def _leg(self, computes: bool) -> Visit | None:
         if self.ended:
             return None
-        if self._paused is None:
-            self._start()
-        visit = self._resume(computes)
-        self.ended = self._paused is None
+        try:
+            if self._paused is None:
+                self._start()
+            self.changed = self._paused.changed if self._paused is not None else set()
+            visit = self._resume(computes)
+        finally:
+            self.ended = self._paused is None  # also by an error: it does not begin anew
         if visit is not None:
             self.visited[visit.index] = [step.sample.data_ptr() for step in visit.steps]
         return visit
@@ -754,6 +760,11 @@ def check_seams(pipeline: DiffusionPipeline) -> None:
             raise ValueError(
                 f"{cls.__name__} is offloaded: its {name} has hooks that move it to and fro; build the pipeline "
                 "without `enable_*_offload()` and `device_map`."
+            )
+        if getattr(part, "is_cache_enabled", False):
+            raise ValueError(
+                f"{cls.__name__} has a cache enabled on its {name}, which would mix up student and teacher; call its "
+                "`disable_cache()`."
             )
 
 

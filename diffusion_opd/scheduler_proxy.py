@@ -72,6 +72,11 @@ def read_schedule(scheduler: Any) -> Schedule:
             "'epsilon' and 'v_prediction' are."
         )
     alphas = scheduler.alphas_cumprod[scheduler.timesteps.cpu()].tolist()
+    if alphas[0] == 0 and scheduler.config.prediction_type == "epsilon":
+        raise ValueError(
+            f"{type(scheduler).__name__}: at a zero signal-to-noise ratio (`rescale_betas_zero_snr`) a prediction of "
+            "the noise says nothing of the sample; 'v_prediction' does."
+        )
     return Schedule((*alphas, float(scheduler.final_alpha_cumprod)), scheduler.config.prediction_type)
 
 

@@ -112,6 +112,10 @@ def check_teacher(policy: Policy, checked: Checked) -> bool:
         ValueError: if it cannot be asked there, or answers in another shape, or not with finite numbers.
     """
     student = checked.walk.policy
+    for name in ("height", "width", "num_frames"):
+        own, theirs = student.call_kwargs.get(name), policy.call_kwargs.get(name)
+        if None not in (own, theirs) and own != theirs:  # a packed state may have one shape for two sizes
+            raise ValueError(f"it is called with {name}={theirs}, the student with {own}")
     rounds = 1 if _same_way(policy, student) else 2
     answers: list[list[tuple[Tensor, ...]]] = []
     with torch.no_grad():
@@ -206,6 +210,11 @@ def _differentiated(policy: Policy, walk: Walk, count: int, backward: Callable[[
                 f"{policy.name} has a state of shape {tuple(step.sample.shape)} for a batch of {count}: one row a "
                 "sample is needed."
             )
+    if "processors" in walk.changed and getattr(policy.denoiser, "is_gradient_checkpointing", False):
+        raise ValueError(
+            f"{policy.name} sets attention processors of its own while it runs, and activations would be recomputed "
+            "without them; leave out `activation_checkpointing`."
+        )
     loss = torch.stack([step.prediction.float().square().mean() for step in visit.steps]).sum()
     if loss.requires_grad:
         try:
@@ -253,7 +262,8 @@ def _check_rows(policy: Policy, inputs: Inputs, visit: Visit) -> None:
 
 def _next(walk: Walk) -> Visit:
     visit = walk.advance()
-    assert visit is not None
+    if visit is None:
+        raise ValueError(f"{walk.policy.name} lacks a seam: it never steps the scheduler that it was given.")
     return visit
 
 

@@ -16,6 +16,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
+    FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     StableDiffusion3PAGPipeline,
     StableDiffusionXLPAGPipeline,
@@ -528,3 +529,54 @@ def test_a_small_mistake_is_one_sentence():
     with policy.walk(INPUTS, generators(50), euler) as other, policy.follow(first) as follow:
         with pytest.raises(ValueError, match="its state is another, at visit 0"):
             follow(next(other))  # of another walk
+
+
+@torch.no_grad()
+def test_a_walk_that_failed_does_not_begin_anew():
+    def move(step: Step) -> Tensor:
+        raise Stop
+
+    walk = Policy(BUILDERS["sd3"](0), STEPS, CALL["sd3"]).walk(INPUTS, generators(), move)
+    with pytest.raises(Stop):
+        walk.advance()
+    assert walk.advance() is None
+
+
+def test_processors_of_its_own_and_recomputed_activations_are_refused():
+    """Which would be recomputed after the processors are put back."""
+    pipe = StableDiffusionXLPAGPipeline(**BUILDERS["sdxl"](0).components, pag_applied_layers="mid")
+    quiet(pipe).unet.requires_grad_(True)
+    policy = Policy(pipe, STEPS, {**CALL["sdxl"], "pag_scale": 3.0})
+    check_student(policy, INPUTS, 0.99)
+    pipe.unet.enable_gradient_checkpointing()
+    with pytest.raises(ValueError, match="sets attention processors of its own.*leave out `activation_checkpointing`"):
+        check_student(policy, INPUTS, 0.99)
+
+
+@pytest.mark.parametrize("family", ["flux", "wan"])
+def test_a_cache_is_refused(family: str):
+    pipe = BUILDERS[family](0)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match="has a cache enabled on its transformer.*`disable_cache\\(\\)`"):
+        Policy(pipe, STEPS, CALL[family])
+
+
+def test_a_teacher_of_another_size_is_refused_though_its_state_has_the_same_shape():
+    call = CALL["flux"] | {"height": 16, "width": 16}
+    pipe = BUILDERS["flux"](0)
+    checked = check_student(Policy(pipe, STEPS, call), INPUTS, 0.99)
+    teacher = Policy(BUILDERS["flux"](1), STEPS, call | {"height": 32, "width": 8})
+    with pytest.raises(ValueError, match="it is called with height=32, the student with 16"):
+        check_teacher(teacher, checked)
+
+
+class Replaces(Plain):
+    """Steps another scheduler than the one that it has."""
+
+    def advance(self, x: Tensor, t: Tensor, **embeds: Tensor) -> Tensor:
+        return (self.predict(x, t, **embeds) * 0.1 + x).detach()
+
+
+def test_a_pipeline_that_steps_no_scheduler_is_named():
+    with pytest.raises(ValueError, match="Replaces lacks a seam: it never steps the scheduler"):
+        check_student(Policy(learning(Replaces), STEPS), INPUTS, 0.99)
