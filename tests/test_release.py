@@ -21,7 +21,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NAMED = {"PIL": "pillow"}  # what is imported under another name than it is installed
 # What the package asks for and does not import itself
 FOR_OTHERS = {
-    "greenlet": "the pausing of a pipeline's call, which is on its way",
     "protobuf": "T5 tokenizers, within transformers",
     "sentencepiece": "T5 tokenizers, within transformers",
 }
