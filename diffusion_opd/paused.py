@@ -66,8 +66,12 @@ class Paused(Generic[T]):
         self._greenlet.parent = caller  # it gets what the function raises
         # With a context of its own the function would not see torch's config, which is kept in context variables
         self._greenlet.gr_context = caller.gr_context
+        inference = torch.is_inference_mode_enabled()
         with self._state():
             value = self._greenlet.switch()
+        if torch.is_inference_mode_enabled() != inference:
+            self._greenlet.throw(GreenletExit)  # leaves that mode
+            raise RuntimeError("a function cannot pause within an inference mode of its own: it has no gradient.")
         return None if self._greenlet.dead else value
 
     def pause(self, value: T) -> None:
@@ -91,7 +95,6 @@ class Paused(Generic[T]):
         random = [generator.get_state() for generator in self._generators]
         for generator, state in zip(self._generators, self._random, strict=True):
             generator.set_state(state)
-        inference = torch.is_inference_mode_enabled()
         try:
             yield
         finally:
@@ -106,8 +109,6 @@ class Paused(Generic[T]):
             self._random = [generator.get_state() for generator in self._generators]
             for generator, state in zip(self._generators, random, strict=True):
                 generator.set_state(state)
-        if torch.is_inference_mode_enabled() != inference:
-            raise RuntimeError("a function cannot pause within an inference mode of its own: it has no gradient.")
 
     def _read(self) -> dict[str, Any]:
         return {

@@ -207,6 +207,7 @@ def test_an_inference_mode_of_its_own_is_refused():
     call.paused.resume()
     with pytest.raises(RuntimeError, match="inference mode of its own"):
         call.paused.resume()
+    assert not torch.is_inference_mode_enabled() and call.paused.ended
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
