@@ -36,7 +36,7 @@ from diffusion_opd.student import whole_modules
 from diffusion_opd.transitions import TRANSITIONS, Kernel, ode
 from tests.adapters import save_peft
 from tests.card_rules import check_card
-from tests.own_pipelines import Momentum, Plain, of
+from tests.own_pipelines import Detached, Momentum, Plain, Restless, of
 from tests.tiny_pipelines import BUILDERS, CALL, denoiser
 from tests.training import DATA, FAMILIES, PROMPTS, config, guided_by_hand, history, latents, lora, trained, trainer_of
 
@@ -217,6 +217,12 @@ class OneChannel(Plain):
     ("student", "teacher", "sentence"),
     [
         (Momentum, Plain, "^the gradient of Momentum crosses its denoising steps"),
+        (Restless, Plain, "^Restless cannot be followed"),
+        (
+            Plain,
+            Restless,
+            r"^teacher 'teacher' .* of shape \(2, 4, 8, 8\) and torch.float32: asked twice at visit 0, it",
+        ),
         (Plain, OneChannel, r"^teacher 'teacher' .* predicts \(2, 1, 8, 8\) .* student predicts \(2, 4, 8, 8\)"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -1114,6 +1120,17 @@ def test_a_teacher_may_remember_its_steps(tmp_path):
     trainer.train()
     first, *later = (history(trainer, f"kl_step/{step}")[0] for step in range(2))
     assert first == 0.0 and min(later) > 0.0  # of equal weights: the memory begins with the second step
+
+
+def test_a_student_may_remember_its_steps_where_no_gradient_crosses_them(tmp_path):
+    """A teacher of equal weights and an equal memory has nothing to teach it."""
+    data = DATA.remove_columns("teacher_id")
+    args = config(tmp_path, call_kwargs={}, num_inference_steps=3)
+    trainer = DiffusionOPDTrainer(of(Detached), of(Momentum), args, data, peft_config=lora())
+    trainer.train()
+    assert history(trainer, "loss")[0] == 0.0
+    trainer = DiffusionOPDTrainer(of(Detached), of(Plain), args, data, peft_config=lora())
+    assert_trains(trainer)
 
 
 @pytest.mark.slow
