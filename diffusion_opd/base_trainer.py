@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from diffusers import DiffusionPipeline, ModelMixin
@@ -31,7 +32,6 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import identity
 
 from .callbacks import Metrics, MovingAverage, NaNPolicy, Pictures, SaveAndStop
 from .callbacks.pictures import middle_frame
@@ -43,26 +43,19 @@ from .checkpoints import (
     unseal,
     what_is_torn,
 )
-from .checks import check_helpers, refuse_unread_columns
+from .checks import check_helpers
 from .config import DiffusionConfig, computes_in_bf16
+from .data import Data
 from .encode_cache import EncodeCache
 from .engines import compile_blocks, settle_arguments, settle_fsdp, take_compilation
-from .errors import listed
+from .errors import listed, reason
+from .inputs import PROMPT, inputs_of, is_prompt, signature
 from .policy import Policy, denoiser_name
 from .publishing import Publishing
-from .sampling import (
-    PROMPT,
-    SEED_EVAL,
-    TEACHER,
-    TaskCycleSampler,
-    TaskCycleStream,
-    is_prompt,
-    routed_dataset,
-    seed_of,
-)
+from .sampling import SEED_EVAL, TaskCycleSampler, TaskCycleStream, seed_of
 from .scheduler_proxy import is_flow
 from .shards import ShardFiles
-from .startup import check_student, sees_the_end
+from .startup import Checked, check_student, sees_the_end
 from .stopwatch import Stopwatch
 from .student import Student
 from .transitions import TRANSITIONS, BoundKernel
@@ -103,7 +96,7 @@ class DiffusionTrainer(Publishing):
         pipeline ([`~diffusers.DiffusionPipeline`]): As `load_student` of student.py returns it; its denoiser is the
             model.
         args ([`DiffusionConfig`]): The configuration, which [`whole_cycles`] has seen.
-        tasks (`Sequence[str]`): In the order of the cycle.
+        data ([`Data`]): That has seen the pipeline.
         kwargs: For [`~transformers.Trainer`].
     """
 
@@ -111,24 +104,23 @@ class DiffusionTrainer(Publishing):
     args: DiffusionConfig
     model: ModelMixin
     optimizer: Any  # some have `train` and `eval`
-    train_dataset: Any  # as `routed_dataset` returns it
+    train_dataset: Any  # as `Data` has it
     eval_dataset: Any
     _signature_columns: Any
 
     # A training step backpropagates a mean over its micro-batch; Trainer would guess from the denoiser's `**kwargs`
     loss_is_scaled_for_ga: Any = False
-    _task_column = TEACHER
-    _keep_columns = False  # of a dataset, besides the prompt and its task
     _section = "student"  # of the stopwatch: where the student's time goes
 
-    def __init__(self, pipeline: DiffusionPipeline, args: DiffusionConfig, tasks: Sequence[str], **kwargs: Any):
-        self.student, self.tasks = Student(pipeline), list(tasks)
+    def __init__(self, pipeline: DiffusionPipeline, args: DiffusionConfig, data: Data, **kwargs: Any):
+        self.student, self.data, self.tasks = Student(pipeline), data, data.tasks
         self.pipeline, self.denoiser_name = pipeline, self.student.denoiser_name
         self.trains_lora, model = self.student.trains_lora, self.student.denoiser
         model._internal_dict = _Config(model._internal_dict)
         settle_arguments(args, model)
         check_helpers(**{key: value for key, value in kwargs.items() if key in ("callbacks", "optimizers")})
-        super().__init__(model=model, args=args, data_collator=identity, **kwargs)
+        kwargs |= {"train_dataset": data.train, "eval_dataset": data.evaluation, "data_collator": data.read}
+        super().__init__(model=model, args=args, **kwargs)
         # Whether the engine leaves each process a part of the trained denoiser only
         self.shards_parameters = self.is_fsdp_enabled or hf_deepspeed.is_deepspeed_zero3_enabled()
         if self.is_fsdp_enabled:
@@ -147,11 +139,13 @@ class DiffusionTrainer(Publishing):
         self.cache = EncodeCache(partial(self.stopwatch.section, "encode"))
         self.student.policy = self.policy_of(pipeline)
         self._check_began = time.perf_counter()
-        prompts = self._first_prompts()
-        logger.warning(f"Checking that this run fits together, on a batch of {len(prompts)}.")
-        self.checked = check_student(self.student.policy, {PROMPT: prompts}, args.timestep_fraction)
+        count = args.per_device_train_batch_size
+        logger.warning(f"Checking that this run fits together, on a batch of {count}.")
+        self._checks: dict[Any, tuple[list[dict[str, Any]], Checked]] = {}  # by what the rows hold
+        self.together: int | None = None  # samples of one call of the pipeline; `None`: any number
+        rows, self.checked = self.check_task(None)
         self._freeze_unused()
-        self._warn_of_cut_prompts(len(prompts))
+        self._warn_of_cut_prompts(len(rows))
         given = {id(p) for group in getattr(self.optimizer, "param_groups", ()) for p in group["params"]}
         if given and not given & {id(parameter) for parameter in self.trainable_parameters}:
             raise ValueError(
@@ -162,7 +156,7 @@ class DiffusionTrainer(Publishing):
         self.nan_policy = NaNPolicy(args.nan_policy, self.tasks, self.accelerator)
         self.shard_files = ShardFiles(self.accelerator, self.shards_parameters, args.should_save)
         self.average = MovingAverage(args.ema_decay, args.ema_update_every, self.trained_shards, self.shard_files)
-        self.pictures = Pictures(self, self._task_column)
+        self.pictures = Pictures(self)
         # Each follows the one before: a step's metrics are whole when `after_optimizer_step` has recorded its own, and
         # the last pictures are of the average
         first = [self.average, _EveryStep(self), self.metrics, self.nan_policy, self.pictures]
@@ -201,13 +195,17 @@ class DiffusionTrainer(Publishing):
     def policy_of(
         self, pipeline: DiffusionPipeline, adapter: str | None = None, call_kwargs: dict[str, Any] | None = None
     ) -> Policy:
-        """A party of this run: a pipeline that is called as the student's is, under the run's mixed precision, with
-        `call_kwargs` of its own over the student's."""
+        """A party of this run: a pipeline that is called as the student's is (of another class with what that takes of
+        the arguments), under the run's mixed precision, with `call_kwargs` of its own over the student's."""
         denoiser = getattr(pipeline, denoiser_name(pipeline))
+        cls: Any = type(pipeline)
+        given, taken = self.args.pipeline_kwargs, signature(cls.__call__).parameters
+        if cls is not type(self.pipeline):
+            given = {name: value for name, value in given.items() if name in taken}
         return Policy(
             pipeline,
             self.args.num_inference_steps,
-            {**self.args.pipeline_kwargs, **(call_kwargs or {})},
+            {**given, **(call_kwargs or {})},
             self.cache,
             adapter,
             partial(self._autocast, denoiser),
@@ -225,22 +223,53 @@ class DiffusionTrainer(Publishing):
         if self._compile_kwargs is not None:
             compile_blocks(denoiser, len(self.tasks) + 1, **self._compile_kwargs)
 
-    def _first_prompts(self) -> list[str]:
-        """The first batch of the user's own, for the start-up check."""
+    def check_task(self, task: str | None, anew: bool = False) -> tuple[list[dict[str, Any]], Checked]:
+        """The student's check at a batch of the first rows of a task, and these rows; once for all tasks whose rows
+        hold the same arguments, or `anew`."""
         count = self.args.per_device_train_batch_size
-        data = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        if isinstance(data, Mapping):
-            data = next(iter(data.values()))
-        prompts = [] if data is None else [example.get(PROMPT) for example in data.take(count)]
-        prompts = [prompt for prompt in prompts if is_prompt(prompt)] or CHECK_PROMPTS  # a stream is refused as it runs
-        return [prompts[index % len(prompts)] for index in range(count)]
+        rows = self.data.examples(task, count) or self.data.examples(None, count)
+        rows = rows or [{PROMPT: prompt} for prompt in CHECK_PROMPTS]  # a stream is refused as it runs
+        alike = [rows[row] for row in self.data.calls(rows, len(rows))[0]]
+        rows = [alike[index % len(alike)] for index in range(count)]
+        kind = task if anew else frozenset(inputs_of(rows, self.data.columns))
+        if kind not in self._checks:
+            self._checks[kind] = self._checked(rows)
+        return self._checks[kind]
+
+    def _checked(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Checked]:
+        inputs, policy, fraction = inputs_of(rows, self.data.columns), self.student.policy, self.args.timestep_fraction
+        if self.data.pictures and len(rows) == 1:
+            self.together = 1  # nobody has seen that more may go together
+        if self.together == 1:
+            inputs = {name: values[:1] for name, values in inputs.items()}
+        try:
+            return rows[: self.together], check_student(policy, inputs, fraction)
+        except ValueError as error:
+            if len(rows) == 1 or self.together == 1 or isinstance(error.__cause__, torch.OutOfMemoryError):
+                raise
+            self.model.zero_grad(set_to_none=True)
+            checked = check_student(policy, {name: values[:1] for name, values in inputs.items()}, fraction)
+            self.together = 1
+            logger.warning(
+                f"{policy.name} takes one sample a call, so each batch of {len(rows)} is {len(rows)} calls; together: "
+                f"{reason(error)}"
+            )
+            return rows[:1], checked
+
+    def calls(self, rows: Sequence[Mapping[str, Any]], by_task: bool = False) -> list[list[int]]:
+        """Which rows go through the pipeline together; called on every process, for equally many rows."""
+        calls = self.data.calls(rows, self.together or len(rows), by_task)
+        # Each forward pass of a sharded denoiser is one of all processes
+        if self.shards_parameters and len(set(gather_object([len(calls)]))) > 1:
+            calls = [[index] for index in range(len(rows))]
+        return calls
 
     def _report_check(self) -> None:
         """Ends the start-up check."""
         logger.warning(f"Everything fits together ({time.perf_counter() - self._check_began:.1f} s).")
         self.cache.clear()
         self.plan, self.learnt = self.checked.plan, self.checked.learnt
-        del self.checked, self._check_began
+        del self.checked, self._checks, self._check_began
 
     def _freeze_unused(self) -> None:
         """Freezes parameters that no gradient has reached in the check (Qwen-Image's last block has six): DDP would
@@ -258,8 +287,11 @@ class DiffusionTrainer(Publishing):
         # Without encoders a pipeline looks prompts up, and knows those of the data alone
         if not isinstance(self.train_dataset, Dataset) or set(encoders) <= {self.denoiser_name, "vae"}:
             return
-        longest = max(self.train_dataset[PROMPT], key=len).rstrip()
-        if not sees_the_end(self.student.policy, longest, count):
+        prompts = list(self.train_dataset[PROMPT])
+        place = max(range(len(prompts)), key=lambda row: len(prompts[row]))
+        longest = prompts[place].rstrip()
+        (row,) = self.data.read([self.train_dataset.select_columns(self.data.names)[place]])
+        if not sees_the_end(self.student.policy, inputs_of([{**row, PROMPT: longest}] * count, self.data.columns)):
             logger.warning(
                 f"The longest prompt of train_dataset, {textwrap.shorten(longest, 60)!r} of {len(longest)} characters, "
                 f"is cut: {type(self.pipeline).__name__} does not see its end. Raise `max_sequence_length` in "
@@ -363,7 +395,7 @@ class DiffusionTrainer(Publishing):
     # The columns that reach a batch; Trainer would take them from the denoiser's forward and drop the prompts. As in
     # TRL's own trainers: `remove_unused_columns` is the user's, and says what reward functions are given
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [PROMPT, self._task_column]
+        self._signature_columns = self.data.names
 
     # Data: one task a micro-batch, tasks in turn
 
@@ -378,7 +410,9 @@ class DiffusionTrainer(Publishing):
             self._global_batch_size,
             self._cycles,
             **self._repetition,
-            column=self._task_column,
+            column=self.data.task_column,
+            size_of=self.data.size_of,
+            alike=self._alike,
         )
         return self._get_dataloader(stream, "Training", self._train_batch_size, is_training=True)
 
@@ -386,14 +420,22 @@ class DiffusionTrainer(Publishing):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TaskCycleSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         self._train_sampler = TaskCycleSampler(
-            dataset[self._task_column],
+            dataset[self.data.task_column],
             self.tasks,
             self._global_batch_size,
             self._cycles,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             **self._repetition,
+            sizes=self.data.sizes,
+            alike=self._alike,
         )
         return self._train_sampler
+
+    @property
+    def _alike(self) -> int:
+        """How many samples in succession have pictures of one size: those of a process, or of all that gather weights
+        for each forward pass."""
+        return self._global_batch_size if self.shards_parameters else self._train_batch_size
 
     def enter_epoch(self, train_dataloader: Any) -> None:
         """Tells the sampler which epoch a run begins in: in several processes accelerate does not reach the sampler of
@@ -437,8 +479,8 @@ class DiffusionTrainer(Publishing):
         rows = []
         for number, batch in enumerate(dataloader):
             for example in batch:  # of a stream, which nobody has looked at yet
-                if example.get(self._task_column) not in self.tasks or not is_prompt(example.get(PROMPT)):
-                    whose = self._task_column.removesuffix("_id")
+                if example.get(self.data.task_column) not in self.tasks or not is_prompt(example.get(PROMPT)):
+                    whose = self.data.task_column.removesuffix("_id")
                     raise ValueError(f"eval_dataset: {example} is no prompt for one of the {whose}s {self.tasks}.")
             generators = self._generators(len(batch), SEED_EVAL, number, 0, 0)
             rows.append(self.accelerator.gather_for_metrics(self._evaluate_batch(batch, generators)))
@@ -461,15 +503,7 @@ class DiffusionTrainer(Publishing):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         if eval_dataset is not None:
-            refuse_unread_columns(self.pipeline, eval_dataset=eval_dataset)
-            eval_dataset = routed_dataset(
-                eval_dataset,
-                self.tasks,
-                "eval_dataset",
-                need_all=False,
-                column=self._task_column,
-                keep_columns=self._keep_columns,
-            )
+            eval_dataset = self.data.routed(eval_dataset)
         before = len(self.state.log_history)
         with self.ema_weights(), self.stopwatch.paused():
             metrics = super().evaluate(eval_dataset, *args, **kwargs)
@@ -511,9 +545,11 @@ class DiffusionTrainer(Publishing):
         """What the trackers show under each sample image, or list of frames. Called on the first process alone."""
         return self.image_prompts
 
-    def sample_images(self, prompts: Sequence[str]) -> list[Image.Image]:
-        """One image a prompt (of a video its middle frame), drawn by the student with fixed seeds, on every process."""
-        return [middle_frame(drawn) for drawn in self.pictures.draw(prompts)]
+    def sample_images(self, examples: Sequence[str | Mapping[str, Any]]) -> list[Image.Image]:
+        """One image a prompt, or row of the data (a dict of its columns), drawn by the student with fixed seeds, on
+        every process; of a video its middle frame."""
+        rows = [{PROMPT: example} if isinstance(example, str) else dict(example) for example in examples]
+        return [middle_frame(drawn) for drawn in self.pictures.draw(self.data.read(rows))]
 
     def log_images(self) -> None:
         """Draws the sample images and hands them to `output_dir/images/step_...` and the trackers in use. What fails on

@@ -14,8 +14,6 @@ from transformers import TrainerCallback
 
 from .config import DiffusionConfig
 from .errors import brief
-from .inputs import sample_arguments
-from .sampling import columns_of
 
 logger = get_logger(__name__)
 
@@ -48,17 +46,6 @@ def whole_cycles(args: DiffusionConfig, tasks: Sequence[str]) -> None:
             f"optimizer step must see every task equally often; leave it out, or use "
             f"{len(tasks) * max(1, round(steps / len(tasks)))}."
         )
-
-
-def refuse_unread_columns(pipeline: DiffusionPipeline, /, **datasets: Any) -> None:
-    """Refuses columns that the pipeline could use and is not given: a picture to be edited, for one."""
-    for name, dataset in datasets.items():
-        if unread := sorted(columns_of(dataset) & sample_arguments(type(pipeline))):
-            raise ValueError(
-                f"{name} has the columns {unread}, which {type(pipeline).__name__} takes for each sample, but which "
-                "are not handed to it yet; remove them, rename what means something else, or give one value for all "
-                "samples in `call_kwargs`."
-            )
 
 
 def check_helpers(callbacks: Any = None, optimizers: Any = (None, None)) -> None:

@@ -144,6 +144,10 @@ class DiffusionConfig(_BaseConfig):
             Handed to the pipeline's `__call__`; `None` leaves the pipeline's own default. Lengths in pixels.
         call_kwargs (`dict`, *optional*):
             Anything else that the pipeline's `__call__` takes, e.g. `{"max_sequence_length": 128}`.
+        input_columns (`list[str]`, *optional*):
+            The dataset's columns that are handed to the pipeline for each sample, `prompt` besides. `None`: those that
+            are named like what its `__call__` takes for each sample: texts (`negative_prompt`, ...), pictures (`image`,
+            `mask_image`, `control_image`, ...), videos.
         ema_decay (`float`, *optional*):
             Decay, in [0, 1), of the exponential moving average of the trained weights, which then is what is evaluated,
             saved and published. `None` turns it off. The first update copies the trained weights, update `n + 1` has
@@ -158,7 +162,8 @@ class DiffusionConfig(_BaseConfig):
             Optimizer steps between two sets of sample images, written to `output_dir/images` and to the trackers in
             use. `None`: once, at the end of training. 0: never.
         image_prompts (`list[str]`, *optional*):
-            Prompts of the sample images. `None`: the first prompt(s) of each task, four or more in all.
+            Prompts of the sample images, with the pictures of the data's first rows where the pipeline is given some.
+            `None`: the first row(s) of each task, four or more in all.
         image_num_inference_steps (`int`, *optional*):
             Denoising steps of the sample images, drawn with the pipeline's own scheduler. `None`:
             `num_inference_steps`.
@@ -190,6 +195,10 @@ class DiffusionConfig(_BaseConfig):
     width: int | None = field(default=None, metadata={"help": "Width in pixels. None: the pipeline's own default."})
     call_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Anything else that the pipeline's `__call__` takes."}
+    )
+    input_columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "Columns that reach the pipeline. None: those named like what it takes for each sample."},
     )
     ema_decay: float | None = field(
         default=None, metadata={"help": "Decay of the moving average of the trained weights. None: off."}

@@ -4,8 +4,6 @@ This file knows pipelines, and no policy or trainer.
 """
 
 import contextlib
-import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +12,8 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor
+
+from .inputs import signature
 
 
 class EncodeCache:
@@ -49,9 +49,6 @@ class EncodeCache:
                 self._store[key] = encode_prompt(pipeline, *args, **kwargs), bound
             self.num_encodings += 1
         return fresh_containers(self._store[key][0])
-
-
-signature = functools.cache(inspect.signature)
 
 
 def encoders_of(pipeline: DiffusionPipeline) -> Any:

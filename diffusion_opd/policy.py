@@ -29,13 +29,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .encode_cache import EncodeCache, encoders_of, fresh_containers, signature
+from .encode_cache import EncodeCache, encoders_of, fresh_containers
 from .errors import brief, reason
-from .inputs import PICTURE
+from .inputs import PICTURE, Inputs, as_arguments, signature
 from .paused import Paused
 from .scheduler_proxy import SchedulerStep, Step, Times, dissolve, own_scheduler, proxy
 
-Inputs = Mapping[str, Sequence[Any]]  # arguments of `__call__`, one value a sample
 Move = Callable[[Step], Tensor]  # the next state
 
 BACKBONE = ""  # as the name of an adapter: none at all
@@ -249,7 +248,7 @@ class Policy:
         try:
             output = method.__wrapped__(
                 pipeline,
-                **{name: list(values) for name, values in call.inputs.items()},
+                **as_arguments(type(self.pipeline), call.inputs),
                 num_inference_steps=self.num_inference_steps,
                 generator=call.generators,
                 output_type=call.output_type,
@@ -507,7 +506,7 @@ class Walk(_Call):
         """The next visit, `None` at the end."""
         return self._leg(computes=True)
 
-    def visits(self, places: Sequence[int], before_last: Callable[[], Any] = lambda: None) -> Iterator[Visit]:
+    def visits(self, places: Sequence[int], before_last: Callable[[], Any] | None = None) -> Iterator[Visit]:
         """The visits at these places, in rising order, under the caller's gradient mode; those between are walked
         without gradient, those after the last are not walked. `before_last()` is called before the forward passes of
         the last."""
@@ -516,7 +515,7 @@ class Walk(_Call):
             raise ValueError(f"a walk at visit {self.place} goes on in rising order, and was asked for {asked}.")
         while self.place <= places[-1]:
             place = self.place
-            if place == places[-1]:
+            if place == places[-1] and before_last is not None:
                 before_last()
             with torch.set_grad_enabled(place in places and torch.is_grad_enabled()):
                 visit = self.advance()

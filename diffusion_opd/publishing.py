@@ -15,10 +15,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from trl.trainer.base_trainer import _BaseTrainer
 
 from .adapters import STUDENT_ADAPTER
-from .callbacks.pictures import IMAGES_DIR
+from .callbacks.pictures import BESIDE, IMAGES_DIR
 from .config import DiffusionConfig
+from .data import Data
 from .errors import brief, one_sentence
 from .files import LORA_NAME
+from .inputs import PROMPT, sample_arguments
 from .student import Student
 
 logger = get_logger(__name__)
@@ -30,6 +32,7 @@ class Publishing(_BaseTrainer):
 
     args: DiffusionConfig
     student: Student
+    data: Data
 
     _tag_names = ["trl", "diffusion-opd"]
     _has_card = False  # of this run
@@ -128,8 +131,11 @@ class Publishing(_BaseTrainer):
         output_dir = Path(self.args.output_dir)
         gallery = sorted(output_dir.glob(f"{IMAGES_DIR}/step_*"))[-1:]
         pictures = sorted(gallery[0].glob("*.png")) if gallery else []
+        # Those with what they were made from, if it was pictures
+        pictures = [path for path in pictures if path.stem.endswith(BESIDE)] or pictures
         name = model_name or output_dir.name
         makes_video = hasattr(pipeline, "video_processor")
+        sources, arguments = self._call_in_words()
         data = ModelCardData(
             library_name="diffusers",
             base_model=base,
@@ -137,7 +143,7 @@ class Publishing(_BaseTrainer):
             base_model_relation=None if base is None else "adapter" if trains_lora else "finetune",
             model_name=name,
             datasets=dataset_name,
-            pipeline_tag="text-to-video" if makes_video else "text-to-image",
+            pipeline_tag=f"{min(sources, default='text')}-to-{'video' if makes_video else 'image'}",
             tags=[
                 *self._tag_names,
                 *(["lora"] if trains_lora else []),
@@ -161,13 +167,26 @@ class Publishing(_BaseTrainer):
             trains_lora=trains_lora,
             makes_video=makes_video,
             has_gallery=bool(pictures),
-            call_kwargs={key: repr(value) for key, value in self.args.pipeline_kwargs.items()},
+            loaders=[f"load_{source}" for source in sorted(sources)],
+            arguments=arguments,
             trainer_name=self._name,
             paper=self._paper,
             **self._card_fields(),
         )
         output_dir.mkdir(parents=True, exist_ok=True)
         card.save(output_dir / "README.md")
+
+    def _call_in_words(self) -> tuple[set[str], dict[str, str]]:
+        """What the pipeline makes its samples from besides text (`"image"`, `"video"`), and its arguments besides the
+        prompt."""
+        cls: Any = type(self.student.pipeline)
+        kinds, given = sample_arguments(cls), self.args.pipeline_kwargs
+        names = [name for name in (*self.data.columns, *given) if name != PROMPT]
+        loaders = {
+            name: "load_video" if "video" in name else "load_image" for name in names if not kinds.get(name, True)
+        }
+        words = {name: f'{loaders[name]}("...")' if name in loaders else repr(given.get(name, "...")) for name in names}
+        return {loader.removeprefix("load_") for loader in loaders.values()}, words
 
     @property
     def _card_name(self) -> str:

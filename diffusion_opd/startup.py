@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from .policy import Inputs, Policy, Visit, Walk
+from .inputs import PROMPT, Inputs
+from .policy import Policy, Visit, Walk
 from .queries import first_steps
 from .scheduler_proxy import SchedulerStep, Step
 from .transitions import Schedule, ddim, ode
@@ -102,8 +103,13 @@ def check_student(
     return Checked(plan, learnt, visits, walk, depends)
 
 
-def check_teacher(policy: Policy, checked: Checked) -> bool:
+def check_teacher(policy: Policy, checked: Checked, inputs: Inputs | None = None) -> bool:
     """Asks a teacher at the states that the student has visited.
+
+    Args:
+        policy ([`Policy`]): The teacher.
+        checked ([`Checked`]): The student.
+        inputs (`Mapping[str, Sequence]`, *optional*): Of the teacher. `None`: those of the student.
 
     Returns:
         `bool`: whether it predicts exactly what the student does.
@@ -120,7 +126,7 @@ def check_teacher(policy: Policy, checked: Checked) -> bool:
     answers: list[list[tuple[Tensor, ...]]] = []
     with torch.no_grad():
         for _ in range(rounds):
-            with policy.follow(checked.walk) as follow:
+            with policy.follow(checked.walk, inputs) as follow:
                 answers.append([follow(visit) for visit in checked.visits])
     for visit, targets in zip(checked.visits, answers[0], strict=True):
         for step, target in zip(visit.steps, targets, strict=True):
@@ -156,17 +162,18 @@ def require_independence(policy: Policy, checked: Checked) -> None:
         )
 
 
-def sees_the_end(policy: Policy, prompt: str, count: int) -> bool:
-    """Whether the denoiser is given something else for a prompt than for the prompt without its last character."""
+def sees_the_end(policy: Policy, inputs: Inputs) -> bool:
+    """Whether the denoiser is given something else for prompts than for these without their last characters."""
     seen: list[Any] = []
-    for text in (prompt, prompt[:-1]):
+    for prompts in (inputs[PROMPT], [prompt[:-1] for prompt in inputs[PROMPT]]):
+        given = {**inputs, PROMPT: prompts}
 
         def look(*args: Any, **kwargs: Any) -> Any:
             seen.append((args, kwargs))
             output = policy.empty_output(args, kwargs)
             return policy.denoiser(*args, **kwargs) if output is None else output
 
-        with torch.no_grad(), policy.walk({"prompt": [text] * count}, seeded(count), _noiseless, denoiser=look) as walk:
+        with torch.no_grad(), policy.walk(given, seeded(len(prompts)), _noiseless, denoiser=look) as walk:
             walk.advance()
     half = len(seen) // 2
     return not all(_equal(a, b) for a, b in zip(seen[:half], seen[half:], strict=True))

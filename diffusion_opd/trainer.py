@@ -23,12 +23,14 @@ from transformers.trainer_utils import set_seed
 
 from . import objectives
 from .base_trainer import DiffusionTrainer
-from .checks import own_arguments, refuse_unread_columns, whole_cycles
+from .checks import own_arguments, whole_cycles
 from .config import DiffusionOPDConfig, check_call_kwargs
+from .data import Data
 from .engines import held_gradient_sync
 from .errors import one_sentence
+from .inputs import Inputs, inputs_of, sample_arguments, signature
 from .policy import Move, Visit
-from .sampling import PROMPT, SEED_TRAIN, TEACHER, noise_generators, routed_dataset
+from .sampling import SEED_TRAIN, TEACHER, noise_generators
 from .scheduler_proxy import Step
 from .startup import check_teacher
 from .student import load_student, whole_modules
@@ -66,7 +68,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         args ([`DiffusionOPDConfig`], *optional*):
             The configuration. Defaults to one with `output_dir` `"<model>-DiffusionOPD"`.
         train_dataset (`Dataset`, `IterableDataset` or `{teacher id: dataset}`):
-            Columns `prompt` and, with several teachers, `teacher_id`.
+            Columns `prompt`, with several teachers `teacher_id`, and what else the pipeline takes for each sample
+            (`image`, `negative_prompt`, ...; see `input_columns`).
         eval_dataset (the same, *optional*):
             Evaluated as `eval_loss`, `eval_kl` and `eval_kl/<teacher id>`, with the same noise each time.
         callbacks (`list[TrainerCallback]`, *optional*), optimizers (`tuple`, *optional*):
@@ -113,26 +116,23 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         for key, spec in specs.items():
             check_call_kwargs(spec.call_kwargs, {"guidance_scale": spec.guidance_scale}, f"teacher {key!r}")
         ids = list(specs)
-        given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        if train_dataset is not None:
-            train_dataset = routed_dataset(train_dataset, ids, "train_dataset")
-        if eval_dataset is not None:
-            eval_dataset = routed_dataset(eval_dataset, ids, "eval_dataset", need_all=False)
-            evaluated = eval_dataset.unique(TEACHER) if isinstance(eval_dataset, Dataset) else ids
+        data = Data(train_dataset, eval_dataset, ids, TEACHER, args.input_columns)
+        if (evaluation := data.evaluation) is not None:
+            evaluated = evaluation.unique(TEACHER) if isinstance(evaluation, Dataset) else ids
             metrics = ["loss", "kl", *(f"kl/{key}" for key in ids if key in evaluated)]
             self._check_best_metric(args, metrics, callbacks)
         whole_cycles(args, ids)
 
         set_seed(args.seed)
-        pipeline = load_student(model, args, peft_config, partial(refuse_unread_columns, **given))
+        own_columns = {key: spec.columns for key, spec in specs.items()}
+        fit = partial(data.fit, call_kwargs=args.pipeline_kwargs, others=own_columns)
+        pipeline = load_student(model, args, peft_config, fit)
         with whole_modules():
             loaded = load_teachers(specs, pipeline, peft_config is not None, args.mixed_dtype)
         super().__init__(
             pipeline,
             args,
-            ids,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            data,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -147,15 +147,31 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             timing=partial(self.stopwatch.section, "placement"),
         )
         self.loaded_teachers = self.teachers.loaded
+        self.columns = {key: self._columns_of(key) for key in ids}
         self._micro_step = 0
         self._check_parties(self.teachers.copies)
         for denoiser in {self.model, *(teacher.denoiser for teacher in self.teachers.values())}:
             self._compile(denoiser)
 
+    def _columns_of(self, key: str) -> dict[str, str]:
+        """The column of each argument of a teacher's `__call__`: the student's, if that takes them, or its own."""
+        spec = self.loaded_teachers[key].spec
+        cls: Any = type(self.teachers[key].pipeline)
+        taken = signature(cls.__call__).parameters
+        if unknown := sorted(spec.columns.keys() - taken.keys()):
+            raise ValueError(
+                f"teacher {key!r}: `columns` names {unknown}, which {cls.__name__} does not take; it takes "
+                f"{sorted(sample_arguments(cls))}."
+            )
+        columns = self.data.columns_of_party(cls, spec.columns, spec.overrides)
+        if lacking := sorted({*self.data.columns, *self.args.pipeline_kwargs} - taken.keys()):
+            logger.warning(f"Teacher {key!r} is asked without {lacking}, which {cls.__name__} does not take.")
+        return columns
+
     def _check_parties(self, copies: set[str]) -> None:
         """Asks everybody once: refuses what does not fit, warns about a teacher with nothing to teach: the `copies` of
         the student, and what predicts as it does."""
-        args, step = self.args, self.checked.visits[0].steps[0]
+        args = self.args
         noise_level: Any = args.noise_level  # a number since `__post_init__`
         needs_noise = noise_level > 0 and objectives.OBJECTIVES[args.objective].divides_by_std
         self.kernel = self.choose_kernel(args.transition, noise_level, needs_noise)
@@ -164,11 +180,14 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             teacher.timing = partial(self.stopwatch.section, "teacher")
             with self.teachers.on_device(key):
                 source, dtype = self.loaded_teachers[key].spec.source, next(teacher.denoiser.parameters()).dtype
+                own = self.columns[key]
+                rows, checked = self.check_task(key, anew=own != self.data.columns)
+                step = checked.visits[0].steps[0]
                 with one_sentence(
                     f"teacher {key!r} ({source}) of {dtype} cannot be asked at the student's states of shape "
                     f"{tuple(step.sample.shape)} and {step.sample.dtype}"
                 ):
-                    same = check_teacher(teacher, self.checked)
+                    same = check_teacher(teacher, checked, inputs_of(rows, own))
                 if key in copies or same:
                     logger.warning(
                         f"Teacher {key!r} ({source}) predicts exactly what the untrained student predicts: there is "
@@ -183,26 +202,36 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     ) -> Tensor:
         """One micro-batch: the student walks, the task's teacher follows, and each visit has its backward pass."""
         self._begin_micro_batch(model)
-        prompts, task = [example[PROMPT] for example in inputs], inputs[0][TEACHER]
+        task, losses = inputs[0][TEACHER], []
+        calls = self.calls(inputs)  # one, but of a pipeline that takes one sample a call
         generators = self._generators(len(inputs), SEED_TRAIN, self.state.global_step, *self._place_in_step(task))
-        scale = 1 / (len(self.learnt) * self.current_gradient_accumulation_steps)
-        losses = []
+        scale = 1 / (len(calls) * len(self.learnt) * self.current_gradient_accumulation_steps)
         with (
             self.teachers.on_device(task) as teacher,
-            held_gradient_sync(self.accelerator, model, len(self.learnt)) as release_sync,
-            self.student.policy.walk({PROMPT: prompts}, generators, self._move(generators), denoiser=model) as walk,
-            teacher.follow(walk) as follow,
+            held_gradient_sync(self.accelerator, model, len(calls) * len(self.learnt)) as release_sync,
         ):
-            for visit in walk.visits(self.learnt, before_last=release_sync):
-                with torch.no_grad():
-                    targets = follow(visit)  # what the specialist does at these very states
-                loss, kl = self._divergence(visit, targets)  # Eq. 10-12
-                self._backward(loss.mean() * scale)  # Eq. 15; the graph of one visit lives at a time
-                losses.append(loss.mean().detach())
-                self._note(task, visit, targets, loss, kl)
+            for call in calls:
+                own = [generators[row] for row in call]
+                student, teachers = self._inputs(task, [inputs[row] for row in call])
+                with (
+                    self.student.policy.walk(student, own, self._move(own), denoiser=model) as walk,
+                    teacher.follow(walk, teachers) as follow,
+                ):
+                    for visit in walk.visits(self.learnt, release_sync if call is calls[-1] else None):
+                        with torch.no_grad():
+                            targets = follow(visit)  # what the specialist does at these very states
+                        loss, kl = self._divergence(visit, targets)  # Eq. 10-12
+                        self._backward(loss.mean() * scale)  # Eq. 15; the graph of one visit lives at a time
+                        losses.append(loss.mean().detach())
+                        self._note(task, visit, targets, loss, kl)
         self._end_micro_batch()
         self._micro_step += 1
         return torch.stack(losses).mean() / self.current_gradient_accumulation_steps
+
+    def _inputs(self, task: str, rows: Sequence[dict[str, Any]]) -> tuple[Inputs, Inputs | None]:
+        """Of the student, and of a task's teacher if they are others."""
+        own = self.columns[task]
+        return inputs_of(rows, self.data.columns), None if own == self.data.columns else inputs_of(rows, own)
 
     def _move(self, generators: list[torch.Generator]) -> Move:
         """Where a walk goes: the policy is the student's own."""
@@ -251,12 +280,10 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     def _evaluate_batch(self, batch: Sequence[dict[str, Any]], generators: list[torch.Generator]) -> Tensor:
         """Task, loss and KL of each sample. A batch of an eval dataset may hold several tasks; a walk holds one."""
         results = torch.zeros(len(batch), 3, device=self.accelerator.device)
-        for task in sorted({example[TEACHER] for example in batch}):
-            chosen = [index for index, example in enumerate(batch) if example[TEACHER] == task]
-            loss, kl = self._evaluate_task(
-                [batch[index][PROMPT] for index in chosen], task, [generators[index] for index in chosen]
-            )
-            results[chosen] = torch.stack([torch.full_like(loss, self.tasks.index(task)), loss, kl], dim=1)
+        for call in self.calls(batch, by_task=True):
+            task = batch[call[0]][TEACHER]
+            loss, kl = self._evaluate_rows(task, [batch[row] for row in call], [generators[row] for row in call])
+            results[call] = torch.stack([torch.full_like(loss, self.tasks.index(task)), loss, kl], dim=1)
         return results
 
     def _evaluation_metrics(self, table: Tensor) -> dict[str, Tensor]:
@@ -267,14 +294,15 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         return metrics
 
     @torch.no_grad()
-    def _evaluate_task(
-        self, prompts: Sequence[str], task: str, generators: list[torch.Generator]
+    def _evaluate_rows(
+        self, task: str, rows: Sequence[dict[str, Any]], generators: list[torch.Generator]
     ) -> tuple[Tensor, Tensor]:
         losses, kls = [], []
+        student, teachers = self._inputs(task, rows)
         with (
             self.teachers.on_device(task) as teacher,
-            self.student.policy.walk({PROMPT: prompts}, generators, self._move(generators)) as walk,
-            teacher.follow(walk) as follow,
+            self.student.policy.walk(student, generators, self._move(generators)) as walk,
+            teacher.follow(walk, teachers) as follow,
         ):
             for visit in walk.visits(self.learnt):
                 loss, kl = self._divergence(visit, follow(visit))

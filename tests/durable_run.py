@@ -29,6 +29,7 @@ from transformers import TrainerCallback, TrainerState
 
 import diffusion_opd
 from diffusion_opd.checkpoints import FILES_NAME
+from diffusion_opd.rl.trainer import Rollout
 from tests.cpu_engines import fsdp_on_cpu, leave
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS
 
@@ -219,7 +220,9 @@ def run(
     step = trainer.training_step
 
     def watched_step(model, inputs, *args):
-        watch.prompts.append([row["prompt"] for row in inputs] if isinstance(inputs, list) else inputs.prompts)
+        rollouts = inputs if isinstance(inputs[0], Rollout) else []
+        rows = [row["prompt"] for row in inputs] if not rollouts else []
+        watch.prompts.append(rows + [prompt for rollout in rollouts for prompt in rollout.inputs["prompt"]])
         return step(model, inputs, *args)
 
     trainer.training_step = watched_step

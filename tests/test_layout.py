@@ -15,9 +15,10 @@ TESTS = Path(__file__).parent
 
 # Lowest first; a module imports modules of lower layers only. Names are patterns, the first that fits counts.
 LAYERS = [
-    ["errors", "transitions", "checkpoints", "stopwatch", "sampling", "files", "paused", "inputs", "queries"],
-    ["objectives", "shards"],
-    ["config"],
+    ["errors", "transitions", "checkpoints", "stopwatch", "files", "paused", "queries"],
+    ["objectives", "shards", "inputs"],
+    ["config", "sampling"],
+    ["data"],
     ["scheduler_proxy", "encode_cache"],
     ["policy"],
     ["startup", "adapters"],

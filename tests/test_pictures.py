@@ -212,8 +212,8 @@ def test_a_pipeline_that_was_refused_can_be_given_again(tmp_path):
     pipeline = BUILDERS["sd3"](0)
     args = DiffusionOPDConfig(str(tmp_path), report_to="none", use_cpu=True, call_kwargs=dict(CALL["sd3"]))
     lora = LoraConfig(r=2, target_modules=LORA_TARGETS)
-    with pytest.raises(ValueError, match="negative_prompt"):
-        spoilt = DATA.add_column("negative_prompt", ["blurred"] * 8)
+    with pytest.raises(ValueError, match="the `negative_prompt` of row 1 is missing"):
+        spoilt = DATA.add_column("negative_prompt", ["blurred", None] * 4)
         DiffusionOPDTrainer(pipeline, BUILDERS["sd3"](1), args, spoilt, peft_config=lora)
     DiffusionOPDTrainer(pipeline, BUILDERS["sd3"](1), args, DATA, peft_config=lora)
 

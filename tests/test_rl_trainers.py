@@ -352,12 +352,12 @@ def test_noise_stays_in_the_window(tmp_path):
         **dict(num_inference_steps=6, sde_window_size=2, sde_window_range=[1, 5], max_steps=5, learning_rate=0.0),
     )
     trainer.train()
-    windows = [[tuple(rollout.tensors["window"].tolist()) for rollout in step] for step in rollouts]
+    windows = [[tuple(rollout.tensors["window"].tolist()) for (rollout,) in step] for step in rollouts]
     assert all(len(step) == 2 and step[0] == step[1] for step in windows)
     assert {step[0] for step in windows} <= {(1, 3), (2, 4), (3, 5)} and len({step[0] for step in windows}) > 1
 
     start, stop = windows[0][0]
-    prompts, tensors = rollouts[0][0].prompts, rollouts[0][0].tensors
+    prompts, tensors = rollouts[0][0][0].inputs["prompt"], rollouts[0][0][0].tensors
     assert len(tensors["states"]) == 2
     # learning_rate 0: the policy that rolled out is still there
     seeds = [seed_of(trainer.args.seed, 0, 0, 0, index) for index in range(4)]

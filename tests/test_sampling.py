@@ -15,7 +15,8 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from torch.utils.data import DataLoader
 
 from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
-from diffusion_opd.sampling import TaskCycleSampler, TaskCycleStream, routed_dataset, seed_of
+from diffusion_opd.data import routed_dataset
+from diffusion_opd.sampling import TaskCycleSampler, TaskCycleStream, seed_of
 from tests.tiny_pipelines import BUILDERS, CALL
 
 IDS = ["aes", "ocr", "geneval"]
@@ -323,15 +324,14 @@ def test_a_stream_is_read_by_one_worker_and_not_by_two():
 # What a user hands over
 
 
-def test_columns_are_routed_and_the_others_dropped():
+def test_columns_stay():
     data = Dataset.from_dict({"prompt": ["a", "b", "c"], "teacher_id": ["ocr", "aes", "ocr"], "seed": [1, 2, 3]})
-    routed = routed_dataset(data, ["aes", "ocr"], "train_dataset")
-    assert routed[:] == {"prompt": ["a", "b", "c"], "teacher_id": ["ocr", "aes", "ocr"]}
+    assert routed_dataset(data, ["aes", "ocr"], "train_dataset")[:] == data[:]
 
 
 def test_one_teacher_needs_no_column():
     data = Dataset.from_dict({"prompt": ["a", "b"], "other": [0, 1]})
-    assert routed_dataset(data, ["aes"], "train_dataset")[:] == {"prompt": ["a", "b"], "teacher_id": ["aes", "aes"]}
+    assert routed_dataset(data, ["aes"], "train_dataset")[:] == data[:] | {"teacher_id": ["aes", "aes"]}
     named = data.add_column("teacher_id", ["aes", "aes"])
     assert routed_dataset(named, ["aes"], "train_dataset")[:]["teacher_id"] == ["aes", "aes"]
 
@@ -340,10 +340,21 @@ def test_a_dict_names_the_tasks():
     data = {
         # pandas makes `large_string` of text, a dict `string`
         "ocr": Dataset.from_pandas(pandas.DataFrame({"prompt": ["a"], "target": ["A"]})),
-        "aes": Dataset.from_dict({"prompt": ["b", "c"], "teacher_id": ["whoever", "whoever"]}),
+        "aes": Dataset.from_dict({"prompt": ["b", "c"], "teacher_id": ["whoever", "whoever"], "target": ["B", "C"]}),
     }
     routed = routed_dataset(data, ["aes", "ocr"], "train_dataset")
-    assert routed[:] == {"prompt": ["b", "c", "a"], "teacher_id": ["aes", "aes", "ocr"]}
+    tasks = ["aes", "aes", "ocr"]
+    assert routed[:] == {"prompt": ["b", "c", "a"], "teacher_id": tasks, "target": ["B", "C", "A"]}
+
+
+def test_a_column_of_several_types_is_left_out(caplog):
+    data = {
+        "ocr": Dataset.from_dict({"prompt": ["a"], "id": ["first"]}),
+        "aes": Dataset.from_dict({"prompt": ["b"], "id": [2]}),
+    }
+    routed = routed_dataset(data, ["aes", "ocr"], "train_dataset")
+    assert routed[:] == {"prompt": ["b", "a"], "teacher_id": ["aes", "ocr"]}
+    assert "The column 'id' of train_dataset has several types, and is left out" in caplog.text
 
 
 def test_evaluation_needs_no_prompt_of_every_teacher():
@@ -354,9 +365,9 @@ def test_evaluation_needs_no_prompt_of_every_teacher():
         routed_dataset(data, ["aes"], "eval_dataset", need_all=False)
 
 
-def test_columns_are_kept_for_those_who_ask():
+def test_columns_of_tasks_stay():
     data = Dataset.from_dict({"prompt": ["a", "b"], "task": ["ocr", "aes"], "target": ["A", "B"]})
-    keep = dict(column="task", keep_columns=True)
+    keep = dict(column="task")
     assert routed_dataset(data, ["aes", "ocr"], "train_dataset", **keep)[:] == data[:]
     one = routed_dataset(data.remove_columns("task"), ["aes"], "train_dataset", **keep)
     assert one[:] == data[:] | {"task": ["aes", "aes"]}
@@ -371,7 +382,7 @@ def test_columns_are_kept_for_those_who_ask():
 
 def test_streams_for_evaluation_keep_their_columns():
     streams = {task: IterableDataset.from_generator(lambda: iter([{"prompt": "a", "n": 1}])) for task in ("aes", "ocr")}
-    keep = dict(column="task", keep_columns=True, need_all=False)
+    keep = dict(column="task", need_all=False)
     both = routed_dataset(streams, ["aes", "ocr"], "eval_dataset", **keep)
     assert list(both) == [{"prompt": "a", "n": 1, "task": task} for task in ("aes", "ocr")]
     single = routed_dataset(streams["aes"], ["aes"], "eval_dataset", **keep)
@@ -390,7 +401,7 @@ def test_streams_for_evaluation_keep_their_columns():
 )
 def test_data_without_its_tasks_is_refused(data, words: list[str]):
     with pytest.raises(ValueError) as refusal:
-        routed_dataset(data, ["aes", "ocr"], "train_dataset", column="task", keep_columns=True)
+        routed_dataset(data, ["aes", "ocr"], "train_dataset", column="task")
     assert all(word in str(refusal.value) for word in words), refusal.value
 
 

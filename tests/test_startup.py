@@ -199,6 +199,6 @@ def test_whether_the_end_of_a_prompt_is_seen(family: str):
     """Encoders cut what is too long for them, some without a word."""
     policy = Policy(built(family), STEPS, CALL[family])
     with counted(denoiser(built(family))) as calls:
-        assert sees_the_end(policy, "a red fox", 2)
-        assert not sees_the_end(policy, "a red fox " * 20, 2)
+        assert sees_the_end(policy, {"prompt": ["a red fox"] * 2})
+        assert not sees_the_end(policy, {"prompt": ["a red fox " * 20] * 2})
     assert len(calls) <= 2

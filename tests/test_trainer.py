@@ -970,32 +970,6 @@ def test_a_pipeline_that_looks_up_its_prompts_trains_as_one_that_encodes_them(tm
     assert "could not be drawn" not in caplog.text
 
 
-def kontext(seed: int) -> FluxKontextPipeline:
-    pipe = FluxKontextPipeline(**BUILDERS["flux"](seed).components)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.mark.parametrize("kind", ["dataset", "dict", "stream", "evaluated"])
-def test_columns_that_the_pipeline_could_use_are_refused_until_they_are(tmp_path, kind):
-    """FLUX.1-Kontext edits pictures; with the pictures dropped it would learn to draw from text, without a word."""
-    pictures = Dataset.from_dict({"prompt": ["at night", "in winter"], "image": ["a.png", "b.png"], "width": [8, 8]})
-    plain = pictures.remove_columns("image")
-    train = {"dict": {"a": pictures}, "stream": pictures.to_iterable_dataset(), "dataset": pictures}.get(kind, plain)
-    evaluated = pictures if kind == "evaluated" else None
-    name = "train_dataset" if train is not plain else "eval_dataset"
-    with pytest.raises(ValueError, match=rf"{name} has the columns \['image'\], which FluxKontextPipeline takes"):
-        DiffusionOPDTrainer(
-            kontext(0), {"a": kontext(1)}, config(tmp_path, "flux"), train, evaluated, peft_config=lora()
-        )
-
-
-def test_columns_that_the_pipeline_could_use_are_refused_in_a_later_evaluation(tmp_path):
-    trainer = trainer_of(tmp_path)
-    with pytest.raises(ValueError, match=r"eval_dataset has the columns \['negative_prompt'\], which StableDiffusion3"):
-        trainer.evaluate(DATA.rename_column("unused", "negative_prompt"))
-
-
 def test_columns_that_only_another_pipeline_could_use_are_left_alone(tmp_path):
     DiffusionOPDTrainer(
         BUILDERS["sd3"](0),

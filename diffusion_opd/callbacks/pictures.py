@@ -3,7 +3,7 @@
 import copy
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback
 
-from ..sampling import PROMPT, seed_of
+from ..inputs import PROMPT, as_arguments, inputs_of
+from ..sampling import seed_of
 
 logger = get_logger(__name__)
 
 IMAGES_DIR = "images"
+BESIDE = "_beside"  # in the names of files that show what a picture was made from on its left
 
 
 class Pictures(TrainerCallback):
@@ -31,11 +33,10 @@ class Pictures(TrainerCallback):
     Args:
         trainer ([`DiffusionTrainer`]): Whose `pipeline` draws, inside its `ema_weights`; whose `image_captions` may be
             a subclass's own.
-        task_column (`str`): Of its dataset.
     """
 
-    def __init__(self, trainer: Any, task_column: str):
-        self.trainer, self.task_column = trainer, task_column
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Those of the step before; also when a run is resumed here, which may have been killed before it drew them
@@ -48,49 +49,50 @@ class Pictures(TrainerCallback):
 
     @property
     def examples(self) -> list[dict[str, Any]]:
-        """What they show: `args.image_prompts`, or the first rows of each task, four or more in all."""
-        args, tasks, dataset = self.trainer.args, self.trainer.tasks, self.trainer.train_dataset
-        if args.image_prompts is not None:
-            return [{PROMPT: prompt} for prompt in args.image_prompts]
-        if not isinstance(dataset, Dataset):
-            return []
-        per_task = -(-4 // len(tasks))
-        rows: dict[str, list[int]] = {key: [] for key in tasks}
-        for row, task in enumerate(dataset[self.task_column]):
-            if len(rows[task]) < per_task:
-                rows[task].append(row)
-            elif all(len(chosen) == per_task for chosen in rows.values()):
-                break
-        return [dataset[row] for chosen in rows.values() for row in chosen]
+        """What they show: the first rows of each task, four or more in all; or `args.image_prompts`, with the pictures
+        of these."""
+        args, tasks, data = self.trainer.args, self.trainer.tasks, self.trainer.data
+        rows = []
+        if isinstance(data.train, Dataset) and (args.image_prompts is None or data.pictures):
+            rows = [row for task in tasks for row in data.examples(task, -(-4 // len(tasks)))]
+        if args.image_prompts is None:
+            return rows
+        given = [{name: row[name] for name in data.pictures if name in row} for row in rows] or [{}]
+        return [{**given[number % len(given)], PROMPT: prompt} for number, prompt in enumerate(args.image_prompts)]
 
     @torch.no_grad()
-    def draw(self, prompts: Sequence[str]) -> list[Any]:
-        """An image, or a list of frames, for each prompt, with fixed seeds, on every process. What the pipeline raises
-        on one process is raised on all (where each call of the denoiser gathers sharded weights: once these calls are
+    def draw(self, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """An image, or a list of frames, for each row, with fixed seeds, on every process. What the pipeline raises on
+        one process is raised on all (where each call of the denoiser gathers sharded weights: once these calls are
         done)."""
-        args, accelerator = self.trainer.args, self.trainer.accelerator
+        args, accelerator, data = self.trainer.args, self.trainer.accelerator, self.trainer.data
         world, rank = accelerator.num_processes, accelerator.process_index
-        per_process = -(-len(prompts) // world)
+        per_process = -(-len(rows) // world)
         # Every process draws equally many: sharded weights are gathered by all
-        mine = [min(index, len(prompts) - 1) for index in range(rank * per_process, (rank + 1) * per_process)]
+        mine = [min(index, len(rows) - 1) for index in range(rank * per_process, (rank + 1) * per_process)]
         if not mine:
             return []
         pipeline = copy.copy(self.trainer.pipeline)
         pipeline.set_progress_bar_config(disable=True)
         self.trainer.model.eval()
-        drawn, error = [], None
+        drawn: list[Any] = [None] * len(mine)
+        error = None
         try:
+            calls = self.trainer.calls([rows[index] for index in mine])
             with self.trainer.ema_weights():
-                output = pipeline(
-                    prompt=[prompts[index] for index in mine],
-                    num_inference_steps=args.image_num_inference_steps or args.num_inference_steps,
-                    generator=[torch.Generator().manual_seed(seed_of(args.seed, index)) for index in mine],
-                    output_type="pil",
-                    **args.pipeline_kwargs,
-                )
-            drawn = list(output.images if hasattr(output, "images") else output.frames)
-        except Exception as own:
-            error = own
+                for call in calls:
+                    output = pipeline(
+                        **as_arguments(type(pipeline), inputs_of([rows[mine[own]] for own in call], data.columns)),
+                        num_inference_steps=args.image_num_inference_steps or args.num_inference_steps,
+                        generator=[torch.Generator().manual_seed(seed_of(args.seed, mine[own])) for own in call],
+                        output_type="pil",
+                        **args.pipeline_kwargs,
+                    )
+                    made = output.images if hasattr(output, "images") else output.frames
+                    for own, one in zip(call, made, strict=True):
+                        drawn[own] = one
+        except Exception as own_error:
+            error = own_error
         if world > 1:  # or those that could draw would wait for the one that could not
             errors = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
             drawn = gather_object(drawn)
@@ -101,15 +103,16 @@ class Pictures(TrainerCallback):
                 raise error
         finally:
             del error  # its traceback holds this frame, and all that the call left on the device
-        return drawn[: len(prompts)]
+        return drawn[: len(rows)]
 
     def log(self) -> None:
         """Draws them and hands them to `output_dir/images/step_...` and the trackers in use. What fails on the way is a
         warning: a picture is not worth a run."""
         try:
-            drawn = self.draw(self.trainer.image_prompts)
+            rows = self.examples
+            drawn = self.draw(rows)
             if drawn and self.trainer.is_world_process_zero():
-                self._show(drawn)
+                self._show(rows, drawn)
                 self.trainer.renew_model_card()
         except Exception as error:
             logger.warning(
@@ -117,16 +120,21 @@ class Pictures(TrainerCallback):
                 f"({type(error).__name__}: {textwrap.shorten(str(error), 200)}); the run goes on."
             )
 
-    def _show(self, drawn: list[Any]) -> None:
+    def _show(self, rows: Sequence[Mapping[str, Any]], drawn: list[Any]) -> None:
         images = [middle_frame(one) for one in drawn]
         args, step = self.trainer.args, self.trainer.state.global_step
         folder = Path(args.output_dir, IMAGES_DIR, f"step_{step:06d}")
         folder.mkdir(parents=True, exist_ok=True)
         for index, image in enumerate(images):
             image.save(folder / f"{index:02d}.png")
+        if any(sources := [self._sources(row) for row in rows]):
+            images = [beside(own, image) for own, image in zip(sources, images, strict=True)]
+            for index, image in enumerate(images):
+                image.save(folder / f"{index:02d}{BESIDE}.png")
         captions = self.trainer.image_captions(drawn)
         (folder / "captions.json").write_text(json.dumps(captions, indent=2) + "\n")
-        grid = make_image_grid(images, rows=1, cols=len(images))
+        size = max(image.width for image in images), max(image.height for image in images)
+        grid = make_image_grid([beside([], image, size) for image in images], rows=1, cols=len(images))
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 pixels = torch.frombuffer(bytearray(grid.convert("RGB").tobytes()), dtype=torch.uint8)
@@ -142,6 +150,28 @@ class Pictures(TrainerCallback):
             import trackio
 
             trackio.log({"samples": trackio.Image(grid, caption=" | ".join(captions))})
+
+    def _sources(self, row: Mapping[str, Any]) -> list[Image.Image]:
+        """The pictures that a row was made from; of a video its middle frame, of several pictures all."""
+        columns, sources = self.trainer.data.columns, []
+        for name, column in columns.items():
+            value = row.get(column) if column in self.trainer.data.pictures else None
+            several = value if isinstance(value, list) and "video" not in name else [value]
+            sources += [middle_frame(one) for one in several if isinstance(one, (Image.Image, list))]
+        return sources
+
+
+def beside(sources: Sequence[Image.Image], result: Image.Image, size: tuple[int, int] | None = None) -> Image.Image:
+    """What a picture was made from, in its height, and on the right the picture itself; or in a frame of a size."""
+    height = result.height
+    shown = [one.resize((max(1, round(one.width * height / one.height)), height)) for one in sources] + [result]
+    width = sum(one.width for one in shown)
+    sheet = Image.new("RGB", size or (width, height), "white")
+    left = 0
+    for one in shown:
+        sheet.paste(one, (left, 0))
+        left += one.width
+    return sheet
 
 
 def middle_frame(drawn: Image.Image | list[Image.Image]) -> Image.Image:

@@ -14,8 +14,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .. import objectives
+from ..inputs import Inputs
 from ..policy import Visit
-from ..sampling import PROMPT, SEED_TRAIN, noise_generators, seed_of
+from ..sampling import SEED_TRAIN, noise_generators, seed_of
 from ..scheduler_proxy import Step, is_flow
 from ..transitions import Schedule, Transition
 from .config import DiffusionGRPOConfig
@@ -82,7 +83,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         self.kernel = self.choose_kernel(transition, self.args.noise_level, needs_noise=True)
 
     def _roll_out(
-        self, task: str, prompts: list[str], generators: list[torch.Generator]
+        self, task: str, inputs: Inputs, generators: list[torch.Generator]
     ) -> tuple[Schedule, dict[str, Tensor], list[Any]]:
         # Of the seed and the step alone, and so the same on all processes
         order = np.random.default_rng(seed_of(self.args.seed, SEED_TRAIN, self.state.global_step))
@@ -99,7 +100,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
                 kept[name].append(tensor)
             return transition.sample(noise)
 
-        with self.student.policy.walk({PROMPT: prompts}, generators, move, output_type="pil") as walk:
+        with self.student.policy.walk(inputs, generators, move, output_type="pil") as walk:
             for visit in walk:
                 (step,) = visit.steps
                 self.watch("rollout", task, step.prediction)
@@ -108,7 +109,8 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         return step.schedule, tensors, list(walk.output)
 
     def _visits(self, rollout: Rollout) -> list[Visit]:
-        return self._chain(range(*rollout.tensors["window"].tolist()), rollout.tensors["states"].unbind())
+        places = range(*rollout.tensors["window"].tolist())
+        return self._chain(rollout, places, rollout.tensors["states"].unbind())
 
     def _loss(self, rollout: Rollout, number: int, at: Step, predictions: Mapping[str, Tensor]) -> Tensor:
         args, x, schedule, index = self.args, at.sample, at.schedule, at.index

@@ -14,9 +14,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ..adapters import STUDENT_ADAPTER
+from ..inputs import Inputs
 from ..objectives import velocity
 from ..policy import Policy, Visit
-from ..sampling import PROMPT, SEED_NOISE
+from ..sampling import SEED_NOISE
 from ..scheduler_proxy import Step
 from ..shards import local_shards, reshard, shards_changed
 from ..transitions import Schedule, denoised, noised
@@ -96,9 +97,9 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         self._old_weights: list[Tensor] = []
 
     def _roll_out(
-        self, task: str, prompts: list[str], generators: list[torch.Generator]
+        self, task: str, inputs: Inputs, generators: list[torch.Generator]
     ) -> tuple[Schedule, dict[str, Tensor], list[Any]]:
-        with self.old.walk({PROMPT: prompts}, generators, partial(_move, self._ode), output_type="pil") as walk:
+        with self.old.walk(inputs, generators, partial(_move, self._ode), output_type="pil") as walk:
             for visit in walk:
                 (step,) = visit.steps
                 self.watch("rollout", task, step.prediction)
@@ -108,11 +109,12 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         x_0, states = rollout.tensors["x_0"], []
         for place in self.learnt:
             key = self.tasks.index(rollout.task) * self.args.num_inference_steps + place
-            generators = self._generators(len(x_0), SEED_NOISE, self.state.global_step, key, rollout.place)
+            generators = self._own_generators(rollout, SEED_NOISE, self.state.global_step, key, rollout.place)
             noise = randn_tensor(x_0.shape, generators, x_0.device, torch.float32)
             # In the dtype that the denoiser is given in a rollout
-            states.append(noised(x_0, noise, *self.plan[place].levels[0]).to(self._state_dtype))
-        return self._chain(self.learnt, states)
+            ((_, index),) = self.plan[place].levels
+            states.append(noised(x_0, noise, rollout.schedule, index).to(self._state_dtype))
+        return self._chain(rollout, self.learnt, states)
 
     @property
     def _compared(self) -> dict[str, Policy]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import brief
-from ..sampling import PROMPT
+from ..inputs import PROMPT
 
 RewardFunc = Callable[..., Any]
 

@@ -29,10 +29,12 @@ from transformers.trainer_utils import set_seed
 from ..adapters import STUDENT_ADAPTER, add_adapter, frozen_copy
 from ..base_trainer import DiffusionTrainer
 from ..checkpoints import give_ordinary_mode, is_checkpoint
-from ..checks import own_arguments, refuse_unread_columns, whole_cycles
+from ..checks import own_arguments, whole_cycles
+from ..data import Data, check_no_splits, stream_columns, tasks_in
 from ..engines import held_gradient_sync
+from ..inputs import PROMPT, Inputs, inputs_of, packed, unpacked
 from ..policy import BACKBONE, Policy, Visit
-from ..sampling import PROMPT, SEED_TRAIN, TASK, check_no_splits, routed_dataset, stream_columns, tasks_in
+from ..sampling import SEED_TRAIN, TASK
 from ..scheduler_proxy import Step
 from ..startup import require_independence
 from ..student import load_student
@@ -48,20 +50,22 @@ MANIFEST_NAME = "reward_manifest.json"
 
 @dataclass
 class Rollout:
-    """One micro-batch of samples.
+    """Samples of one call of the pipeline: a micro-batch, or one of it.
 
     Attributes:
         task (`str`): Of all samples.
-        prompts (`list[str]`): One a sample.
+        inputs (`Inputs`): What they were made of.
         place (`int`): Which of its task's micro-batches of the optimizer step.
+        rows (`list[int]`): Which samples of that micro-batch.
         schedule (`Schedule`): The noise levels.
         tensors (`dict[str, Tensor]`): What the trainer keeps of the samples.
-        advantages (`Tensor`): `[batch]`.
+        advantages (`Tensor`): `[samples]`.
     """
 
     task: str
-    prompts: list[str]
+    inputs: Inputs
     place: int
+    rows: list[int]
     schedule: Schedule
     tensors: dict[str, Tensor]
     advantages: Tensor
@@ -76,10 +80,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     args: DiffusionRLConfig
 
-    _task_column = TASK
     _config_class = DiffusionRLConfig
     _section = "policy"
-    _keep_columns = True  # for reward functions
 
     def __init__(
         self,
@@ -95,21 +97,17 @@ class DiffusionRLTrainer(DiffusionTrainer):
         args = own_arguments(model, args, self._config_class, self._name)
         self.rewards = Rewards(reward_funcs, args.reward_weights)
         tasks = self.rewards.tasks
-        given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         if tasks is None:
+            given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
             tasks = _tasks_of(*next((item for item in given.items() if item[1] is not None), ("", None)))
-        if train_dataset is not None:
-            train_dataset = routed_dataset(train_dataset, tasks, "train_dataset", column=TASK, keep_columns=True)
-        if eval_dataset is not None:
-            eval_dataset = routed_dataset(
-                eval_dataset, tasks, "eval_dataset", need_all=False, column=TASK, keep_columns=True
-            )
-            evaluated = eval_dataset.unique(TASK) if isinstance(eval_dataset, Dataset) else tasks
+        data = Data(train_dataset, eval_dataset, tasks, TASK, args.input_columns)
+        if (evaluation := data.evaluation) is not None:
+            evaluated = evaluation.unique(TASK) if isinstance(evaluation, Dataset) else tasks
             funcs = dict.fromkeys(name for task in evaluated for name in self.rewards.names(task))
             metrics = ["reward", "reward_std", *(f"reward/{task}" for task in evaluated if len(tasks) > 1)]
             metrics += [f"rewards/{name}/{of}" for name in funcs for of in ("mean", "std")]
             self._check_best_metric(args, metrics, callbacks)
-        for dataset in (train_dataset, eval_dataset):
+        for dataset in (data.train, data.evaluation):
             if isinstance(dataset, Dataset):
                 self.rewards.check_columns([PROMPT, TASK] if args.remove_unused_columns else dataset.column_names)
         whole_cycles(args, tasks)
@@ -117,17 +115,16 @@ class DiffusionRLTrainer(DiffusionTrainer):
         self._repetition = {"repeats": args.num_generations, "iterations": args.num_iterations}
 
         set_seed(args.seed)
-        pipeline = load_student(model, args, peft_config, partial(refuse_unread_columns, **given))
+        fit = partial(data.fit, call_kwargs=args.pipeline_kwargs)
+        pipeline = load_student(model, args, peft_config, fit)
         super().__init__(
             pipeline,
             args,
-            tasks,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            data,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._rollouts: list[Rollout] = []
+        self._rollouts: list[list[Rollout]] = []  # by micro-batch
         require_independence(self.student.policy, self.checked)
         self._state_dtype = self.checked.visits[0].steps[0].sample.dtype
         self._ode = self.choose_kernel("ode", 0.0, needs_noise=False)
@@ -165,14 +162,14 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[dict[str, Any]]], num_batches: int, device: torch.device
-    ) -> tuple[list[Rollout], None]:
+    ) -> tuple[list[list[Rollout]], None]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and self.state.global_step % self.args.num_iterations == 0:
             self._rollouts = self._generate(batches)
         return self._rollouts if batches else [], None
 
     @torch.no_grad()
-    def _generate(self, batches: Sequence[list[dict[str, Any]]]) -> list[Rollout]:
+    def _generate(self, batches: Sequence[list[dict[str, Any]]]) -> list[list[Rollout]]:
         """Samples for the batches of one optimizer step, with their advantages."""
         self.model.eval()
         drawn = []
@@ -180,21 +177,26 @@ class DiffusionRLTrainer(DiffusionTrainer):
         for index, batch in enumerate(batches):
             task, place = batch[0][TASK], index // len(self.tasks)
             generators = self._generators(len(batch), SEED_TRAIN, self.state.global_step, self.tasks.index(task), place)
-            prompts = [example[PROMPT] for example in batch]
-            with self.stopwatch.section("rollout"):
-                schedule, tensors, images = self._roll_out(task, prompts, generators)
+            images: list[Any] = [None] * len(batch)
+            for rows in self.calls(batch):
+                inputs = inputs_of([batch[row] for row in rows], self.data.columns)
+                with self.stopwatch.section("rollout"):
+                    schedule, tensors, made = self._roll_out(task, inputs, [generators[row] for row in rows])
+                for row, image in zip(rows, made, strict=True):
+                    images[row] = image
+                drawn.append((index, task, inputs, place, rows, schedule, tensors))
             self.cache.clear()
             with self.stopwatch.section("reward"):
                 rewards[task].append(self.rewards(task, batch, images, self.state))
-            drawn.append((task, prompts, place, schedule, tensors))
         advantages = {task: self._advantages(task, torch.stack(rewards[task])) for task in self.tasks}
-        return [
-            Rollout(task, prompts, place, schedule, tensors, advantages[task][place])
-            for task, prompts, place, schedule, tensors in drawn
-        ]
+        rollouts: list[list[Rollout]] = [[] for _ in batches]
+        for index, task, inputs, place, rows, schedule, tensors in drawn:
+            own = advantages[task][place][rows]
+            rollouts[index].append(Rollout(task, inputs, place, rows, schedule, tensors, own))
+        return rollouts
 
     def _roll_out(
-        self, task: str, prompts: list[str], generators: list[torch.Generator]
+        self, task: str, inputs: Inputs, generators: list[torch.Generator]
     ) -> tuple[Schedule, dict[str, Tensor], Any]:
         """Samples of the policy that a trainer rolls out: the schedule, what it keeps, and the images."""
         raise NotImplementedError
@@ -230,25 +232,25 @@ class DiffusionRLTrainer(DiffusionTrainer):
     # Learning
 
     def training_step(  # type: ignore[override]  # Trainer says a dict of tensors; `get_batch_samples` gives these
-        self, model: nn.Module, inputs: Rollout, num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: list[Rollout], num_items_in_batch: Any = None
     ) -> Tensor:
         """One micro-batch of samples: the trained policy, and those it is compared with, follow where the rollout went,
         or to noised versions of what it made; each visit has its backward pass."""
         self._begin_micro_batch(model)
-        visits = self._visits(inputs)
-        scale = 1 / (len(visits) * self.current_gradient_accumulation_steps)
-        losses = []
-        with (
-            held_gradient_sync(self.accelerator, model, len(visits)) as release_sync,
-            self._followers(model, inputs) as ask,
-        ):
-            for number, visit in enumerate(visits):
-                if number == len(visits) - 1:
-                    release_sync()
-                loss = self._loss(inputs, number, visit.steps[0], ask(visit))
-                self._backward(loss * scale)
-                self.watch("loss", inputs.task, loss)
-                losses.append(loss.detach())
+        visits = [self._visits(rollout) for rollout in inputs]
+        num_backwards = sum(map(len, visits))
+        scale = 1 / (num_backwards * self.current_gradient_accumulation_steps)
+        losses: list[Tensor] = []
+        with held_gradient_sync(self.accelerator, model, num_backwards) as release_sync:
+            for rollout, own in zip(inputs, visits, strict=True):
+                with self._followers(model, rollout) as ask:
+                    for number, visit in enumerate(own):
+                        if len(losses) == num_backwards - 1:
+                            release_sync()
+                        loss = self._loss(rollout, number, visit.steps[0], ask(visit))
+                        self._backward(loss * scale)
+                        self.watch("loss", rollout.task, loss)
+                        losses.append(loss.detach())
         self._end_micro_batch()
         return torch.stack(losses).mean() / self.current_gradient_accumulation_steps
 
@@ -275,10 +277,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         the frozen ones."""
         began = self.state.global_step - self.state.global_step % self.args.num_iterations
         place = began, self.tasks.index(rollout.task), rollout.place
-        given: Any = {
-            "inputs": {PROMPT: rollout.prompts},
-            "generators": self._generators(len(rollout.prompts), SEED_TRAIN, *place),
-        }
+        given: Any = {"inputs": rollout.inputs, "generators": self._own_generators(rollout, SEED_TRAIN, *place)}
         with contextlib.ExitStack() as stack:
             trained = stack.enter_context(self.student.policy.follow(**given, denoiser=model))
             frozen = {name: stack.enter_context(policy.follow(**given)) for name, policy in self._compared.items()}
@@ -296,23 +295,32 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
             yield ask
 
-    def _chain(self, places: Sequence[int], states: Sequence[Tensor]) -> list[Visit]:
-        """Visits at these places of a walk, one after the other."""
+    def _own_generators(self, rollout: Rollout, *place: int) -> list[torch.Generator]:
+        """Those of a rollout's samples among those of their micro-batch (see `_generators`)."""
+        generators = self._generators(self._train_batch_size, *place)
+        return [generators[row] for row in rollout.rows]
+
+    def _chain(self, rollout: Rollout, places: Sequence[int], states: Sequence[Tensor]) -> list[Visit]:
+        """Visits at these places of a rollout, one after the other."""
         nothing: Any = None
         visits = []
         for number, (place, state) in enumerate(zip(places, states, strict=True)):
-            ((schedule, index),) = self.plan[place].levels
+            ((_, index),) = self.plan[place].levels
             next_state = states[number + 1] if place + 1 in places else None
-            visits.append(Visit(place, (Step(0, 0, index, nothing, state, nothing, schedule, next_state),)))
+            visits.append(Visit(place, (Step(0, 0, index, nothing, state, nothing, rollout.schedule, next_state),)))
         return visits
 
     # Evaluation by rewards, with the sampler that users have
 
     def _evaluate_batch(self, batch: Sequence[dict[str, Any]], generators: list[torch.Generator]) -> Tensor:
         """Task, reward, and each function's own, of each sample."""
-        names, inputs = self.rewards.all_names, {PROMPT: [example[PROMPT] for example in batch]}
-        walk = self.student.policy.walk(inputs, generators, partial(_move, self._ode), output_type="pil")
-        images = list(walk.run())
+        names, images = self.rewards.all_names, [None] * len(batch)
+        for call in self.calls(batch):
+            inputs = inputs_of([batch[row] for row in call], self.data.columns)
+            own = [generators[row] for row in call]
+            walk = self.student.policy.walk(inputs, own, partial(_move, self._ode), output_type="pil")
+            for row, image in zip(call, walk.run(), strict=True):
+                images[row] = image
         self.cache.clear()
         results = torch.full((len(batch), 2 + len(names)), torch.nan, device=self.accelerator.device)
         for task, chosen, scores in self._score(batch, images):
@@ -392,12 +400,10 @@ class DiffusionRLTrainer(DiffusionTrainer):
         if self.state.global_step % self.args.num_iterations == 0:
             return
         folder.mkdir(parents=True, exist_ok=True)  # the first process may not have come that far
-        tensors, meta = {}, []
-        for index, rollout in enumerate(self._rollouts):
-            kept = {**rollout.tensors, "advantages": rollout.advantages}
-            tensors.update({f"{index}.{name}": tensor.contiguous() for name, tensor in kept.items()})
-            meta.append([rollout.task, rollout.prompts, rollout.place, list(rollout.schedule)])
+        tensors: dict[str, Tensor] = {}
+        meta = packed([[vars(rollout) for rollout in rollouts] for rollouts in self._rollouts], "rollouts", tensors)
         folder.mkdir(parents=True, exist_ok=True)  # another process than the one that saves the weights
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(tensors, folder / self._rollouts_name, metadata={"rollouts": json.dumps(meta)})
         give_ordinary_mode(folder / self._rollouts_name)
 
@@ -413,13 +419,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key).to(self.accelerator.device) for key in file.keys()}
             meta = json.loads(file.metadata()["rollouts"])
-        self._rollouts = []
-        for index, (task, prompts, place, (levels, prediction_type)) in enumerate(meta):
-            own = {k.removeprefix(f"{index}."): v for k, v in tensors.items() if k.startswith(f"{index}.")}
-            advantages = own.pop("advantages")
-            self._rollouts.append(
-                Rollout(task, prompts, place, Schedule(tuple(levels), prediction_type), own, advantages)
-            )
+        self._rollouts = [[_rollout(**fields) for fields in rollouts] for rollouts in unpacked(meta, tensors)]
 
     @property
     def _rollouts_name(self) -> str:
@@ -463,6 +463,11 @@ def _check_groups(args: DiffusionRLConfig, num_tasks: int) -> None:
             f"gradient_accumulation_steps {accumulated} / {num_tasks} tasks), which is no multiple of "
             f"`num_generations={args.num_generations}`; a group must be whole."
         )
+
+
+def _rollout(schedule: Any, **fields: Any) -> Rollout:
+    levels, prediction_type = schedule
+    return Rollout(schedule=Schedule(tuple(levels), prediction_type), **fields)
 
 
 def _move(kernel: BoundKernel, step: Step) -> Tensor:

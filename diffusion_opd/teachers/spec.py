@@ -37,6 +37,9 @@ class Teacher:
             Its own guidance scale. Defaults to the student's.
         call_kwargs (`dict`, *optional*):
             Its own arguments of the pipeline's `__call__`, over the student's: another negative prompt, for example.
+        columns (`dict[str, str]`, *optional*):
+            Columns of the data that it reads in the place of the student's, by argument of its `__call__`:
+            `{"prompt": "rich_prompt"}`.
     """
 
     path: Any
@@ -46,6 +49,7 @@ class Teacher:
     weight_name: str | None = None
     guidance_scale: float | None = None
     call_kwargs: dict[str, Any] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)
 
     @property
     def source(self) -> str:
