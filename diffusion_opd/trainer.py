@@ -34,7 +34,7 @@ from .sampling import SEED_TRAIN, TEACHER, noise_generators
 from .scheduler_proxy import Step
 from .startup import check_teacher
 from .student import load_student, whole_modules
-from .teachers import MANIFEST_NAME, Teachers, load_teachers, name_teachers
+from .teachers import MANIFEST_NAME, LoadedTeacher, Teachers, load_teachers, name_teachers
 
 logger = get_logger(__name__)
 
@@ -129,6 +129,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         pipeline = load_student(model, args, peft_config, fit)
         with whole_modules():
             loaded = load_teachers(specs, pipeline, peft_config is not None, args.mixed_dtype)
+        self.columns = {teacher.id: _columns_of(teacher, data, args.pipeline_kwargs) for teacher in loaded}
         super().__init__(
             pipeline,
             args,
@@ -147,26 +148,10 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             timing=partial(self.stopwatch.section, "placement"),
         )
         self.loaded_teachers = self.teachers.loaded
-        self.columns = {key: self._columns_of(key) for key in ids}
         self._micro_step = 0
         self._check_parties(self.teachers.copies)
         for denoiser in {self.model, *(teacher.denoiser for teacher in self.teachers.values())}:
             self._compile(denoiser)
-
-    def _columns_of(self, key: str) -> dict[str, str]:
-        """The column of each argument of a teacher's `__call__`: the student's, if that takes them, or its own."""
-        spec = self.loaded_teachers[key].spec
-        cls: Any = type(self.teachers[key].pipeline)
-        taken = signature(cls.__call__).parameters
-        if unknown := sorted(spec.columns.keys() - taken.keys()):
-            raise ValueError(
-                f"teacher {key!r}: `columns` names {unknown}, which {cls.__name__} does not take; it takes "
-                f"{sorted(sample_arguments(cls))}."
-            )
-        columns = self.data.columns_of_party(cls, spec.columns, spec.overrides)
-        if lacking := sorted({*self.data.columns, *self.args.pipeline_kwargs} - taken.keys()):
-            logger.warning(f"Teacher {key!r} is asked without {lacking}, which {cls.__name__} does not take.")
-        return columns
 
     def _check_parties(self, copies: set[str]) -> None:
         """Asks everybody once: refuses what does not fit, warns about a teacher with nothing to teach: the `copies` of
@@ -335,3 +320,22 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         ).split()
         settings = {name: getattr(self.args, name) for name in names} | {"transition": self.kernel.func.name}
         return {"teachers": self.teachers.card_rows(), "settings": settings | self._run_settings()}
+
+
+def _columns_of(teacher: LoadedTeacher, data: Data, call_kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """The column of each argument of a teacher's `__call__`: the student's, if that takes them, or its own.
+
+    Raises:
+        ValueError: if it names an argument that is not there.
+    """
+    spec = teacher.spec
+    cls: Any = type(teacher.pipeline)
+    taken = signature(cls.__call__).parameters
+    if unknown := sorted(spec.columns.keys() - taken.keys()):
+        raise ValueError(
+            f"teacher {teacher.id!r}: `columns` names {unknown}, which {cls.__name__} does not take; it takes "
+            f"{sorted(sample_arguments(cls))}."
+        )
+    if lacking := sorted({*data.columns, *call_kwargs} - taken.keys()):
+        logger.warning(f"Teacher {teacher.id!r} is asked without {lacking}, which {cls.__name__} does not take.")
+    return data.columns_of_party(cls, spec.columns, spec.overrides)

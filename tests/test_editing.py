@@ -16,7 +16,15 @@ from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback
 
-from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, Teacher
+from diffusion_opd import (
+    DiffusionGRPOConfig,
+    DiffusionGRPOTrainer,
+    DiffusionNFTConfig,
+    DiffusionNFTTrainer,
+    DiffusionOPDConfig,
+    DiffusionOPDTrainer,
+    Teacher,
+)
 from diffusion_opd.files import LORA_NAME
 from diffusion_opd.sampling import seed_of
 from tests.editing_pipelines import EDITING, EDITING_CALL, EDITING_INPUTS, ONE_A_CALL, with_parts
@@ -326,3 +334,62 @@ def test_pictures_of_two_sizes(tmp_path):
     assert seen[str(tmp_path / "resumed")] == shown[4:]
     assert torch.equal(trained(whole), trained(resumed))
     assert whole.evaluate(data)["eval_kl"] > 0  # a batch of all
+
+
+# Learning from rewards
+
+
+def kept_red(images: list[Any], image: list[Image.Image], prompts: list[str], **kwargs: Any) -> list[float]:
+    """How much redder than its own source a result is."""
+    assert len(images) == len(image) == len(prompts) and all(isinstance(one, Image.Image) for one in image)
+    middle = [one[len(one) // 2] if isinstance(one, list) else one for one in images]
+    reds = [[np.asarray(one.convert("RGB"), dtype=float)[..., 0].mean() for one in of] for of in (middle, image)]
+    return [(made - source) / 255 for made, source in zip(*reds, strict=True)]
+
+
+def rl_trainer_of(cls: type, out: Path, family: str, **kwargs: Any) -> Any:
+    settings = dict(
+        per_device_train_batch_size=4,
+        num_generations=2,
+        num_iterations=2,
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=1,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        num_inference_steps=3,
+        guidance_scale=EDITING_CALL[family]["guidance_scale"],
+        call_kwargs={name: value for name, value in EDITING_CALL[family].items() if name != "guidance_scale"},
+        learning_rate=1e-2,
+        disable_tqdm=True,
+        image_steps=4,
+    )
+    own_config = {DiffusionNFTTrainer: DiffusionNFTConfig, DiffusionGRPOTrainer: DiffusionGRPOConfig}[cls]
+    data = rows(family)
+    return cls(
+        EDITING[family](0),
+        kept_red,
+        own_config(str(out), **(settings | kwargs)),
+        data,
+        data,
+        peft_config=lora(init_lora_weights=False),
+    )
+
+
+@pytest.mark.parametrize("family", ["flux_kontext", "wan_i2v"])
+@pytest.mark.parametrize("cls", [DiffusionNFTTrainer, DiffusionGRPOTrainer])
+def test_rewards_of_edited_pictures(tmp_path, cls, family):
+    """Reward functions see the source; a run that is killed between two steps on one rollout goes on with its
+    pictures."""
+    whole = rl_trainer_of(cls, tmp_path / "whole", family)
+    whole.train()
+    metrics = whole.evaluate()
+    assert np.isfinite(metrics["eval_reward"]) and "eval_rewards/kept_red/mean" in metrics
+    captions = (tmp_path / "whole" / "images" / "step_000004" / "captions.json").read_text()
+    assert "at night, kept_red" in captions
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    resumed = rl_trainer_of(cls, tmp_path / "resumed", family)
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(trained(whole), trained(resumed))

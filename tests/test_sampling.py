@@ -321,6 +321,53 @@ def test_a_stream_is_read_by_one_worker_and_not_by_two():
     by_two._shutdown_workers()  # left to the garbage collector this takes 10 seconds
 
 
+# Rows of one size
+
+
+def grouped(sizes, batch_size=4, alike=2, repeats=1, cycles=1, tasks=None, epoch=0) -> list[list[int]]:
+    tasks = tasks or ["a"] * len(sizes)
+    own = TaskCycleSampler(
+        tasks, sorted(set(tasks)), batch_size, cycles, seed=3, repeats=repeats, sizes=sizes, alike=alike
+    )
+    own.set_epoch(epoch)
+    order = list(own)
+    assert len(order) == len(own) and len(order) % (batch_size * cycles) == 0
+    return [order[i : i + alike] for i in range(0, len(order), alike)]
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 4])
+@pytest.mark.parametrize("counts", [(8, 8), (7, 1), (1, 1, 1, 1, 1), (5, 3, 2), (1, 20)])
+def test_rows_of_one_size_come_together(counts, repeats):
+    sizes = [number for number, count in enumerate(counts) for _ in range(count)]
+    for epoch in range(3):
+        groups = grouped(sizes, repeats=repeats, epoch=epoch)
+        assert all(len({sizes[row] for row in group}) == 1 for group in groups)
+        assert {row for group in groups for row in group} == set(range(len(sizes)))  # an epoch shows all
+        samples = [row for group in groups for row in group]
+        assert all(len(set(samples[i : i + repeats])) == 1 for i in range(0, len(samples), repeats))  # whole groups
+
+
+def test_rows_of_one_size_are_in_the_order_of_rows_without():
+    plain = TaskCycleSampler(["a"] * 10, ["a"], 4, 1, seed=3)
+    assert [row for group in grouped([7] * 10) for row in group] == list(plain)
+
+
+def test_no_size_is_shown_more_often_than_it_must_be():
+    """Over several rounds each row comes equally often, but for what makes up the last batches."""
+    sizes = [0] * 9 + [1] * 3
+    shown = Counter(row for group in grouped(sizes, batch_size=24, alike=4) for row in group)
+    assert max(shown.values()) - min(shown.values()) <= 2
+
+
+def test_streams_wait_for_rows_of_one_size():
+    rows = [{"prompt": f"row {number}", "size": number % 3} for number in range(9)]
+    source = IterableDataset.from_generator(lambda: iter(rows))
+    own = TaskCycleStream({"a": source}, ["a"], batch_size=2, size_of=lambda row: row["size"], alike=2)
+    order = list(itertools.islice(own, 12))
+    assert all(a["size"] == b["size"] for a, b in zip(order[::2], order[1::2], strict=True))
+    assert len({row["prompt"] for row in order}) == 9
+
+
 # What a user hands over
 
 

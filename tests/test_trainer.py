@@ -16,7 +16,6 @@ from datasets import Dataset, IterableDataset
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
-    FluxKontextPipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
