@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from .policy import denoiser_name, tuner_layers
+from .denoisers import put_denoiser
+from .policy import tuner_layers
 
 STUDENT_ADAPTER = "default"
 
@@ -28,8 +29,7 @@ def changes_base(config: LoraConfig) -> bool:
 def with_denoiser(pipeline: DiffusionPipeline, denoiser: nn.Module) -> DiffusionPipeline:
     """A copy of a pipeline, whose modules it shares, with another denoiser."""
     twin = copy.copy(pipeline)
-    # Past `DiffusionPipeline.__setattr__`, which writes into the config
-    vars(twin)[denoiser_name(pipeline)] = denoiser
+    put_denoiser(twin, denoiser)
     return twin
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,12 @@ from .checkpoints import (
 from .checks import check_helpers
 from .config import DiffusionConfig, computes_in_bf16
 from .data import Data
+from .denoisers import Denoisers, denoiser_of
 from .encode_cache import EncodeCache
-from .engines import compile_blocks, settle_arguments, settle_fsdp, take_compilation
+from .engines import all_touched, compile_blocks, settle_arguments, settle_fsdp, take_compilation
 from .errors import listed, reason
 from .inputs import PROMPT, inputs_of, is_prompt, signature
-from .policy import Policy, denoiser_name
+from .policy import Policy
 from .publishing import Publishing
 from .sampling import SEED_EVAL, TaskCycleSampler, TaskCycleStream, seed_of
 from .scheduler_proxy import is_flow
@@ -97,6 +98,7 @@ class DiffusionTrainer(Publishing):
             model.
         args ([`DiffusionConfig`]): The configuration, which [`whole_cycles`] has seen.
         data ([`Data`]): That has seen the pipeline.
+        named (`Collection[str]`): Denoisers that the user asks to be trained by their names.
         kwargs: For [`~transformers.Trainer`].
     """
 
@@ -112,11 +114,17 @@ class DiffusionTrainer(Publishing):
     loss_is_scaled_for_ga: Any = False
     _section = "student"  # of the stopwatch: where the student's time goes
 
-    def __init__(self, pipeline: DiffusionPipeline, args: DiffusionConfig, data: Data, **kwargs: Any):
+    def __init__(
+        self, pipeline: DiffusionPipeline, args: DiffusionConfig, data: Data, named: Collection[str] = (), **kwargs: Any
+    ):
+        self._named = named
         self.student, self.data, self.tasks = Student(pipeline), data, data.tasks
-        self.pipeline, self.denoiser_name = pipeline, self.student.denoiser_name
+        self.pipeline = pipeline
         self.trains_lora, model = self.student.trains_lora, self.student.denoiser
-        model._internal_dict = _Config(model._internal_dict)
+        if isinstance(model, Denoisers):
+            model.config = _Config(model.config)
+        else:
+            model._internal_dict = _Config(model._internal_dict)
         settle_arguments(args, model)
         check_helpers(**{key: value for key, value in kwargs.items() if key in ("callbacks", "optimizers")})
         kwargs |= {"train_dataset": data.train, "eval_dataset": data.evaluation, "data_collator": data.read}
@@ -197,7 +205,6 @@ class DiffusionTrainer(Publishing):
     ) -> Policy:
         """A party of this run: a pipeline that is called as the student's is (of another class with what that takes of
         the arguments), under the run's mixed precision, with `call_kwargs` of its own over the student's."""
-        denoiser = getattr(pipeline, denoiser_name(pipeline))
         cls: Any = type(pipeline)
         given, taken = self.args.pipeline_kwargs, signature(cls.__call__).parameters
         if cls is not type(self.pipeline):
@@ -208,7 +215,7 @@ class DiffusionTrainer(Publishing):
             {**given, **(call_kwargs or {})},
             self.cache,
             adapter,
-            partial(self._autocast, denoiser),
+            partial(self._autocast, denoiser_of(pipeline)),
         )
 
     def _autocast(self, module: nn.Module) -> contextlib.AbstractContextManager:
@@ -268,12 +275,27 @@ class DiffusionTrainer(Publishing):
         """Ends the start-up check."""
         logger.warning(f"Everything fits together ({time.perf_counter() - self._check_began:.1f} s).")
         self.cache.clear()
-        self.plan, self.learnt = self.checked.plan, self.checked.learnt
+        self.plan = self.checked.plan
+        # Where nothing is trained there is nothing to learn
+        self.learnt = [
+            place for place in self.checked.learnt if self.plan[place].denoisers & self.student.trained.keys()
+        ]
         del self.checked, self._checks, self._check_began
 
     def _freeze_unused(self) -> None:
         """Freezes parameters that no gradient has reached in the check (Qwen-Image's last block has six): DDP would
         wait for them."""
+        for name in self.student.trained.keys() - self.checked.denoisers:
+            if name in self._named:
+                raise ValueError(
+                    f"`peft_config` names {name!r}, which is called at none of the steps that are learnt "
+                    f"({len(self.checked.learnt)} of {len(self.checked.plan)}); raise `timestep_fraction`, or leave it "
+                    "out."
+                )
+            logger.warning(
+                f"The {name} is called at none of the steps that are learnt ({len(self.checked.learnt)} of "
+                f"{len(self.checked.plan)}, see `timestep_fraction`), and stays as it is."
+            )
         unused = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
         for name in unused:
             self.model.get_parameter(name).requires_grad_(False)
@@ -285,7 +307,7 @@ class DiffusionTrainer(Publishing):
         """Of twelve families five cut a prompt that is too long for their encoders without a word."""
         encoders = [name for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)]
         # Without encoders a pipeline looks prompts up, and knows those of the data alone
-        if not isinstance(self.train_dataset, Dataset) or set(encoders) <= {self.denoiser_name, "vae"}:
+        if not isinstance(self.train_dataset, Dataset) or set(encoders) <= {*self.student.policy.denoisers, "vae"}:
             return
         prompts = list(self.train_dataset[PROMPT])
         place = max(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -335,7 +357,7 @@ class DiffusionTrainer(Publishing):
     # What every training step shares: a micro-batch has several backward passes, one for each learnt step
 
     def _backward(self, loss: Tensor) -> None:
-        with self.stopwatch.section(self._section):
+        with self.stopwatch.section(self._section), all_touched(self.accelerator, loss, self.model) as loss:
             # DeepSpeed would divide by the accumulation steps again
             self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
 

@@ -34,6 +34,7 @@ _KINDS = {
     str: "text",
     dict: "a dict",
     dict[str, Any]: "a dict",
+    dict[str, str]: "a dict of texts",
     list: "a list",
     list[int]: "a list of whole numbers",
     list[str]: "a list of texts",
@@ -69,6 +70,8 @@ def _is_a(kind: Any, value: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(_is_a(get_args(kind)[0], item) for item in value)
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if kind == dict[str, str]:
+        return isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair)
     return isinstance(value, {list: (list, tuple), str: (str, os.PathLike)}.get(kind, get_origin(kind) or kind))
 
 

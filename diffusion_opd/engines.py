@@ -11,10 +11,11 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, DynamoBackend, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 from diffusers import ModelMixin
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .config import DiffusionConfig
+from .denoisers import Denoisers, parts_of
 
 logger = get_logger(__name__)
 
@@ -121,6 +122,38 @@ def held_gradient_sync(accelerator: Accelerator, model: nn.Module, num_backwards
         stack.enter_context(accelerator.no_sync(model))
     with stack:
         yield stack.close
+
+
+class _Touched(torch.autograd.Function):
+    """A loss, unchanged, whose backward pass reaches further parameters with zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *parameters: nn.Parameter) -> Tensor:
+        ctx.shapes = [parameter.shape for parameter in parameters]
+        ctx.dtypes = [parameter.dtype for parameter in parameters]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        zeros = [gradient.new_zeros((), dtype=dtype) for dtype in ctx.dtypes]
+        return gradient, *(zero.expand(shape) for zero, shape in zip(zeros, ctx.shapes, strict=True))
+
+
+@contextlib.contextmanager
+def all_touched(accelerator: Accelerator, loss: Tensor, denoiser: nn.Module) -> Iterator[Tensor]:
+    """A loss whose backward pass reaches each trained parameter of several denoisers, where DDP is to reduce gradients:
+    it waits for all of them, and the last step calls one denoiser. `find_unused_parameters` would leave what the others
+    have from earlier steps unreduced. Who got no gradient in the whole optimizer step has none afterwards either."""
+    is_ddp = accelerator.distributed_type.value.startswith("MULTI_")
+    if not (isinstance(denoiser, Denoisers) and is_ddp and accelerator.sync_gradients):
+        yield loss
+        return
+    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    others = {name: part for name, part in parts_of(denoiser).items() if name != denoiser.last}
+    idle = [p for part in others.values() for p in part.parameters() if p.requires_grad and p.grad is None]
+    yield _Touched.apply(loss, *trained)
+    for parameter in idle:
+        parameter.grad = None
 
 
 def compile_blocks(denoiser: ModelMixin, num_parties: int, **kwargs: Any) -> None:

@@ -23,3 +23,9 @@ def absent_parts(index: Mapping[str, Any]) -> dict[str, Any]:
 def name_or_path(pipeline: DiffusionPipeline) -> str | None:
     """The folder or repository that a pipeline was loaded from."""
     return pipeline.config.get("_name_or_path")  # diffusers has no public name for it
+
+
+def lora_name(denoiser: str) -> str:
+    """The file of a denoiser's LoRA: what plain diffusers looks for, and of a second denoiser one beside it."""
+    first = denoiser.removesuffix("_2")
+    return LORA_NAME if denoiser == first else LORA_NAME.replace(".", f"_{denoiser}.")

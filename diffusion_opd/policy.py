@@ -29,6 +29,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from .denoisers import denoiser_of, denoisers_of
 from .encode_cache import EncodeCache, encoders_of, fresh_containers
 from .errors import brief, reason
 from .inputs import PICTURE, Inputs, as_arguments, signature
@@ -48,10 +49,12 @@ class Visit:
     Attributes:
         index (`int`): How many visits of the walk came before.
         steps (`tuple[Step, ...]`): One a stream.
+        denoisers (`frozenset[str]`): Which of the pipeline's were called for it.
     """
 
     index: int
     steps: tuple[Step, ...]
+    denoisers: frozenset[str] = frozenset()
 
     @property
     def chunk(self) -> int:
@@ -74,21 +77,6 @@ class Routed:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
-
-
-def denoiser_name(pipeline: DiffusionPipeline) -> str:
-    """The attribute of the pipeline that holds its denoiser: `"transformer"` or `"unet"`.
-
-    Raises:
-        ValueError: if the pipeline has none of them, or two.
-    """
-    names = [name for name in ("transformer", "unet") if isinstance(getattr(pipeline, name, None), nn.Module)]
-    if len(names) != 1 or getattr(pipeline, "transformer_2", None) is not None:
-        raise ValueError(
-            f"{type(pipeline).__name__} has no single denoiser: exactly one of `transformer` and `unet` and no "
-            f"`transformer_2` is needed, got {sorted(pipeline.components)}."
-        )
-    return names[0]
 
 
 def tuner_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
@@ -138,7 +126,7 @@ class Policy:
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
         timing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
-        self.denoiser_name = denoiser_name(pipeline)
+        self.denoisers = denoisers_of(pipeline)
         check_seams(pipeline)
         self.call_kwargs = dict(call_kwargs or {})
         accepted = inspect.signature(type(pipeline).__call__).parameters
@@ -150,10 +138,10 @@ class Policy:
         self.cache = cache or EncodeCache()
         self.pipeline, self.timing = pipeline, timing
         self._autocast = autocast
-        self.denoiser = getattr(pipeline, self.denoiser_name)
+        self.denoiser = denoiser_of(pipeline)
         self._layers = tuner_layers(self.denoiser) if adapter is not None else []
         if adapter and adapter not in (known := getattr(self.denoiser, "peft_config", {})):
-            raise ValueError(f"the {self.denoiser_name} has no adapter {adapter!r}; it has {sorted(known)}.")
+            raise ValueError(f"the {self.denoiser_words} has no adapter {adapter!r}; it has {sorted(known)}.")
         self._attention = [module for module in self.denoiser.modules() if hasattr(module, "set_processor")]
         self._encoders = encoders_of(pipeline)
         self._scheduler = own_scheduler(pipeline.scheduler)
@@ -164,6 +152,10 @@ class Policy:
     @property
     def name(self) -> str:
         return type(self.pipeline).__name__
+
+    @property
+    def denoiser_words(self) -> str:
+        return " or ".join(self.denoisers)
 
     def walk(
         self,
@@ -181,7 +173,8 @@ class Policy:
             generators (`list[torch.Generator]`): One a sample, for what the pipeline draws; `move` has its own.
             move (`Callable[[Step], Tensor]`): The next state of a stream, of the shape of `step.sample`. Called without
                 gradient, once a step.
-            denoiser (`Callable`, *optional*): A wrapper around the denoiser (DDP, DeepSpeed) that its calls go through.
+            denoiser (`Callable`, *optional*): A wrapper around the denoiser (DDP, DeepSpeed) that its calls go through;
+                of several it is given the name of the one that is called before its arguments.
             output_type (`str`, *optional*): `"latent"`, or `"pil"` to decode the final latents.
             probe (`Callable`, *optional*): Called at each step before `move`, with what the scheduler's own `step`
                 would answer as a function.
@@ -242,8 +235,11 @@ class Policy:
             own["encode_prompt"] = functools.partial(self.cache.encode, pipeline, self._encoders)
         for name in _state_makers(_class(self.pipeline)):
             own[name] = functools.partial(call.first_state, name, getattr(pipeline, name))
-        denoise = functools.partial(self._denoise, self.denoiser if denoiser is None else denoiser)
-        own[self.denoiser_name] = Routed(self.denoiser, functools.partial(call.forward, denoise))
+        through = self.denoiser if denoiser is None else denoiser
+        for name, module in self.denoisers.items():
+            named = functools.partial(through, name) if len(self.denoisers) > 1 else through
+            denoise = functools.partial(self._denoise, named)
+            own[name] = Routed(module, functools.partial(call.forward, name, denoise))
         method: Any = type(self.pipeline).__call__
         try:
             output = method.__wrapped__(
@@ -340,6 +336,7 @@ class _Call:
         self.proxies: list[Any] = []
         self._streams: dict[int, int] = {}
         self._steps: list[Step] = []  # since the last pause
+        self._called: set[str] = set()  # denoisers, since then
         self.place = 0  # the index of the next visit
         self.output: Any = None  # of the pipeline, at its end
         self.is_moving = False  # what others were asked within a step may raise
@@ -368,7 +365,7 @@ class _Call:
             if any(step.stream == other.stream for other in self._steps):
                 raise ValueError(
                     f"{self.policy.name} steps its scheduler twice between two calls of its "
-                    f"{self.policy.denoiser_name}."
+                    f"{self.policy.denoiser_words}."
                 )
             step = self._go(step, scheduler_step)
             self._steps.append(step)
@@ -376,10 +373,11 @@ class _Call:
         # What the pipeline goes on with is its own to write into
         return next_sample.to(step.sample.dtype, copy=True)
 
-    def forward(self, denoise: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def forward(self, name: str, denoise: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._pauses and (self._steps or not self._has_begun):
             self._has_begun = True
             self._pause()
+        self._called.add(name)
         if not self._computes:
             output = self.policy.empty_output(args, kwargs)
             if output is not None:
@@ -426,7 +424,7 @@ class _Call:
         """Runs the pipeline up to the first forward pass."""
         self._paused = self.policy.paused(self._run, self._seed)
         if self._resume(computes=True) is None:
-            raise ValueError(f"{self.policy.name} never calls its {self.policy.denoiser_name}.")
+            raise ValueError(f"{self.policy.name} never calls its {self.policy.denoiser_words}.")
 
     def _run(self) -> None:
         self.output = self.policy.run(self, self._denoiser)
@@ -436,8 +434,10 @@ class _Call:
         self._paused.pause(self._take())
 
     def _take(self) -> Visit:
-        visit, self._steps = Visit(self.place, tuple(self._steps)), []
+        visit = Visit(self.place, tuple(self._steps), frozenset(self._called))
+        self._steps = []
         if visit.steps:
+            self._called.clear()
             self.place += 1
         return visit
 

@@ -19,7 +19,7 @@ from .callbacks.pictures import BESIDE, IMAGES_DIR
 from .config import DiffusionConfig
 from .data import Data
 from .errors import brief, one_sentence
-from .files import LORA_NAME
+from .files import LORA_NAME, lora_name
 from .inputs import PROMPT, sample_arguments
 from .student import Student
 
@@ -87,11 +87,13 @@ class Publishing(_BaseTrainer):
             output_dir = Path(self.args.output_dir)
             if not self.student.trains_lora and not (output_dir / "model_index.json").is_file():
                 # Its denoiser, which may be sharded, is copied from the checkpoint
-                self.student.denoiser.save_pretrained = lambda *args, **kwargs: None
+                for part in self.student.trained.values():
+                    part.save_pretrained = lambda *args, **kwargs: None
                 try:
                     self.student.pipeline.save_pretrained(output_dir)
                 finally:
-                    del self.student.denoiser.save_pretrained
+                    for part in self.student.trained.values():
+                        del part.save_pretrained
             for source in Path(checkpoint_folder).iterdir():
                 if source.name in self._published_names:
                     if source.is_dir():
@@ -102,7 +104,7 @@ class Publishing(_BaseTrainer):
 
     @property
     def _published_names(self) -> set[str]:
-        return {LORA_NAME, self.student.denoiser_name}
+        return self.student.file_names
 
     # The card
 
@@ -165,6 +167,8 @@ class Publishing(_BaseTrainer):
             pipeline_class=type(pipeline).__name__,
             dtype=None if self.args.mixed_dtype == torch.float32 else str(self.args.mixed_dtype),
             trains_lora=trains_lora,
+            loras={name: lora_name(name) for name in self.student.trained},
+            default_name=LORA_NAME,
             makes_video=makes_video,
             has_gallery=bool(pictures),
             loaders=[f"load_{source}" for source in sorted(sources)],
@@ -199,6 +203,6 @@ class Publishing(_BaseTrainer):
     def _run_settings(self) -> dict[str, Any]:
         settings = {"optimizer steps": self.state.global_step, "processes": self.accelerator.num_processes}
         if self.student.trains_lora:
-            lora = self.student.denoiser.peft_config[STUDENT_ADAPTER]
+            lora: Any = self.student.denoiser.peft_config[STUDENT_ADAPTER]
             settings |= {"LoRA rank": lora.r, "LoRA alpha": lora.lora_alpha}
         return settings

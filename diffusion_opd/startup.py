@@ -24,10 +24,11 @@ from .transitions import Schedule, ddim, ode
 
 @dataclass(frozen=True)
 class Place:
-    """A visit of a walk, as it will be: its chunk, and the noise level of each stream."""
+    """A visit of a walk, as it will be: its chunk, the noise level of each stream, and which denoisers are called."""
 
     chunk: int
     levels: tuple[tuple[Schedule, int], ...]
+    denoisers: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Checked:
     visits: list[Visit]
     walk: Walk
     depends: float
+
+    @property
+    def denoisers(self) -> frozenset[str]:
+        """Those that are called where it learns."""
+        return _called(self.plan, self.learnt)
 
 
 def seeded(count: int) -> list[torch.Generator]:
@@ -77,15 +83,18 @@ def check_student(
         learnt = first_steps([place.chunk for place in plan], fraction)
         if len(plan) > 1:
             visits.append(_differentiated(policy, walk, count, backward))
-        last = [learnt[-1]]
+        last = {learnt[-1]}
         if plan[-1].chunk > 0:
             second = next(index for index, place in enumerate(plan) if place.chunk == 1)
-            last = [second, second + 1, learnt[-1]]
-        for place in sorted(set(last)):
+            last |= {second, second + 1}
+        seen = frozenset[str]().union(*(visit.denoisers for visit in visits))
+        first = {next(p for p in learnt if name in plan[p].denoisers) for name in _called(plan, learnt) - seen}
+        for place in sorted(last | first):
             if walk.place <= place < len(plan):
                 with torch.no_grad():
                     walk.jump(place)
-                    visits.append(_next(walk))
+                with torch.set_grad_enabled(place in first):
+                    visits.append(_differentiated(policy, walk, count, backward) if place in first else _next(walk))
     with torch.no_grad():
         with policy.follow(walk) as copy:
             for visit in visits:
@@ -170,7 +179,7 @@ def sees_the_end(policy: Policy, inputs: Inputs) -> bool:
 
         def look(*args: Any, **kwargs: Any) -> Any:
             seen.append((args, kwargs))
-            output = policy.empty_output(args, kwargs)
+            output = policy.empty_output(args[len(policy.denoisers) > 1 :], kwargs)  # of several, past the name
             return policy.denoiser(*args, **kwargs) if output is None else output
 
         with torch.no_grad(), policy.walk(given, seeded(len(prompts)), _noiseless, denoiser=look) as walk:
@@ -248,7 +257,14 @@ def _checked_plan(policy: Policy, dry: Walk) -> list[Place]:
                 f"{policy.name} lacks a seam: it called `scheduler.step` {step.index + 1} times for {steps} timesteps; "
                 "one call a timestep is needed."
             )
-    return [Place(visit.chunk, tuple((step.schedule, step.index) for step in visit.steps)) for visit in plan]
+    return [
+        Place(visit.chunk, tuple((step.schedule, step.index) for step in visit.steps), visit.denoisers)
+        for visit in plan
+    ]
+
+
+def _called(plan: Sequence[Place], places: Sequence[int]) -> frozenset[str]:
+    return frozenset[str]().union(*(plan[place].denoisers for place in places))
 
 
 def _check_rows(policy: Policy, inputs: Inputs, visit: Visit) -> None:
@@ -277,7 +293,7 @@ def _next(walk: Walk) -> Visit:
 def _require_finite(policy: Policy, place: int, prediction: Tensor) -> None:
     if not prediction.isfinite().all():
         raise ValueError(
-            f"{policy.name} predicts NaN or infinity at step {place}: its {policy.denoiser_name} holds such numbers, "
+            f"{policy.name} predicts NaN or infinity at step {place}: its {policy.denoiser_words} holds such numbers, "
             f"or {prediction.dtype} is too narrow for it."
         )
 

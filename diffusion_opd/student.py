@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -30,9 +30,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from .adapters import STUDENT_ADAPTER, changes_base
 from .checkpoints import give_ordinary_mode, is_checkpoint
 from .config import DiffusionConfig
+from .denoisers import NAMES, denoiser_of, denoisers_of
 from .errors import brief, one_sentence, why_not
-from .files import INDEX_NAME, LORA_NAME, absent_parts
-from .policy import Policy, check_seams, denoiser_name, tuner_layers
+from .files import INDEX_NAME, absent_parts, lora_name
+from .policy import Policy, check_seams, tuner_layers
 from .shards import local_shards, reshard, shards_changed, zero3_unseen
 
 logger = get_logger(__name__)
@@ -50,7 +51,8 @@ class Student:
 
     Attributes:
         pipeline ([`~diffusers.DiffusionPipeline`]): The student as plain diffusers runs it.
-        denoiser_name (`str`), denoiser ([`~diffusers.ModelMixin`]): Of the pipeline, what is trained.
+        denoiser (`nn.Module`): Of the pipeline, what is trained; of several the [`Denoisers`].
+        trained (`dict[str, ModelMixin]`): By their names the denoisers of which something is trained.
         trains_lora (`bool`): Whether a LoRA of the denoiser is trained, else all of it.
         policy ([`Policy`]): The pipeline as it is rolled out, with the arguments and the precision of the run; its
             trainer sets it.
@@ -59,9 +61,11 @@ class Student:
     policy: Policy
 
     def __init__(self, pipeline: DiffusionPipeline):
-        self.pipeline, self.denoiser_name = pipeline, denoiser_name(pipeline)
-        self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
-        self.trains_lora = bool(tuner_layers(self.denoiser)) and STUDENT_ADAPTER in self.denoiser.peft_config
+        self.pipeline, self.denoiser = pipeline, denoiser_of(pipeline)
+        parts: dict[str, Any] = denoisers_of(pipeline)
+        with_lora = {name for name, part in parts.items() if STUDENT_ADAPTER in getattr(part, "peft_config", {})}
+        self.trains_lora = bool(with_lora)
+        self.trained: dict[str, ModelMixin] = {n: part for n, part in parts.items() if n in with_lora or not with_lora}
 
     @property
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -102,24 +106,43 @@ class Student:
                 the denoiser holds.
         """
         os.makedirs(folder, exist_ok=True)
+        states = {name: None if state_dict is None else self._part_of(state_dict, name) for name in self.trained}
         if self.trains_lora:
-            layers = get_peft_model_state_dict(self.denoiser, state_dict=state_dict, adapter_name=STUDENT_ADAPTER)
-            # Without the metadata a reload would take lora_alpha = r
-            metadata = _collate_lora_metadata({self.denoiser_name: self.denoiser})
-            type(self.pipeline).save_lora_weights(folder, **{f"{self.denoiser_name}_lora_layers": layers}, **metadata)
+            for name, part in self.trained.items():
+                layers = get_peft_model_state_dict(part, state_dict=states[name], adapter_name=STUDENT_ADAPTER)
+                kind = name.removesuffix("_2")  # plain diffusers loads each file as if it were of the first
+                # Without the metadata a reload would take lora_alpha = r
+                metadata = _collate_lora_metadata({kind: part})
+                type(self.pipeline).save_lora_weights(
+                    folder, **{f"{kind}_lora_layers": layers}, weight_name=lora_name(name), **metadata
+                )
         else:
             # `ModelMixin.save_pretrained` takes no state dict
-            if state_dict is not None:
-                self.denoiser.state_dict = lambda *args, **kwargs: state_dict
+            for name, part in self.trained.items() if state_dict is not None else ():
+                part.state_dict = functools.partial(_state, states[name])
             try:
                 if is_checkpoint(folder):
-                    self.denoiser.save_pretrained(os.path.join(folder, self.denoiser_name))
+                    for name, part in self.trained.items():
+                        part.save_pretrained(os.path.join(folder, name))
                 else:
                     self.pipeline.save_pretrained(folder)
             finally:
-                vars(self.denoiser).pop("state_dict", None)
+                for part in self.trained.values():
+                    vars(part).pop("state_dict", None)
         folders = [Path(folder, name) for name in self.pipeline.components]
-        give_ordinary_mode(Path(folder, LORA_NAME), *(file for f in folders for file in f.glob("*.safetensors")))
+        loras = [Path(folder, lora_name(name)) for name in self.trained]
+        give_ordinary_mode(*loras, *(file for f in folders for file in f.glob("*.safetensors")))
+
+    def _part_of(self, state: dict[str, Any], name: str) -> dict[str, Any]:
+        """What of the state of [`denoiser`] is that of one of several."""
+        if len(denoisers_of(self.pipeline)) == 1:
+            return state
+        return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+
+    @property
+    def file_names(self) -> set[str]:
+        """Files and folders of what is trained, in a checkpoint."""
+        return {lora_name(name) if self.trains_lora else name for name in self.trained}
 
     def load(self, folder: str | os.PathLike) -> None:
         """Loads what [`save`] wrote into the denoiser.
@@ -127,8 +150,11 @@ class Student:
         Raises:
             ValueError: if a file cannot be read, or a tensor is missing, unexpected or of another shape.
         """
-        path = Path(folder)
-        files = [path / LORA_NAME] if self.trains_lora else sorted((path / self.denoiser_name).glob("*.safetensors"))
+        for name, part in self.trained.items():
+            self._load(Path(folder), name, part)
+
+    def _load(self, folder: Path, name: str, part: ModelMixin) -> None:
+        files = [folder / lora_name(name)] if self.trains_lora else sorted((folder / name).glob("*.safetensors"))
         state: dict[str, torch.Tensor] = {}
         try:
             for file in files:
@@ -136,10 +162,10 @@ class Student:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{folder} does not hold this student: {file.name} cannot be read ({error}).") from error
         if self.trains_lora:
-            state = {key.removeprefix(f"{self.denoiser_name}."): value for key, value in state.items()}
-            expected = get_peft_model_state_dict(self.denoiser, adapter_name=STUDENT_ADAPTER)
+            state = {key.removeprefix(f"{name.removesuffix('_2')}."): value for key, value in state.items()}
+            expected = get_peft_model_state_dict(part, adapter_name=STUDENT_ADAPTER)
         else:
-            expected = self.denoiser.state_dict()
+            expected = part.state_dict()
         wrong = expected.keys() ^ state.keys() or {k for k in expected if expected[k].shape != state[k].shape}
         if wrong:
             raise ValueError(
@@ -147,9 +173,13 @@ class Student:
                 "saved with another `peft_config` or model?"
             )
         if self.trains_lora:
-            set_peft_model_state_dict(self.denoiser, state, adapter_name=STUDENT_ADAPTER)
+            set_peft_model_state_dict(part, state, adapter_name=STUDENT_ADAPTER)
         else:
-            self.denoiser.load_state_dict(state)
+            part.load_state_dict(state)
+
+
+def _state(state: Any, *args: Any, **kwargs: Any) -> Any:
+    return state
 
 
 @contextlib.contextmanager
@@ -164,7 +194,7 @@ def whole_modules() -> Iterator[None]:
 def load_student(
     model: str | os.PathLike | DiffusionPipeline,
     args: DiffusionConfig,
-    peft_config: LoraConfig | None,
+    peft_config: LoraConfig | Mapping[str, LoraConfig] | None,
     check: Callable[[DiffusionPipeline], None],
 ) -> DiffusionPipeline:
     """The student's pipeline with trainable parameters in float32 and everything else frozen, in eval mode.
@@ -174,16 +204,22 @@ def load_student(
             safetensors unless `model_init_kwargs` say otherwise), or a pipeline (whose frozen modules keep their
             dtype).
         args ([`DiffusionConfig`]): For `model_init_kwargs` and the dtype.
-        peft_config ([`~peft.LoraConfig`], *optional*): Trains a LoRA; `None` trains the whole denoiser.
+        peft_config ([`~peft.LoraConfig`], or by the names of denoisers, *optional*): Trains a LoRA of each denoiser, or
+            of those that are named; `None` trains the whole of each.
         check (`Callable[[DiffusionPipeline], None]`): May refuse the pipeline before anything of it is changed.
 
     Raises:
-        ValueError: if the pipeline cannot be loaded, has no single denoiser, lacks a seam, is offloaded, carries
-            adapters already, or could not load a LoRA again.
+        ValueError: if the pipeline cannot be loaded, has no denoiser, lacks a seam, is offloaded, carries adapters
+            already, or could not load a LoRA again.
         TypeError: if `model` or `peft_config` is none of the above.
     """
-    if not isinstance(peft_config, (LoraConfig, type(None))):
-        raise TypeError(f"`peft_config` must be a `LoraConfig` or None (train in full), got {brief(peft_config)}.")
+    given_configs = list(peft_config.values()) if isinstance(peft_config, Mapping) else [peft_config]
+    is_empty = isinstance(peft_config, Mapping) and not peft_config
+    if is_empty or not all(isinstance(one, (LoraConfig, type(None))) for one in given_configs):
+        raise TypeError(
+            "`peft_config` must be a `LoraConfig`, a dict of them by denoiser, or None (train in full), got "
+            f"{brief(peft_config)}."
+        )
     if isinstance(model, DiffusionPipeline):
         pipeline = model
     elif not isinstance(model, (str, os.PathLike)):
@@ -204,21 +240,26 @@ def load_student(
         if not isinstance(init_kwargs.get("dtype"), (torch.dtype, dict, type(None))):
             raise ValueError(f"`model_init_kwargs`: dtype {word!r} is none of torch's, e.g. 'bfloat16'.")
         if "dtype" not in init_kwargs and "torch_dtype" not in init_kwargs:
-            name = next((name for name in ("transformer", "unet") if name in index), "transformer")
+            names = [name for name in NAMES if index.get(name, [None])[0]] or ["transformer"]
             denoiser_dtype = torch.float32 if peft_config is None else args.mixed_dtype
-            init_kwargs["dtype"] = {name: denoiser_dtype, "default": args.mixed_dtype}
+            init_kwargs["dtype"] = dict.fromkeys(names, denoiser_dtype) | {"default": args.mixed_dtype}
         unsafe = " from safetensors (`model_init_kwargs={'use_safetensors': False}` reads pickles that you trust)"
         unsafe = unsafe if init_kwargs["use_safetensors"] else ""
         with whole_modules(), one_sentence(f"the student {str(model)!r} cannot be loaded", unsafe):
             pipeline = DiffusionPipeline.from_pretrained(model, **init_kwargs)
     check_seams(pipeline)
     check(pipeline)
-    name = denoiser_name(pipeline)
-    denoiser = getattr(pipeline, name)
-    if tuner_layers(denoiser):
+    denoisers: dict[str, Any] = denoisers_of(pipeline)
+    for name, denoiser in denoisers.items():
+        if tuner_layers(denoiser):
+            raise ValueError(
+                f"the student's {name} carries adapters already; call `pipeline.fuse_lora()` and "
+                "`pipeline.unload_lora_weights()` first."
+            )
+    configs = dict(peft_config) if isinstance(peft_config, Mapping) else dict.fromkeys(denoisers, peft_config)
+    if unknown := sorted(configs.keys() - denoisers.keys()):
         raise ValueError(
-            f"the student's {name} carries adapters already; call `pipeline.fuse_lora()` and "
-            "`pipeline.unload_lora_weights()` first."
+            f"`peft_config` names {unknown}, and the denoisers of {type(pipeline).__name__} are {list(denoisers)}."
         )
     for key, part in pipeline.components.items():
         if isinstance(part, nn.Module):
@@ -230,37 +271,44 @@ def load_student(
                 )
             part.requires_grad_(False).eval()
     if peft_config is None:
-        # Not by its own `to`, which warns of modules that diffusers keeps in float32
-        nn.Module.to(denoiser.requires_grad_(True), torch.float32)
         parts = {key: part for key, part in pipeline.components.items() if isinstance(part, nn.Module)}
-        beside = next((part for key, part in parts.items() if "text_encoder" in key), parts.get("vae", denoiser))
-        if {_dtype(beside), args.mixed_dtype} != {torch.float32}:
-            answer_beside(denoiser, beside, args.mixed_dtype)
+        for denoiser in denoisers.values():
+            # Not by its own `to`, which warns of modules that diffusers keeps in float32
+            nn.Module.to(denoiser.requires_grad_(True), torch.float32)
+            beside = next((part for key, part in parts.items() if "text_encoder" in key), parts.get("vae", denoiser))
+            if {_dtype(beside), args.mixed_dtype} != {torch.float32}:
+                answer_beside(denoiser, beside, args.mixed_dtype)
         return pipeline
     if not hasattr(type(pipeline), "save_lora_weights"):
         raise ValueError(
             f"{type(pipeline).__name__} cannot load LoRA weights in plain diffusers; train it in full "
             "(no `peft_config`)."
         )
-    if not peft_config.target_modules and not peft_config.target_parameters:  # PEFT would look for `model_type`
+    for name, config in configs.items():
+        _add_lora(name, denoisers[name], config)
+    return pipeline
+
+
+def _add_lora(name: str, denoiser: Any, config: Any) -> None:
+    """Adds a denoiser's LoRA, to be trained."""
+    if not config.target_modules and not config.target_parameters:  # PEFT would look for `model_type`
         raise ValueError(
             "`peft_config` names no `target_modules`; give some, e.g. ['to_q', 'to_k', 'to_v', 'to_out.0']."
         )
-    if changes_base(peft_config):
+    if changes_base(config):
         raise ValueError(
-            f"`peft_config` changes the {name} itself (bias={peft_config.bias!r}, "
-            f"modules_to_save={peft_config.modules_to_save}, init_lora_weights={peft_config.init_lora_weights!r}), "
+            f"`peft_config` changes the {name} itself (bias={config.bias!r}, "
+            f"modules_to_save={config.modules_to_save}, init_lora_weights={config.init_lora_weights!r}), "
             "which LoRA teachers share; leave these at their defaults, or train in full."
         )
-    if peft_config.lora_dropout > 0:
+    if config.lora_dropout > 0:
         logger.warning(
-            f"lora_dropout={peft_config.lora_dropout} has no effect: the denoiser runs in eval mode, since the rollout "
+            f"lora_dropout={config.lora_dropout} has no effect: the denoiser runs in eval mode, since the rollout "
             "and the gradient are one pass."
         )
     with one_sentence(f"`peft_config` does not fit {type(denoiser).__name__}"):
-        denoiser.add_adapter(peft_config, STUDENT_ADAPTER)
+        denoiser.add_adapter(config, STUDENT_ADAPTER)
     cast_training_params(denoiser)
-    return pipeline
 
 
 def answer_beside(denoiser: nn.Module, part: nn.Module, compute_dtype: torch.dtype) -> None:

@@ -74,8 +74,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             Evaluated as `eval_loss`, `eval_kl` and `eval_kl/<teacher id>`, with the same noise each time.
         callbacks (`list[TrainerCallback]`, *optional*), optimizers (`tuple`, *optional*):
             As for [`~transformers.Trainer`].
-        peft_config ([`~peft.LoraConfig`], *optional*):
-            Trains a LoRA; `None` trains the whole denoiser (whose learning rate is usually far below the default).
+        peft_config ([`~peft.LoraConfig`], or a dict of them by denoiser, *optional*):
+            Trains a LoRA, of two denoisers (Wan 2.2) one each, or of those that are named (`{"transformer_2": ...}`);
+            `None` trains the whole denoiser (whose learning rate is usually far below the default).
 
     With `ema_decay`, `trainer.pipeline` carries the trained weights until `train` returns, and their average from then
     on; `with trainer.ema_weights():` puts the average in place before that.
@@ -109,7 +110,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         eval_dataset: Dataset | IterableDataset | Mapping[str, Any] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
-        peft_config: LoraConfig | None = None,
+        peft_config: LoraConfig | Mapping[str, LoraConfig] | None = None,
     ):
         args = own_arguments(model, args, DiffusionOPDConfig, self._name)
         specs = name_teachers(teachers)
@@ -134,6 +135,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             pipeline,
             args,
             data,
+            named=peft_config if isinstance(peft_config, Mapping) else (),
             callbacks=callbacks,
             optimizers=optimizers,
         )

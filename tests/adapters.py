@@ -6,7 +6,7 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
-from diffusion_opd.policy import denoiser_name
+from diffusion_opd.denoisers import denoisers_of
 from tests.tiny_pipelines import BUILDERS, LORA_TARGETS, denoiser, frozen
 
 
@@ -34,7 +34,7 @@ def save_diffusers(
     pipe = base(family)
     module = denoiser(pipe)
     frozen(seed, lambda: module.add_adapter(lora(**config)) or module)
-    name = denoiser_name(pipe)
+    name = next(iter(denoisers_of(pipe)))
     facts = _collate_lora_metadata({name: module}) if metadata else {}
     pipe.save_lora_weights(folder, **{f"{name}_lora_layers": get_peft_model_state_dict(module)}, **facts)
     return folder

@@ -28,6 +28,7 @@ from diffusion_opd import (
 from diffusion_opd.files import LORA_NAME
 from diffusion_opd.sampling import seed_of
 from tests.editing_pipelines import EDITING, EDITING_CALL, EDITING_INPUTS, ONE_A_CALL, with_parts
+from tests.one_by_one import loss_of, run
 from tests.streaming_pipelines import picture
 from tests.tiny_pipelines import flux
 from tests.training import lora, trained
@@ -70,6 +71,20 @@ def trainer_of(out: Path, family: str, data: Any = None, teachers: Any = None, *
     )
 
 
+def own(row: dict[str, Any], family: str) -> dict[str, Any]:
+    """What the pipeline is given of a row."""
+    return {name: row[name] for name in ("prompt", *EDITING_INPUTS[family])}
+
+
+def by_hand(
+    student: DiffusionPipeline, teacher: DiffusionPipeline, family: str, batch: list[Any], told: list[Any] | None = None
+) -> Tensor:
+    """The loss of a first step, sample by sample; of `told` the teacher's inputs."""
+    rows = list(zip([own(row, family) for row in batch], told or [own(row, family) for row in batch], strict=True))
+    seeds = [seed_of(42, 0, 0, 0, index) for index in range(len(batch))]
+    return loss_of(student, teacher, rows, EDITING_CALL[family], seeds, STEPS, STEPS - 1)
+
+
 class Gradients(TrainerCallback):
     """Those of each optimizer step, unclipped."""
 
@@ -78,47 +93,6 @@ class Gradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.seen.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-
-
-# The unmodified pipeline, one sample a call
-
-
-def run(
-    pipe: DiffusionPipeline,
-    family: str,
-    row: dict[str, Any],
-    seed: int,
-    states: list[Tensor] | None = None,
-    gradient: bool = False,
-) -> list[tuple[Tensor, Tensor, float]]:
-    """State, prediction and level difference at each step: under Euler's rule, or at given states."""
-    seen: list[tuple[Tensor, Tensor, float]] = []
-    scheduler = pipe.scheduler
-
-    def step(prediction: Tensor, timestep: Tensor, sample: Tensor, **kwargs: Any) -> tuple[Tensor]:
-        index = len(seen)
-        way = (scheduler.sigmas[index + 1] - scheduler.sigmas[index]).item()
-        seen.append((sample.detach().clone(), prediction, way))
-        if states is not None:
-            return (states[index + 1] if index + 1 < len(states) else sample,)
-        return ((sample + way * prediction).detach(),)
-
-    scheduler.step = step
-    call = type(pipe).__call__.__wrapped__ if gradient else type(pipe).__call__
-    inputs = {name: row[name] for name in EDITING_INPUTS[family]}
-    try:
-        call(
-            pipe,
-            prompt=[row["prompt"]],
-            **inputs,
-            num_inference_steps=STEPS,
-            generator=[torch.Generator().manual_seed(seed)],
-            output_type="latent",
-            **EDITING_CALL[family],
-        )
-    finally:
-        del scheduler.step
-    return seen
 
 
 @families
@@ -150,15 +124,7 @@ def test_the_gradient_is_that_of_two_passes(tmp_path, family):
             if name in before:
                 p.copy_(before[name])
     weights = [p for p in trainer.model.parameters() if p.requires_grad]
-    loss = torch.zeros(())
-    for index, row in enumerate(batch):
-        seed = seed_of(trainer.args.seed, 0, 0, 0, index)
-        walked = run(trainer.pipeline, family, row, seed)
-        states = [state for state, _, _ in walked]
-        targets = run(EDITING[family](1), family, row, seed, states)
-        own = run(trainer.pipeline, family, row, seed, states, gradient=True)
-        for (_, prediction, way), (_, target, _) in list(zip(own, targets, strict=True))[: STEPS - 1]:
-            loss = loss + (way * (prediction - target)).square().mean() / 2 / (2 * (STEPS - 1))
+    loss = by_hand(trainer.pipeline, EDITING[family](1), family, batch)
     expected = torch.autograd.grad(loss, weights)
     scale = max(gradient.abs().max() for gradient in expected)
     assert scale > 0
@@ -208,8 +174,9 @@ def test_a_run_from_pictures_to_plain_diffusers(tmp_path, family):
     plain = EDITING[family](0)
     plain.load_lora_weights(tmp_path / "saved", weight_name=LORA_NAME)
     row = {"prompt": PROMPTS[0]} | {name: values[0] for name, values in EDITING_INPUTS[family].items()}
-    for (_, ours, _), (_, theirs, _) in zip(*(run(p, family, row, 3) for p in (whole.pipeline, plain)), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    runs = [run(pipe, row, EDITING_CALL[family], 3, STEPS) for pipe in (whole.pipeline, plain)]
+    for ours, theirs in zip(*runs, strict=True):
+        torch.testing.assert_close(ours.prediction, theirs.prediction, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["flux_kontext", "qwen_edit_plus", "wan_i2v"])
@@ -256,20 +223,6 @@ def test_all_forms_of_data_are_one(tmp_path):
     assert all(own == found["whole"] for own in found.values()), found
 
 
-def by_hand(
-    student: DiffusionPipeline, teacher: DiffusionPipeline, batch: list, told: Callable, seed: int = 42
-) -> float:
-    """The loss of a first step, sample by sample."""
-    loss = 0.0
-    for index, row in enumerate(batch):
-        walked = run(student, "flux_kontext", row, seed_of(seed, 0, 0, 0, index))
-        states = [state for state, _, _ in walked]
-        targets = run(teacher, "flux_kontext", told(row), seed_of(seed, 0, 0, 0, index), states)
-        for (_, prediction, way), (_, target, _) in list(zip(walked, targets, strict=True))[: STEPS - 1]:
-            loss += (way * (prediction - target)).square().mean().item() / 2 / (len(batch) * (STEPS - 1))
-    return loss
-
-
 def first_batch(trainer: DiffusionOPDTrainer, count: int = 2) -> list[dict[str, Any]]:
     order = list(trainer._get_train_sampler())[:count]
     return trainer.data.read([trainer.data.train[row] for row in order])
@@ -281,12 +234,9 @@ def test_a_teacher_reads_other_columns(tmp_path):
     data = rows("flux_kontext", rich=rich, other=[picture(16, number + 40) for number in range(4)])
     teacher = Teacher(EDITING["flux_kontext"](0), id="t", columns={"prompt": "rich", "image": "other"})
     trainer = trainer_of(tmp_path, "flux_kontext", data, teacher, max_steps=1)
-    before = by_hand(
-        trainer.pipeline,
-        EDITING["flux_kontext"](0),
-        first_batch(trainer),
-        lambda row: {**row, "prompt": row["rich"], "image": row["other"]},
-    )
+    batch = first_batch(trainer)
+    told = [{"prompt": row["rich"], "image": row["other"]} for row in batch]
+    before = by_hand(trainer.pipeline, EDITING["flux_kontext"](0), "flux_kontext", batch, told).item()
     assert losses(trainer)[0] == pytest.approx(before, rel=1e-3) and before > 0
 
 

@@ -15,7 +15,7 @@ TESTS = Path(__file__).parent
 
 # Lowest first; a module imports modules of lower layers only. Names are patterns, the first that fits counts.
 LAYERS = [
-    ["errors", "transitions", "checkpoints", "stopwatch", "files", "paused", "queries"],
+    ["errors", "transitions", "checkpoints", "stopwatch", "files", "paused", "queries", "denoisers"],
     ["objectives", "shards", "inputs"],
     ["config", "sampling"],
     ["data"],

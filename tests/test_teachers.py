@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 
 from diffusion_opd import Teacher
 from diffusion_opd.adapters import STUDENT_ADAPTER, frozen_copy
-from diffusion_opd.policy import active_adapter, denoiser_name, tuner_layers
+from diffusion_opd.denoisers import denoisers_of
+from diffusion_opd.policy import active_adapter, tuner_layers
 from diffusion_opd.teachers import check_manifest, load_teachers, manifest_of, name_teachers
 from tests.adapters import lora, save_diffusers, save_peft, with_lora
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS, clip, clip_tokenizer, denoiser, frozen
@@ -580,7 +581,7 @@ def test_whole_teachers(kind: str, trains_lora: bool, saved):
 def test_whole_teachers_of_other_families(family: str, tmp_path):
     pipe = BUILDERS[family](1)
     pipe.save_pretrained(tmp_path)
-    name = denoiser_name(pipe)
+    name = next(iter(denoisers_of(pipe)))
     student = student_with_lora(family)
     teachers = load({"pipeline": tmp_path, "denoiser": Teacher(tmp_path, subfolder=name), "loaded": pipe}, student)
     for teacher in teachers:

@@ -63,8 +63,9 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
             each time.
         callbacks (`list[TrainerCallback]`, *optional*), optimizers (`tuple`, *optional*):
             As for [`~transformers.Trainer`].
-        peft_config ([`~peft.LoraConfig`], *optional*):
-            Trains a LoRA; `None` trains the whole denoiser.
+        peft_config ([`~peft.LoraConfig`], or a dict of them by denoiser, *optional*):
+            Trains a LoRA, of two denoisers (Wan 2.2) one each, or of those that are named (`{"transformer_2": ...}`);
+            `None` trains the whole denoiser.
 
     Raises:
         ValueError, TypeError: at once, if anything does not fit together: the sentence names what was given and what to

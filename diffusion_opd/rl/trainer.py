@@ -31,6 +31,7 @@ from ..base_trainer import DiffusionTrainer
 from ..checkpoints import give_ordinary_mode, is_checkpoint
 from ..checks import own_arguments, whole_cycles
 from ..data import Data, check_no_splits, stream_columns, tasks_in
+from ..denoisers import parts_of, put_denoiser
 from ..engines import held_gradient_sync
 from ..inputs import PROMPT, Inputs, inputs_of, packed, unpacked
 from ..policy import BACKBONE, Policy, Visit
@@ -92,7 +93,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         eval_dataset: Dataset | IterableDataset | Mapping[str, Any] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
-        peft_config: LoraConfig | None = None,
+        peft_config: LoraConfig | Mapping[str, LoraConfig] | None = None,
     ):
         args = own_arguments(model, args, self._config_class, self._name)
         self.rewards = Rewards(reward_funcs, args.reward_weights)
@@ -121,6 +122,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
             pipeline,
             args,
             data,
+            named=peft_config if isinstance(peft_config, Mapping) else (),
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -142,14 +144,16 @@ class DiffusionRLTrainer(DiffusionTrainer):
         pipeline = self.pipeline
         if self.trains_lora:
             if adapter != BACKBONE:
-                add_adapter(self.model, self.model.peft_config[STUDENT_ADAPTER], adapter)
+                for part in parts_of(self.model).values():
+                    if STUDENT_ADAPTER in getattr(part, "peft_config", {}):
+                        add_adapter(part, part.peft_config[STUDENT_ADAPTER], adapter)
                 for parameter, twin in zip(self._adapter(STUDENT_ADAPTER), self._adapter(adapter), strict=True):
                     twin.data = parameter.detach().clone()
                     twin.requires_grad_(False)
             return self.policy_of(pipeline, adapter)
         pipeline = copy.copy(pipeline)
         denoiser = frozen_copy(self.model, dtype)
-        vars(pipeline)[self.denoiser_name] = denoiser
+        put_denoiser(pipeline, denoiser)
         if self.shards_parameters:
             self.shard(denoiser)
         self._compile(denoiser)
@@ -237,14 +241,19 @@ class DiffusionRLTrainer(DiffusionTrainer):
         """One micro-batch of samples: the trained policy, and those it is compared with, follow where the rollout went,
         or to noised versions of what it made; each visit has its backward pass."""
         self._begin_micro_batch(model)
-        visits = [self._visits(rollout) for rollout in inputs]
+        visits = [
+            [(number, visit) for number, visit in enumerate(self._visits(rollout)) if visit.index in self.learnt]
+            for rollout in inputs
+        ]
         num_backwards = sum(map(len, visits))
+        if not num_backwards:  # a window over steps of which nothing is trained
+            return torch.zeros((), device=self.accelerator.device)
         scale = 1 / (num_backwards * self.current_gradient_accumulation_steps)
         losses: list[Tensor] = []
         with held_gradient_sync(self.accelerator, model, num_backwards) as release_sync:
             for rollout, own in zip(inputs, visits, strict=True):
                 with self._followers(model, rollout) as ask:
-                    for number, visit in enumerate(own):
+                    for number, visit in own:
                         if len(losses) == num_backwards - 1:
                             release_sync()
                         loss = self._loss(rollout, number, visit.steps[0], ask(visit))

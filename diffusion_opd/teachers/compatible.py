@@ -8,8 +8,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..denoisers import denoisers_of
 from ..files import name_or_path
-from ..policy import denoiser_name
 from ..scheduler_proxy import is_flow, own_scheduler
 from .spec import Teacher
 
@@ -23,7 +23,8 @@ def check_compatible(teacher: Teacher, pipeline: DiffusionPipeline, student: Dif
             "the same."
         )
 
-    theirs, ours = (getattr(party, denoiser_name(party)).config for party in (pipeline, student))
+    firsts: list[Any] = [next(iter(denoisers_of(party).values())) for party in (pipeline, student)]
+    theirs, ours = (first.config for first in firsts)
     if theirs.get("in_channels") != ours.get("in_channels"):
         refuse("in_channels", theirs.get("in_channels"), ours.get("in_channels"))
     vae, own_vae = getattr(pipeline, "vae", None), getattr(student, "vae", None)
@@ -36,7 +37,7 @@ def check_compatible(teacher: Teacher, pipeline: DiffusionPipeline, student: Dif
             raise ValueError(
                 f"teacher {teacher.id!r} ({teacher.source}) has a VAE that encodes with other weights than that of the "
                 f"student ({name_or_path(student) or type(student).__name__}), so its latents mean something else; if "
-                f"they do not, give its {denoiser_name(pipeline)} alone."
+                f"they do not, give its {next(iter(denoisers_of(pipeline)))} alone."
             )
     a, b = pipeline.scheduler, student.scheduler
     kinds = ["flow matching" if is_flow(s) else "VP diffusion" for s in (a, b)]
@@ -77,7 +78,7 @@ def share_parts(pipeline: DiffusionPipeline, student: DiffusionPipeline) -> None
     """Replaces what the teacher has in common with the student (config and weights) by the student's own."""
     for key, part in pipeline.components.items():
         own = getattr(student, key, None)
-        if key != denoiser_name(pipeline) and part is not own and _same_part(part, own):
+        if key not in denoisers_of(pipeline) and part is not own and _same_part(part, own):
             vars(pipeline)[key] = own  # past `DiffusionPipeline.__setattr__`, which writes into the config
 
 

@@ -16,12 +16,13 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from ..adapters import frozen_copy, with_denoiser
+from ..denoisers import NAMES, denoiser_of, denoisers_of
 from ..errors import first_few, one_sentence
 from ..files import CONFIG_NAME, INDEX_NAME, absent_parts
-from ..policy import check_seams, denoiser_name
+from ..policy import check_seams
 from .compatible import check_compatible, share_parts
 from .locating import locate, read_json, sole_lora
-from .lora import add_lora, read_lora, scalings
+from .lora import add_lora, read_loras, scalings
 from .manifest import hash_tensors
 from .spec import LoadedTeacher, Teacher
 
@@ -45,42 +46,48 @@ def load_teachers(
         ValueError: if a teacher cannot be read, has missing, unexpected or wrongly shaped tensors, or lives in another
             latent space or time than the student.
     """
-    name = denoiser_name(student)
+    own = denoisers_of(student)
     host = student
     loaded = []
     for index, (key, teacher) in enumerate(teachers.items()):
         adapter = commit = None
         if isinstance(teacher.path, DiffusionPipeline):
             pipeline = copy.copy(teacher.path)
-            if getattr(pipeline, denoiser_name(pipeline)) is getattr(student, name):
-                raise ValueError(
-                    f"teacher {teacher.id!r} is the student itself (one {name} for both), so it would change with it; "
-                    "load its pipeline once more."
-                )
+            for name, part in denoisers_of(pipeline).items():
+                if part in own.values():
+                    raise ValueError(
+                        f"teacher {teacher.id!r} is the student itself (one {name} for both), so it would change with "
+                        "it; load its pipeline once more."
+                    )
         else:
-            folder, commit = locate(teacher)
+            folder, commit = locate(teacher, own)
             if teacher.weight_name is None:
-                teacher = replace(teacher, weight_name=sole_lora(teacher, folder, commit))
+                teacher = replace(teacher, weight_name=sole_lora(teacher, folder, commit, own))
             if teacher.weight_name is None and (folder / INDEX_NAME).is_file():
                 pipeline = _load_pipeline(teacher, folder, commit, dtype)
             elif teacher.weight_name is None and (folder / CONFIG_NAME).is_file():
                 pipeline = _load_denoiser(teacher, folder, commit, student, dtype)
             else:
-                tensors, config = read_lora(teacher, folder, student)
+                loras = read_loras(teacher, folder, student)
                 if host is student and not trains_lora:
-                    host = with_denoiser(student, frozen_copy(getattr(student, name), dtype))
+                    host = with_denoiser(student, frozen_copy(denoiser_of(student), dtype))
                 pipeline, adapter = host, f"teacher_{index}"
-                add_lora(teacher, getattr(host, name), adapter, tensors, config)
+                for name, (tensors, config) in loras.items():
+                    add_lora(teacher, denoisers_of(host)[name], adapter, tensors, config)
         if adapter is None:
             with one_sentence(f"teacher {teacher.id!r}"):
                 check_seams(pipeline)
             check_compatible(teacher, pipeline, student)
             share_parts(pipeline, student)
-            sha256 = hash_tensors(getattr(pipeline, denoiser_name(pipeline)).state_dict())
+            sha256 = hash_tensors(denoiser_of(pipeline).state_dict())
         else:
-            sha256 = hash_tensors(tensors | scalings(getattr(host, name), adapter))
+            adapted = {name: lora | scalings(denoisers_of(host)[name], adapter) for name, (lora, _) in loras.items()}
+            prefixes = {name: f"{name}." if len(own) > 1 else "" for name in adapted}
+            sha256 = hash_tensors(
+                {f"{prefixes[name]}{k}": v for name, part in adapted.items() for k, v in part.items()}
+            )
         for part in pipeline.components.values():
-            if isinstance(part, nn.Module) and part is not getattr(student, name):
+            if isinstance(part, nn.Module) and part not in own.values():
                 part.requires_grad_(False).eval()
         loaded.append(LoadedTeacher(key, teacher, pipeline, adapter, sha256, commit))
     return loaded
@@ -119,20 +126,21 @@ def _load_pipeline(teacher: Teacher, located: Path, commit: str | None, dtype: t
             folder = snapshot_download(folder, revision=commit, allow_patterns=f"{teacher.subfolder.strip('/')}/*")
         folder = os.path.join(folder, teacher.subfolder)
     parts = absent_parts(index)
-    name = next((name for name in ("transformer", "unet") if index.get(name, [None])[0]), None)
-    if name is None:
+    names = [name for name in NAMES if index.get(name, [None])[0]]
+    if not names:
         raise ValueError(f"teacher {teacher.id!r}: {teacher.source!r} has neither a transformer nor a unet.")
-    cls = getattr(diffusers, str(index[name][1]), None)
-    if cls is None:
-        raise ValueError(
-            f"teacher {teacher.id!r}: the {name} of {teacher.source!r} is a {index[name][1]}, which this version of "
-            "diffusers has not; if it is custom code that you trust, load the pipeline yourself and give that."
-        )
-    parts[name] = _load_module(teacher, cls, dtype, folder, subfolder=name, revision=commit)
+    for name in names:
+        cls = getattr(diffusers, str(index[name][1]), None)
+        if cls is None:
+            raise ValueError(
+                f"teacher {teacher.id!r}: the {name} of {teacher.source!r} is a {index[name][1]}, which this version "
+                "of diffusers has not; if it is custom code that you trust, load the pipeline yourself and give that."
+            )
+        parts[name] = _load_module(teacher, cls, dtype, folder, subfolder=name, revision=commit)
     for key, entry in index.items():
         library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
         part = getattr({"diffusers": diffusers, "transformers": transformers}.get(str(library)), str(class_name), None)
-        if key != name and isinstance(part, type) and issubclass(part, nn.Module):
+        if key not in names and isinstance(part, type) and issubclass(part, nn.Module):
             # Whole checkpoints of CLIP and T5 hold more than their encoders
             parts[key] = _load_module(
                 teacher, part, dtype, folder, refused=["missing_keys"], subfolder=key, revision=commit
@@ -146,7 +154,13 @@ def _load_denoiser(
 ) -> DiffusionPipeline:
     config = read_json(teacher, folder / CONFIG_NAME)
     class_name = config.get("_class_name") or config.get("architectures")
-    expected = type(getattr(student, denoiser_name(student)))
+    own = denoisers_of(student)
+    if len(own) > 1:
+        raise ValueError(
+            f"teacher {teacher.id!r}: {teacher.source!r} is one denoiser, and the student's {type(student).__name__} "
+            f"has {list(own)}; give a whole pipeline instead."
+        )
+    (expected,) = map(type, own.values())
     if class_name != expected.__name__:
         raise ValueError(
             f"teacher {teacher.id!r}: {teacher.source!r} is a {class_name}, but the student's {type(student).__name__} "

@@ -6,6 +6,7 @@ Of a repository, what tells what a teacher is comes first; weights are fetched w
 import contextlib
 import json
 import os
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,20 +15,28 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from ..errors import first_few, why_not
-from ..files import CONFIG_NAME, INDEX_NAME, LORA_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME
+from ..files import CONFIG_NAME, INDEX_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, lora_name
 from .spec import Teacher
 
 NAMES = [INDEX_NAME, CONFIG_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME]
 
 
-def locate(teacher: Teacher) -> tuple[Path, str | None]:
-    """The folder with the files that tell what a teacher is, and with its LoRA; and the commit if it is on the Hub."""
+def lora_names(teacher: Teacher, denoisers: Sequence[str]) -> dict[str, str]:
+    """The names of a teacher's LoRA files in diffusers format, by denoiser."""
+    if teacher.weight_name is None:
+        return {name: lora_name(name) for name in denoisers}
+    return {denoisers[0]: teacher.weight_name} if isinstance(teacher.weight_name, str) else teacher.weight_name
+
+
+def locate(teacher: Teacher, denoisers: Iterable[str]) -> tuple[Path, str | None]:
+    """The folder with the files that tell what a teacher is, and with its LoRA for these denoisers of the student; and
+    the commit if it is on the Hub."""
     path = str(teacher.path)
     if os.path.isdir(path):
         return Path(path, teacher.subfolder or ""), None
     if os.path.isfile(path):
         raise ValueError(f"teacher {teacher.id!r}: {path!r} is a file; give its folder, and its name as `weight_name`.")
-    names = [*NAMES, teacher.weight_name or LORA_NAME]
+    names = [*NAMES, *lora_names(teacher, list(denoisers)).values()]
     patterns = [PurePosixPath(teacher.subfolder or "", name).as_posix() for name in names]
     try:
         if os.path.isabs(path):
@@ -38,9 +47,9 @@ def locate(teacher: Teacher) -> tuple[Path, str | None]:
     return snapshot / (teacher.subfolder or ""), snapshot.name
 
 
-def sole_lora(teacher: Teacher, folder: Path, commit: str | None) -> str | None:
+def sole_lora(teacher: Teacher, folder: Path, commit: str | None, denoisers: Iterable[str]) -> str | None:
     """The only safetensors file, where there is nothing by the names that tell what a teacher is."""
-    if any((folder / name).is_file() for name in [*NAMES, LORA_NAME]):
+    if any((folder / name).is_file() for name in [*NAMES, *map(lora_name, denoisers)]):
         return None
     found = sorted(file.name for file in folder.glob("*.safetensors"))
     if commit is not None:

@@ -17,18 +17,39 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..adapters import add_adapter, changes_base
+from ..denoisers import denoisers_of
 from ..errors import first_few, one_sentence
-from ..files import CONFIG_NAME, INDEX_NAME, LORA_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME
-from ..policy import denoiser_name
-from .locating import read_json
+from ..files import CONFIG_NAME, INDEX_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME
+from .locating import lora_names, read_json
 from .spec import Teacher
 
 
-def read_lora(teacher: Teacher, folder: Path, student: DiffusionPipeline) -> tuple[dict[str, Tensor], LoraConfig]:
-    """Tensors (keys as in the denoiser, `lora_A` / `lora_B`) and config of a LoRA in PEFT or diffusers format."""
-    name = denoiser_name(student)
+def read_loras(
+    teacher: Teacher, folder: Path, student: DiffusionPipeline
+) -> dict[str, tuple[dict[str, Tensor], LoraConfig]]:
+    """The LoRAs of a teacher by the names of the denoisers that they are for: of several at least one."""
+    own = list(denoisers_of(student))
+    names = lora_names(teacher, own)
+    if unknown := sorted(names.keys() - set(own)):
+        raise ValueError(f"teacher {teacher.id!r}: `weight_name` names {unknown}, and the student has {own}.")
+    if teacher.weight_name is None:
+        there = {name: file for name, file in names.items() if (folder / file).is_file()}
+        is_peft = (folder / PEFT_CONFIG_NAME).is_file()  # which has one file, for the first
+        names = there if there and not is_peft else {own[0]: names[own[0]]}
+    return {name: read_lora(teacher, folder, student, name, file) for name, file in names.items()}
+
+
+def read_lora(
+    teacher: Teacher, folder: Path, student: DiffusionPipeline, name: str, file: str
+) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Tensors (keys as in the denoiser, `lora_A` / `lora_B`) and config of a LoRA in PEFT or diffusers format.
+
+    Args:
+        name (`str`): Of the denoiser that it is for.
+        file (`str`): Its name in diffusers format.
+    """
     is_peft = (folder / PEFT_CONFIG_NAME).is_file() and teacher.weight_name in (None, PEFT_WEIGHTS_NAME)
-    weights = folder / (PEFT_WEIGHTS_NAME if is_peft else teacher.weight_name or LORA_NAME)
+    weights = folder / (PEFT_WEIGHTS_NAME if is_peft else file)
     if is_peft and not weights.is_file():
         raise ValueError(
             f"teacher {teacher.id!r}: {teacher.source!r} has an {PEFT_CONFIG_NAME}, but no {weights.name}, the only "
@@ -62,7 +83,7 @@ def read_lora(teacher: Teacher, folder: Path, student: DiffusionPipeline) -> tup
             f"e.g. {first_few(scales)}."
         )
     else:
-        tensors, config = _read_diffusers_lora(teacher, weights, student, tensors)
+        tensors, config = _read_diffusers_lora(teacher, weights, student, name, tensors)
     if not _has_lora(tensors):
         raise ValueError(
             f"teacher {teacher.id!r}: no LoRA tensors for a {name} in {teacher.source!r}, e.g. {first_few(tensors)}."
@@ -82,10 +103,10 @@ def _has_lora(tensors: Iterable[str]) -> bool:
 
 
 def _read_diffusers_lora(
-    teacher: Teacher, weights: Path, student: DiffusionPipeline, keys: Iterable[str]
+    teacher: Teacher, weights: Path, student: DiffusionPipeline, name: str, keys: Iterable[str]
 ) -> tuple[dict[str, Tensor], LoraConfig]:
-    name, cls = denoiser_name(student), type(student)
-    prefix = f"{name}."
+    cls = type(student)
+    prefix = f"{name.removesuffix('_2')}."  # as if it were for the first
 
     def check_read(unread: Sequence[str]) -> None:
         if unread:

@@ -11,9 +11,9 @@ from typing import Any
 from diffusers import DiffusionPipeline, ModelMixin
 
 from ..config import check_types
+from ..denoisers import denoiser_of
 from ..errors import brief
 from ..files import name_or_path
-from ..policy import denoiser_name
 
 
 @dataclass
@@ -29,10 +29,11 @@ class Teacher:
             `"lora"`, `"transformer"` or `"unet"`.
         subfolder, revision (`str`, *optional*):
             Where in the repository, and which version of it.
-        weight_name (`str`, *optional*):
+        weight_name (`str` or `dict[str, str]`, *optional*):
             File name of a LoRA in diffusers format. Defaults to `pytorch_lora_weights.safetensors`, or to the only
             safetensors file of a folder that holds nothing else of a teacher. Given, nothing else in the folder is
-            looked at.
+            looked at. For a student of several denoisers a file for each, by its name (`{"transformer":
+            "high.safetensors", "transformer_2": "low.safetensors"}`); a single name is that of the first.
         guidance_scale (`float`, *optional*):
             Its own guidance scale. Defaults to the student's.
         call_kwargs (`dict`, *optional*):
@@ -46,7 +47,7 @@ class Teacher:
     id: str | None = None
     subfolder: str | None = None
     revision: str | None = None
-    weight_name: str | None = None
+    weight_name: str | dict[str, str] | None = None
     guidance_scale: float | None = None
     call_kwargs: dict[str, Any] = field(default_factory=dict)
     columns: dict[str, str] = field(default_factory=dict)
@@ -78,7 +79,7 @@ class LoadedTeacher:
 
     @property
     def denoiser(self) -> ModelMixin:
-        return getattr(self.pipeline, denoiser_name(self.pipeline))
+        return denoiser_of(self.pipeline)
 
 
 def name_teachers(teachers: Any) -> dict[str, Teacher]:

@@ -13,7 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..policy import Policy, denoiser_name
+from ..denoisers import denoiser_of, parts_of
+from ..policy import Policy
 from .compatible import same_weights
 from .manifest import check_manifest, write_manifest
 from .spec import LoadedTeacher
@@ -84,10 +85,11 @@ class Teachers(Mapping[str, Policy]):
     # Where they wait
 
     def _place(self, pipeline: DiffusionPipeline, shard: Callable[[Any], None] | None, engine: str) -> None:
-        denoiser = getattr(pipeline, denoiser_name(pipeline))
+        denoiser = denoiser_of(pipeline)
+        parts = list(parts_of(denoiser).values())
         is_own = denoiser is not self._student
         for part in pipeline.components.values():
-            if isinstance(part, nn.Module) and not (part is denoiser and is_own and self._placement == "cpu"):
+            if isinstance(part, nn.Module) and not (part in parts and is_own and self._placement == "cpu"):
                 part.to(self._device)
         if not is_own or self._placement != "sharded":
             return
