@@ -3,7 +3,7 @@ from rewards."""
 
 from .config import DiffusionOPDConfig
 from .rl import DiffusionGRPOConfig, DiffusionGRPOTrainer, DiffusionNFTConfig, DiffusionNFTTrainer
-from .teachers import Teacher
+from .teachers import Lora, Teacher
 from .trainer import DiffusionOPDTrainer
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "DiffusionNFTTrainer",
     "DiffusionOPDConfig",
     "DiffusionOPDTrainer",
+    "Lora",
     "Teacher",
 ]
 __version__ = "0.1.0.dev0"

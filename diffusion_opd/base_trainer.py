@@ -201,7 +201,10 @@ class DiffusionTrainer(Publishing):
             prepare_deepspeed(denoiser, self.accelerator)
 
     def policy_of(
-        self, pipeline: DiffusionPipeline, adapter: str | None = None, call_kwargs: dict[str, Any] | None = None
+        self,
+        pipeline: DiffusionPipeline,
+        adapter: str | tuple[str, ...] | None = None,
+        call_kwargs: dict[str, Any] | None = None,
     ) -> Policy:
         """A party of this run: a pipeline that is called as the student's is (of another class with what that takes of
         the arguments), under the run's mixed precision, with `call_kwargs` of its own over the student's."""

@@ -84,12 +84,12 @@ def tuner_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
 
 
 @contextlib.contextmanager
-def active_adapter(layers: Sequence[BaseTunerLayer], name: str) -> Iterator[None]:
-    """Another adapter, or the bare [`BACKBONE`], for the duration. PEFT's `set_adapter` would also set `requires_grad`,
-    which drops gradients and raises under sharding, so the attribute that it sets last is set alone."""
+def active_adapter(layers: Sequence[BaseTunerLayer], name: str | tuple[str, ...]) -> Iterator[None]:
+    """Another adapter, several at once, or the bare [`BACKBONE`], for the duration. PEFT's `set_adapter` would also set
+    `requires_grad`, which drops gradients and raises under sharding, so what it sets last is set alone."""
     before = [layer._active_adapter for layer in layers]
     for layer in layers:
-        layer._active_adapter = [] if name == BACKBONE else [name]
+        layer._active_adapter = list(name) if isinstance(name, tuple) else [] if name == BACKBONE else [name]
     try:
         yield
     finally:
@@ -105,8 +105,8 @@ class Policy:
         num_inference_steps (`int`): Denoising steps of a whole walk.
         call_kwargs (`dict`, *optional*): For the pipeline's `__call__`: guidance, size, negative prompt ...
         cache ([`EncodeCache`], *optional*): Shared by the parties of one batch. `None`: its own.
-        adapter (`str`, *optional*): PEFT adapter of the denoiser that this policy is, or [`BACKBONE`]; by default
-            whatever is active.
+        adapter (`str` or `tuple[str, ...]`, *optional*): PEFT adapter of the denoiser that this policy is, the sum of
+            several, or [`BACKBONE`]; by default whatever is active.
         autocast (`Callable`, *optional*): A context manager for each call of the denoiser, and for nothing else of the
             pipeline: a VAE may ask for float32. Under mixed precision what the denoiser predicts is float32.
         timing (`Callable`, *optional*): A context manager for the time that the pipeline runs between two pauses.
@@ -122,7 +122,7 @@ class Policy:
         num_inference_steps: int,
         call_kwargs: dict[str, Any] | None = None,
         cache: EncodeCache | None = None,
-        adapter: str | None = None,
+        adapter: str | tuple[str, ...] | None = None,
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
         timing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
@@ -140,8 +140,10 @@ class Policy:
         self._autocast = autocast
         self.denoiser = denoiser_of(pipeline)
         self._layers = tuner_layers(self.denoiser) if adapter is not None else []
-        if adapter and adapter not in (known := getattr(self.denoiser, "peft_config", {})):
-            raise ValueError(f"the {self.denoiser_words} has no adapter {adapter!r}; it has {sorted(known)}.")
+        named = adapter if isinstance(adapter, tuple) else (adapter,) if adapter else ()
+        if absent := [name for name in named if name not in getattr(self.denoiser, "peft_config", {})]:
+            known = sorted(getattr(self.denoiser, "peft_config", {}))
+            raise ValueError(f"the {self.denoiser_words} has no adapter {absent[0]!r}; it has {known}.")
         self._attention = [module for module in self.denoiser.modules() if hasattr(module, "set_processor")]
         self._encoders = encoders_of(pipeline)
         self._scheduler = own_scheduler(pipeline.scheduler)

@@ -33,8 +33,10 @@ from .config import DiffusionConfig
 from .denoisers import NAMES, denoiser_of, denoisers_of
 from .errors import brief, one_sentence, why_not
 from .files import INDEX_NAME, absent_parts, lora_name
+from .fingerprint import base_values, write_base_values
 from .policy import Policy, check_seams, tuner_layers
 from .shards import local_shards, reshard, shards_changed, zero3_unseen
+from .teachers import as_lora, load_lora
 
 logger = get_logger(__name__)
 
@@ -65,6 +67,8 @@ class Student:
         parts: dict[str, Any] = denoisers_of(pipeline)
         with_lora = {name for name, part in parts.items() if STUDENT_ADAPTER in getattr(part, "peft_config", {})}
         self.trains_lora = bool(with_lora)
+        # While they are whole
+        self._base_values = {name: base_values(parts[name], STUDENT_ADAPTER) for name in with_lora}
         self.trained: dict[str, ModelMixin] = {n: part for n, part in parts.items() if n in with_lora or not with_lora}
 
     @property
@@ -116,6 +120,7 @@ class Student:
                 type(self.pipeline).save_lora_weights(
                     folder, **{f"{kind}_lora_layers": layers}, weight_name=lora_name(name), **metadata
                 )
+                write_base_values(Path(folder, lora_name(name)), self._base_values[name])
         else:
             # `ModelMixin.save_pretrained` takes no state dict
             for name, part in self.trained.items() if state_dict is not None else ():
@@ -196,6 +201,7 @@ def load_student(
     args: DiffusionConfig,
     peft_config: LoraConfig | Mapping[str, LoraConfig] | None,
     check: Callable[[DiffusionPipeline], None],
+    student_lora: Any = None,
 ) -> DiffusionPipeline:
     """The student's pipeline with trainable parameters in float32 and everything else frozen, in eval mode.
 
@@ -206,6 +212,7 @@ def load_student(
         args ([`DiffusionConfig`]): For `model_init_kwargs` and the dtype.
         peft_config ([`~peft.LoraConfig`], or by the names of denoisers, *optional*): Trains a LoRA of each denoiser, or
             of those that are named; `None` trains the whole of each.
+        student_lora (`str` or [`Lora`], *optional*): A LoRA whose training goes on, in the place of a new one.
         check (`Callable[[DiffusionPipeline], None]`): May refuse the pipeline before anything of it is changed.
 
     Raises:
@@ -213,6 +220,9 @@ def load_student(
             already, or could not load a LoRA again.
         TypeError: if `model` or `peft_config` is none of the above.
     """
+    lora = None if student_lora is None else as_lora(student_lora, "`student_lora`")
+    if lora is not None and peft_config is not None:
+        raise ValueError("`student_lora` brings its own rank, alpha and target modules; leave `peft_config` out.")
     given_configs = list(peft_config.values()) if isinstance(peft_config, Mapping) else [peft_config]
     is_empty = isinstance(peft_config, Mapping) and not peft_config
     if is_empty or not all(isinstance(one, (LoraConfig, type(None))) for one in given_configs):
@@ -241,7 +251,7 @@ def load_student(
             raise ValueError(f"`model_init_kwargs`: dtype {word!r} is none of torch's, e.g. 'bfloat16'.")
         if "dtype" not in init_kwargs and "torch_dtype" not in init_kwargs:
             names = [name for name in NAMES if index.get(name, [None])[0]] or ["transformer"]
-            denoiser_dtype = torch.float32 if peft_config is None else args.mixed_dtype
+            denoiser_dtype = torch.float32 if peft_config is None and lora is None else args.mixed_dtype
             init_kwargs["dtype"] = dict.fromkeys(names, denoiser_dtype) | {"default": args.mixed_dtype}
         unsafe = " from safetensors (`model_init_kwargs={'use_safetensors': False}` reads pickles that you trust)"
         unsafe = unsafe if init_kwargs["use_safetensors"] else ""
@@ -270,7 +280,7 @@ def load_student(
                     "files complete?"
                 )
             part.requires_grad_(False).eval()
-    if peft_config is None:
+    if peft_config is None and lora is None:
         parts = {key: part for key, part in pipeline.components.items() if isinstance(part, nn.Module)}
         for denoiser in denoisers.values():
             # Not by its own `to`, which warns of modules that diffusers keeps in float32
@@ -284,6 +294,12 @@ def load_student(
             f"{type(pipeline).__name__} cannot load LoRA weights in plain diffusers; train it in full "
             "(no `peft_config`)."
         )
+    if lora is not None:
+        load_lora(lora, pipeline, STUDENT_ADAPTER, torch.float32)  # what is trained is not rounded
+        for denoiser in denoisers.values():
+            for layer in tuner_layers(denoiser):
+                layer.set_adapter(STUDENT_ADAPTER)  # makes it train too
+        return pipeline
     for name, config in configs.items():
         _add_lora(name, denoisers[name], config)
     return pipeline

@@ -33,7 +33,7 @@ from .policy import Move, Visit
 from .sampling import SEED_TRAIN, TEACHER, noise_generators
 from .scheduler_proxy import Step
 from .startup import check_teacher
-from .student import load_student, whole_modules
+from .student import Student, load_student, whole_modules
 from .teachers import MANIFEST_NAME, LoadedTeacher, Teachers, load_teachers, name_teachers
 
 logger = get_logger(__name__)
@@ -77,6 +77,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         peft_config ([`~peft.LoraConfig`], or a dict of them by denoiser, *optional*):
             Trains a LoRA, of two denoisers (Wan 2.2) one each, or of those that are named (`{"transformer_2": ...}`);
             `None` trains the whole denoiser (whose learning rate is usually far below the default).
+        student_lora (`str` or [`Lora`], *optional*):
+            Hub id or folder of a LoRA of the student, in any format that teachers have: its training goes on, with its
+            own rank and alpha, in the place of a new one.
 
     With `ema_decay`, `trainer.pipeline` carries the trained weights until `train` returns, and their average from then
     on; `with trainer.ema_weights():` puts the average in place before that.
@@ -111,6 +114,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         peft_config: LoraConfig | Mapping[str, LoraConfig] | None = None,
+        student_lora: Any = None,
     ):
         args = own_arguments(model, args, DiffusionOPDConfig, self._name)
         specs = name_teachers(teachers)
@@ -127,9 +131,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         set_seed(args.seed)
         own_columns = {key: spec.columns for key, spec in specs.items()}
         fit = partial(data.fit, call_kwargs=args.pipeline_kwargs, others=own_columns)
-        pipeline = load_student(model, args, peft_config, fit)
+        pipeline = load_student(model, args, peft_config, fit, student_lora)
         with whole_modules():
-            loaded = load_teachers(specs, pipeline, peft_config is not None, args.mixed_dtype)
+            loaded = load_teachers(specs, pipeline, Student(pipeline).trains_lora, args.mixed_dtype)
         self.columns = {teacher.id: _columns_of(teacher, data, args.pipeline_kwargs) for teacher in loaded}
         super().__init__(
             pipeline,

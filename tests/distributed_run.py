@@ -28,8 +28,14 @@ from diffusion_opd.base_trainer import DiffusionTrainer  # noqa: E402
 from diffusion_opd.student import whole_modules  # noqa: E402
 from tests.adapters import save_peft  # noqa: E402
 from tests.cpu_engines import Wire, fsdp_on_cpu, leave  # noqa: E402
+from tests.editing_pipelines import EDITING, EDITING_CALL, EDITING_INPUTS  # noqa: E402
 from tests.launched import serve  # noqa: E402
+from tests.streaming_pipelines import picture  # noqa: E402
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS  # noqa: E402
+from tests.two_denoisers import TWO, TWO_CALL, TWO_INPUTS  # noqa: E402
+
+MAKE = BUILDERS | EDITING | TWO
+CALLS = CALL | EDITING_CALL | TWO_CALL
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -53,6 +59,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--gather_each_time", action="store_true", help="ZeRO-3, as it does with a big model")
     parser.add_argument("--images", action="store_true", help="draw, and evaluate, at the end")
+    parser.add_argument("--sizes", type=int, default=1, help="of pictures that samples are made of")
     return parser.parse_args(arguments)
 
 
@@ -97,7 +104,7 @@ def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
-    student = BUILDERS[options.family](0)
+    student = MAKE[options.family](0)
     if options.bf16:  # loaded from a folder, its frozen parts are in half precision
         folder = options.out / f"student-{os.environ.get('RANK', 0)}"
         student.save_pretrained(folder)
@@ -125,11 +132,11 @@ def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
     )
     if options.method == "opd":
         settings |= dict(transition=options.transition, teacher_placement=options.teacher_placement)
-        settings |= dict(call_kwargs=CALL[options.family])
+        settings |= dict(call_kwargs=CALLS[options.family])
         config_class, trainer_class = diffusion_opd.DiffusionOPDConfig, diffusion_opd.DiffusionOPDTrainer
         # One of each kind: an adapter of the student's denoiser (or of a copy of it), and a denoiser of its own
-        lora = save_peft(options.out / f"teacher-{os.environ.get('RANK', 0)}", options.family)
-        judges = {"a": str(lora), "b": BUILDERS[options.family](2)}
+        lora = save_peft(options.out / f"teacher-{os.environ.get('RANK', 0)}", MAKE[options.family](0))
+        judges = {"a": str(lora), "b": MAKE[options.family](2)}
         if options.images:
             settings |= dict(eval_strategy="steps", eval_steps=3)
         if options.best:
@@ -138,7 +145,7 @@ def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
     else:
         # Groups of eight over two micro-batches of four; two optimizer steps on each rollout
         settings |= dict(num_generations=8, gradient_accumulation_steps=4, num_iterations=2, beta=0.1)
-        call = {key: value for key, value in CALL[options.family].items() if key != "guidance_scale"}
+        call = {key: value for key, value in CALLS[options.family].items() if not key.startswith("guidance_scale")}
         settings |= dict(guidance_scale=1.0, call_kwargs=call)
         name = {"nft": "DiffusionNFT", "grpo": "DiffusionGRPO"}[options.method]
         config_class, trainer_class = (getattr(diffusion_opd, f"{name}{part}") for part in ("Config", "Trainer"))
@@ -154,7 +161,15 @@ def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
     if options.gather_each_time:  # by default what is small, or soon used again, stays gathered: all of a small model
         limits = "max_live_parameters max_reuse_distance param_persistence_threshold prefetch_bucket_size".split()
         args.deepspeed_plugin.deepspeed_config["zero_optimization"] |= {f"stage3_{name}": 0 for name in limits}
-    prompts = {task: Dataset.from_dict({"prompt": [f"{task} {i}" for i in range(12)]}) for task in ("a", "b")}
+    columns = {}
+    if options.family in EDITING_INPUTS | TWO_INPUTS:
+        inputs = (EDITING_INPUTS | TWO_INPUTS)[options.family]
+        columns = {name: [values[i % 4] for i in range(12)] for name, values in inputs.items()}
+    if options.sizes == 2:
+        columns["image"] = [picture(16 * (1 + i % 2), i) for i in range(12)]
+    prompts = {
+        task: Dataset.from_dict({"prompt": [f"{task} {i}" for i in range(12)], **columns}) for task in ("a", "b")
+    }
     return trainer_class(
         student,
         judges,
@@ -215,7 +230,7 @@ def report(options: argparse.Namespace, trainer: DiffusionTrainer, counted: Coun
         "names": [name for name, p in trainer.model.named_parameters() if p.requires_grad],
         "ranks_agree": bool((everyone == everyone[0]).all()),
         "num_parameters": num_parameters(trainer.model),
-        "num_parameters_of_blocks": num_parameters(trainer.model.transformer_blocks) if options.images else None,
+        "num_parameters_of_blocks": num_parameters(getattr(trainer.model, "transformer_blocks", nn.ModuleList())),
         "num_sharded": num_sharded(trainer.model),
         "num_sharded_of_teachers": [num_sharded(teacher.denoiser) for teacher in teachers],
         "optimizer": type(innermost(trainer.optimizer)).__name__,

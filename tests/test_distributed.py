@@ -25,7 +25,7 @@ CONFIGS = SCRIPT.parents[1] / "diffusion_opd" / "accelerate_configs"
 CONFIG = {"ddp": "multi_gpu", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
 # Under accelerate's names on a CPU; FSDP's is the one that distributed_run.py hands it
 TYPES = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
-WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPSD3Transformer2DModel"}
+WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDP"}
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
@@ -75,7 +75,7 @@ def one_process(tmp_path_factory) -> Callable[..., tuple[Path, dict]]:
 
 def assert_same_run(one: dict, two: dict, engine: str, tolerance: float = 2e-5) -> None:
     assert TYPES[engine] in two["distributed_type"] and two["num_processes"] == 2
-    assert two["wrapper"] == WRAPPERS.get(engine, "DeepSpeedEngine")
+    assert two["wrapper"].startswith(WRAPPERS.get(engine, "DeepSpeedEngine"))
     assert (two["num_sharded"] > 0) == (engine in SHARDING)
     for key in ("losses", "judged", "grad_norms", "evaluated"):
         assert two[key] == pytest.approx(one[key], rel=max(1e-4, 10 * tolerance), abs=1e-6), key
@@ -86,7 +86,7 @@ def assert_same_run(one: dict, two: dict, engine: str, tolerance: float = 2e-5) 
 
 
 def assert_same_pictures(one: Path, two: Path) -> None:
-    paths = sorted((one / "run" / "images" / "step_000003").glob("*.png"))
+    paths = sorted((one / "run" / "images" / "step_000003").glob("??.png"))
     assert len(paths) == 4
     for path in paths:
         a, b = (np.asarray(Image.open(out / path.relative_to(one)), dtype=int) for out in (one, two))
@@ -213,6 +213,59 @@ def test_ddp_on_other_families_and_transitions(tmp_path, one_process, mode, fami
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "mode", "family"),
+    [
+        ("ddp", "lora", "wan22"),
+        ("fsdp2", "full", "wan22"),
+        nightly("ddp", "full", "wan22"),
+        nightly("fsdp2", "lora", "wan22"),
+        nightly("ddp", "lora", "wan22_i2v"),
+    ],
+)
+def test_two_denoisers(tmp_path, one_process, engine, mode, family):
+    """The last backward pass of an optimizer step touches one of them; the gradient of the other is reduced too. Plain
+    diffusers draws with each past the engine's wrapper."""
+    options = ["--mode", mode, "--family", family, "--images"]
+    out, one = one_process(*options)
+    assert {name.partition(".")[0] for name in one["names"]} == {"transformer", "transformer_2"}
+    two = run(tmp_path / "two", "--batch", "2", *options, engine=engine)
+    assert_same_run(one, two, engine)
+    assert_same_pictures(out, tmp_path / "two")
+    assert_resumes(tmp_path / "two", two, "--batch", "2", *options, engine=engine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "family"),
+    [
+        ("ddp", "qwen_edit_plus"),
+        *(
+            nightly("ddp", each)
+            for each in ("flux_kontext", "qwen_edit", "flux_fill", "flux_control", "wan_i2v", "ltx_i2v")
+        ),
+        nightly("fsdp2", "flux_kontext"),
+    ],
+)
+def test_pictures_for_each_sample(tmp_path, one_process, engine, family):
+    options = ["--family", family, "--images"]
+    out, one = one_process(*options)
+    two = run(tmp_path / "two", "--batch", "2", *options, engine=engine)
+    assert_same_run(one, two, engine)
+    assert two["pictures"] == one["pictures"] == 8  # with and without what they were made from
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", nightly("ddp")])
+def test_pictures_of_two_sizes(tmp_path, engine):
+    """Evaluated and drawn too, where batches of two processes hold other sizes than each other."""
+    options = ["--batch", "2", "--family", "flux_kontext", "--images", "--sizes", "2"]
+    two = run(tmp_path / "two", *options, engine=engine)
+    assert two["ranks_agree"] and two["pictures"] == 8
+    assert_resumes(tmp_path / "two", two, *options, engine=engine)
+
+
+@pytest.mark.slow
 def test_two_nodes(tmp_path, one_process):
     """Two launchers that find each other by address, each with one process: as on two machines."""
     _, one = one_process("--mode", "lora", "--images")
@@ -284,7 +337,7 @@ def test_mixed_precision(tmp_path, one_process, engine, mode, tolerance):
         options += ["--learning_rate", "1e-2"]
     _, one = one_process(*options)
     two = run(tmp_path / "two", "--batch", "2", *options, engine=engine)
-    assert two["wrapper"] == WRAPPERS.get(engine, "DeepSpeedEngine") and two["ranks_agree"]
+    assert two["wrapper"].startswith(WRAPPERS.get(engine, "DeepSpeedEngine")) and two["ranks_agree"]
     assert two["losses"] == pytest.approx(one["losses"], rel=tolerance)
     assert two["grad_norms"] == pytest.approx(one["grad_norms"], rel=max(tolerance, 0.01))
     assert two["pictures"] == one["pictures"] == 4
@@ -301,7 +354,7 @@ def test_pictures_of_what_learns_from_rewards_in_mixed_precision(tmp_path, engin
         pytest.importorskip("deepspeed")
     options = ["--batch", "2", "--method", method, "--mode", mode, "--bf16", "--images", "--learning_rate", "1e-2"]
     two = run(tmp_path / "two", *options, engine=engine)
-    assert two["wrapper"] == WRAPPERS.get(engine, "DeepSpeedEngine") and two["ranks_agree"]
+    assert two["wrapper"].startswith(WRAPPERS.get(engine, "DeepSpeedEngine")) and two["ranks_agree"]
     assert two["pictures"] == 4 and two["picture_gap"] < 0.5
 
 

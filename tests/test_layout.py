@@ -21,7 +21,7 @@ LAYERS = [
     ["data"],
     ["scheduler_proxy", "encode_cache"],
     ["policy"],
-    ["startup", "adapters"],
+    ["startup", "adapters", "fingerprint"],
     ["teachers.spec"],
     ["teachers.locating", "teachers.compatible", "teachers.manifest"],
     ["teachers.lora"],

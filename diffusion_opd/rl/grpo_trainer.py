@@ -66,6 +66,9 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         peft_config ([`~peft.LoraConfig`], or a dict of them by denoiser, *optional*):
             Trains a LoRA, of two denoisers (Wan 2.2) one each, or of those that are named (`{"transformer_2": ...}`);
             `None` trains the whole denoiser.
+        student_lora (`str` or [`Lora`], *optional*):
+            Hub id or folder of a LoRA of the student, in any format that teachers have: its training goes on, with its
+            own rank and alpha, in the place of a new one; `beta` measures from it, as TRL does.
 
     Raises:
         ValueError, TypeError: at once, if anything does not fit together: the sentence names what was given and what to

@@ -47,6 +47,7 @@ from .rewards import Rewards
 logger = get_logger(__name__)
 
 MANIFEST_NAME = "reward_manifest.json"
+REF_ADAPTER = "ref"
 
 
 @dataclass
@@ -94,6 +95,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         peft_config: LoraConfig | Mapping[str, LoraConfig] | None = None,
+        student_lora: Any = None,
     ):
         args = own_arguments(model, args, self._config_class, self._name)
         self.rewards = Rewards(reward_funcs, args.reward_weights)
@@ -117,7 +119,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
         set_seed(args.seed)
         fit = partial(data.fit, call_kwargs=args.pipeline_kwargs)
-        pipeline = load_student(model, args, peft_config, fit)
+        pipeline = load_student(model, args, peft_config, fit, student_lora)
         super().__init__(
             pipeline,
             args,
@@ -130,7 +132,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
         require_independence(self.student.policy, self.checked)
         self._state_dtype = self.checked.visits[0].steps[0].sample.dtype
         self._ode = self.choose_kernel("ode", 0.0, needs_noise=False)
-        self.base = self._frozen_policy(BACKBONE, args.mixed_dtype) if args.beta > 0 else None
+        base = BACKBONE if student_lora is None else REF_ADAPTER  # as TRL has it
+        self.base = self._frozen_policy(base, args.mixed_dtype) if args.beta > 0 else None
         self._prepare()
         self._report_check()
         self._compile(self.model)

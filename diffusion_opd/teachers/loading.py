@@ -22,9 +22,9 @@ from ..files import CONFIG_NAME, INDEX_NAME, absent_parts
 from ..policy import check_seams
 from .compatible import check_compatible, share_parts
 from .locating import locate, read_json, sole_lora
-from .lora import add_lora, read_loras, scalings
+from .lora import add_loras, load_lora, read_loras
 from .manifest import hash_tensors
-from .spec import LoadedTeacher, Teacher
+from .spec import LoadedTeacher, Teacher, as_lora
 
 
 def load_teachers(
@@ -50,7 +50,8 @@ def load_teachers(
     host = student
     loaded = []
     for index, (key, teacher) in enumerate(teachers.items()):
-        adapter = commit = None
+        adapter: str | tuple[str, ...] | None = None
+        commit = None
         if isinstance(teacher.path, DiffusionPipeline):
             pipeline = copy.copy(teacher.path)
             for name, part in denoisers_of(pipeline).items():
@@ -71,9 +72,16 @@ def load_teachers(
                 loras = read_loras(teacher, folder, student)
                 if host is student and not trains_lora:
                     host = with_denoiser(student, frozen_copy(denoiser_of(student), dtype))
-                pipeline, adapter = host, f"teacher_{index}"
-                for name, (tensors, config) in loras.items():
-                    add_lora(teacher, denoisers_of(host)[name], adapter, tensors, config)
+                pipeline, adapter, tensors = host, f"teacher_{index}", {}
+                beneath: list[str] = []
+                if teacher.base_lora is not None:
+                    base = as_lora(teacher.base_lora, f"the `base_lora` of teacher {key!r}")
+                    beneath = [f"{adapter}_base"]
+                    tensors = {f"base.{name}": value for name, value in load_lora(base, host, beneath[0]).items()}
+                tensors |= add_loras(teacher, host, adapter, loras, beneath)
+                adapter = (adapter, *beneath) if beneath else adapter
+        if adapter is None and teacher.base_lora is not None:
+            raise ValueError(f"teacher {key!r}: {teacher.source!r} is no LoRA, and has no `base_lora`; leave it out.")
         if adapter is None:
             with one_sentence(f"teacher {teacher.id!r}"):
                 check_seams(pipeline)
@@ -81,11 +89,7 @@ def load_teachers(
             share_parts(pipeline, student)
             sha256 = hash_tensors(denoiser_of(pipeline).state_dict())
         else:
-            adapted = {name: lora | scalings(denoisers_of(host)[name], adapter) for name, (lora, _) in loras.items()}
-            prefixes = {name: f"{name}." if len(own) > 1 else "" for name in adapted}
-            sha256 = hash_tensors(
-                {f"{prefixes[name]}{k}": v for name, part in adapted.items() for k, v in part.items()}
-            )
+            sha256 = hash_tensors(tensors)
         for part in pipeline.components.values():
             if isinstance(part, nn.Module) and part not in own.values():
                 part.requires_grad_(False).eval()

@@ -16,26 +16,26 @@ from huggingface_hub.errors import HFValidationError
 
 from ..errors import first_few, why_not
 from ..files import CONFIG_NAME, INDEX_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, lora_name
-from .spec import Teacher
+from .spec import Lora, Teacher
 
 NAMES = [INDEX_NAME, CONFIG_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME]
 
 
-def lora_names(teacher: Teacher, denoisers: Sequence[str]) -> dict[str, str]:
+def lora_names(teacher: Teacher | Lora, denoisers: Sequence[str]) -> dict[str, str]:
     """The names of a teacher's LoRA files in diffusers format, by denoiser."""
     if teacher.weight_name is None:
         return {name: lora_name(name) for name in denoisers}
     return {denoisers[0]: teacher.weight_name} if isinstance(teacher.weight_name, str) else teacher.weight_name
 
 
-def locate(teacher: Teacher, denoisers: Iterable[str]) -> tuple[Path, str | None]:
+def locate(teacher: Teacher | Lora, denoisers: Iterable[str]) -> tuple[Path, str | None]:
     """The folder with the files that tell what a teacher is, and with its LoRA for these denoisers of the student; and
     the commit if it is on the Hub."""
     path = str(teacher.path)
     if os.path.isdir(path):
         return Path(path, teacher.subfolder or ""), None
     if os.path.isfile(path):
-        raise ValueError(f"teacher {teacher.id!r}: {path!r} is a file; give its folder, and its name as `weight_name`.")
+        raise ValueError(f"{teacher.who}: {path!r} is a file; give its folder, and its name as `weight_name`.")
     names = [*NAMES, *lora_names(teacher, list(denoisers)).values()]
     patterns = [PurePosixPath(teacher.subfolder or "", name).as_posix() for name in names]
     try:
@@ -43,11 +43,11 @@ def locate(teacher: Teacher, denoisers: Iterable[str]) -> tuple[Path, str | None
             raise HFValidationError
         snapshot = Path(snapshot_download(path, revision=teacher.revision, allow_patterns=patterns))
     except (HFValidationError, OSError) as error:
-        raise ValueError(f"teacher {teacher.id!r}: {path!r} {why_not(error, teacher.revision)}.") from error
+        raise ValueError(f"{teacher.who}: {path!r} {why_not(error, teacher.revision)}.") from error
     return snapshot / (teacher.subfolder or ""), snapshot.name
 
 
-def sole_lora(teacher: Teacher, folder: Path, commit: str | None, denoisers: Iterable[str]) -> str | None:
+def sole_lora(teacher: Teacher | Lora, folder: Path, commit: str | None, denoisers: Iterable[str]) -> str | None:
     """The only safetensors file, where there is nothing by the names that tell what a teacher is."""
     if any((folder / name).is_file() for name in [*NAMES, *map(lora_name, denoisers)]):
         return None
@@ -63,20 +63,20 @@ def sole_lora(teacher: Teacher, folder: Path, commit: str | None, denoisers: Ite
                 download(allow_patterns=str(inside / found[0]))
     if len(found) > 1:
         raise ValueError(
-            f"teacher {teacher.id!r}: {teacher.source!r} holds {len(found)} safetensors files ({first_few(found)}); "
+            f"{teacher.who}: {teacher.source!r} holds {len(found)} safetensors files ({first_few(found)}); "
             "name the LoRA among them by `weight_name`."
         )
     return found[0] if found else None
 
 
-def read_json(teacher: Teacher, path: Path) -> dict[str, Any]:
+def read_json(teacher: Teacher | Lora, path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:  # no JSON, no text
         content = error
     if not isinstance(content, dict):
         raise ValueError(
-            f"teacher {teacher.id!r}: {path.name} of {teacher.source!r} is no JSON object; is it a git-lfs pointer, or "
+            f"{teacher.who}: {path.name} of {teacher.source!r} is no JSON object; is it a git-lfs pointer, or "
             "a download that broke off?"
         )
     return content

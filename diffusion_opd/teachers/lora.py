@@ -5,8 +5,10 @@ or of another shape is refused.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -20,18 +22,70 @@ from ..adapters import add_adapter, changes_base
 from ..denoisers import denoisers_of
 from ..errors import first_few, one_sentence
 from ..files import CONFIG_NAME, INDEX_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME
-from .locating import lora_names, read_json
-from .spec import Teacher
+from ..fingerprint import is_another_base, read_base_values
+from .locating import locate, lora_names, read_json, sole_lora
+from .spec import Lora, Teacher
 
 
-def read_loras(
-    teacher: Teacher, folder: Path, student: DiffusionPipeline
-) -> dict[str, tuple[dict[str, Tensor], LoraConfig]]:
+def load_lora(
+    lora: Lora, pipeline: DiffusionPipeline, adapter: str, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Adds a LoRA to the denoisers of a pipeline as a frozen adapter, in a dtype (`None`: the denoisers' own).
+
+    Returns:
+        `dict[str, Tensor]`: its tensors and scalings, of several denoisers under their names.
+
+    Raises:
+        ValueError: if it cannot be read, does not fit, or was made for other weights.
+    """
+    own = denoisers_of(pipeline)
+    folder, commit = locate(lora, own)
+    if lora.weight_name is None:
+        lora = replace(lora, weight_name=sole_lora(lora, folder, commit, own))
+    return add_loras(lora, pipeline, adapter, read_loras(lora, folder, pipeline), dtype=dtype)
+
+
+def add_loras(
+    teacher: Teacher | Lora,
+    pipeline: DiffusionPipeline,
+    adapter: str,
+    loras: Mapping[str, "ReadLora"],
+    beneath: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Adds what [`read_loras`] has read; `beneath` are adapters that are part of the base that it was made for."""
+    denoisers = denoisers_of(pipeline)
+    found: dict[str, Tensor] = {}
+    for name, lora in loras.items():
+        part: Any = denoisers[name]
+        add_lora(teacher, part, adapter, lora.tensors, lora.config, dtype)
+        if is_another_base(lora.base_values, part, adapter, beneath):
+            hint = "" if beneath else "; as when another LoRA was fused into them: name that one by `base_lora`"
+            raise ValueError(
+                f"{teacher.who}: the LoRA {teacher.source!r} was trained on other weights than those of the student's "
+                f"{name}{hint}."
+            )
+        prefix = f"{name}." if len(denoisers) > 1 else ""
+        own = lora.tensors | scalings(part, adapter)
+        found |= {f"{prefix}{key}": value for key, value in own.items()}
+    return found
+
+
+class ReadLora(NamedTuple):
+    """What a file holds: tensors (keys as in the denoiser, `lora_A` / `lora_B`), config, and values of the base that it
+    was made for, if it is one of ours."""
+
+    tensors: dict[str, Tensor]
+    config: LoraConfig
+    base_values: dict[str, list[float]]
+
+
+def read_loras(teacher: Teacher | Lora, folder: Path, student: DiffusionPipeline) -> dict[str, ReadLora]:
     """The LoRAs of a teacher by the names of the denoisers that they are for: of several at least one."""
     own = list(denoisers_of(student))
     names = lora_names(teacher, own)
     if unknown := sorted(names.keys() - set(own)):
-        raise ValueError(f"teacher {teacher.id!r}: `weight_name` names {unknown}, and the student has {own}.")
+        raise ValueError(f"{teacher.who}: `weight_name` names {unknown}, and the student has {own}.")
     if teacher.weight_name is None:
         there = {name: file for name, file in names.items() if (folder / file).is_file()}
         is_peft = (folder / PEFT_CONFIG_NAME).is_file()  # which has one file, for the first
@@ -39,10 +93,8 @@ def read_loras(
     return {name: read_lora(teacher, folder, student, name, file) for name, file in names.items()}
 
 
-def read_lora(
-    teacher: Teacher, folder: Path, student: DiffusionPipeline, name: str, file: str
-) -> tuple[dict[str, Tensor], LoraConfig]:
-    """Tensors (keys as in the denoiser, `lora_A` / `lora_B`) and config of a LoRA in PEFT or diffusers format.
+def read_lora(teacher: Teacher | Lora, folder: Path, student: DiffusionPipeline, name: str, file: str) -> ReadLora:
+    """A LoRA in PEFT or diffusers format.
 
     Args:
         name (`str`): Of the denoiser that it is for.
@@ -52,50 +104,50 @@ def read_lora(
     weights = folder / (PEFT_WEIGHTS_NAME if is_peft else file)
     if is_peft and not weights.is_file():
         raise ValueError(
-            f"teacher {teacher.id!r}: {teacher.source!r} has an {PEFT_CONFIG_NAME}, but no {weights.name}, the only "
+            f"{teacher.who}: {teacher.source!r} has an {PEFT_CONFIG_NAME}, but no {weights.name}, the only "
             "format that is read."
         )
     if not weights.is_file():
         raise ValueError(
-            f"teacher {teacher.id!r}: {teacher.source!r} holds no pipeline ({INDEX_NAME}), no denoiser ({CONFIG_NAME}) "
+            f"{teacher.who}: {teacher.source!r} holds no pipeline ({INDEX_NAME}), no denoiser ({CONFIG_NAME}) "
             f"and no LoRA ({PEFT_CONFIG_NAME} or {weights.name}); check `path`, `subfolder` and `weight_name`."
         )
     if not is_peft and not hasattr(type(student), "lora_state_dict"):
         raise ValueError(
-            f"teacher {teacher.id!r}: {type(student).__name__} cannot read a LoRA in diffusers format; give it in PEFT "
+            f"{teacher.who}: {type(student).__name__} cannot read a LoRA in diffusers format; give it in PEFT "
             f"format ({PEFT_CONFIG_NAME})."
         )
     with one_sentence(
-        f"teacher {teacher.id!r}: {weights.name} of {teacher.source!r} is no safetensors file (is it a pickle, a "
+        f"{teacher.who}: {weights.name} of {teacher.source!r} is no safetensors file (is it a pickle, a "
         "git-lfs pointer, or a download that broke off?)"
     ):
         tensors = load_file(weights)
     if is_peft:
         kind = read_json(teacher, folder / PEFT_CONFIG_NAME).get("peft_type")
         if kind != "LORA":
-            raise ValueError(f"teacher {teacher.id!r}: {teacher.source!r} is of PEFT's type {kind!r}, not a LoRA.")
-        with one_sentence(f"teacher {teacher.id!r}: {PEFT_CONFIG_NAME} of {teacher.source!r} cannot be read"):
+            raise ValueError(f"{teacher.who}: {teacher.source!r} is of PEFT's type {kind!r}, not a LoRA.")
+        with one_sentence(f"{teacher.who}: {PEFT_CONFIG_NAME} of {teacher.source!r} cannot be read"):
             config = PeftConfig.from_pretrained(str(folder))
         tensors = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
     elif scales := [key for key in tensors if "dora_scale" in key]:  # diffusers drops them with a warning
         raise ValueError(
-            f"teacher {teacher.id!r}: {teacher.source!r} is a DoRA in a format that diffusers cannot read, "
+            f"{teacher.who}: {teacher.source!r} is a DoRA in a format that diffusers cannot read, "
             f"e.g. {first_few(scales)}."
         )
     else:
         tensors, config = _read_diffusers_lora(teacher, weights, student, name, tensors)
     if not _has_lora(tensors):
         raise ValueError(
-            f"teacher {teacher.id!r}: no LoRA tensors for a {name} in {teacher.source!r}, e.g. {first_few(tensors)}."
+            f"{teacher.who}: no LoRA tensors for a {name} in {teacher.source!r}, e.g. {first_few(tensors)}."
         )
     if changes_base(config):
         raise ValueError(
-            f"teacher {teacher.id!r}: the LoRA {teacher.source!r} also changes the {name} itself "
+            f"{teacher.who}: the LoRA {teacher.source!r} also changes the {name} itself "
             f"(bias={config.bias!r}, modules_to_save={config.modules_to_save}, "
             f"init_lora_weights={config.init_lora_weights!r}), which the student shares; merge it and give the {name}."
         )
     config.init_lora_weights = config.inference_mode = False  # the weights are about to come
-    return tensors, config
+    return ReadLora(tensors, config, read_base_values(weights))
 
 
 def _has_lora(tensors: Iterable[str]) -> bool:
@@ -103,7 +155,7 @@ def _has_lora(tensors: Iterable[str]) -> bool:
 
 
 def _read_diffusers_lora(
-    teacher: Teacher, weights: Path, student: DiffusionPipeline, name: str, keys: Iterable[str]
+    teacher: Teacher | Lora, weights: Path, student: DiffusionPipeline, name: str, keys: Iterable[str]
 ) -> tuple[dict[str, Tensor], LoraConfig]:
     cls = type(student)
     prefix = f"{name.removesuffix('_2')}."  # as if it were for the first
@@ -111,14 +163,14 @@ def _read_diffusers_lora(
     def check_read(unread: Sequence[str]) -> None:
         if unread:
             raise ValueError(
-                f"teacher {teacher.id!r}: {len(unread)} keys of {teacher.source!r} are in a format that the "
+                f"{teacher.who}: {len(unread)} keys of {teacher.source!r} are in a format that the "
                 f"`lora_state_dict` of {cls.__name__} does not read, e.g. {min(unread)}."
             )
 
     # As its `load_lora_weights`, which needs the config of a UNet to read names of other trainers
     of_unet = {"unet_config": student.unet.config} if name == "unet" else {}
     with one_sentence(
-        f"teacher {teacher.id!r}: {weights.name} of {teacher.source!r} is in a format that the `lora_state_dict` of "
+        f"{teacher.who}: {weights.name} of {teacher.source!r} is in a format that the `lora_state_dict` of "
         f"{cls.__name__} does not read, with keys as {min(keys)}"
     ):
         tensors, *rest = cls.lora_state_dict(
@@ -129,7 +181,7 @@ def _read_diffusers_lora(
     check_read([key for key in foreign if key.partition(".")[0] not in {"transformer", "unet", *student.components}])
     if foreign:
         raise ValueError(
-            f"teacher {teacher.id!r}: {len(foreign)} tensors of {teacher.source!r} are not for the student's {name}, "
+            f"{teacher.who}: {len(foreign)} tensors of {teacher.source!r} are not for the student's {name}, "
             f"e.g. {first_few(foreign)}; a teacher may adapt the denoiser only."
         )
     tensors, alphas, metadata = (
@@ -146,7 +198,7 @@ def _read_diffusers_lora(
     alphas = {key.split(".lora_A.")[0].removesuffix(".alpha"): value for key, value in alphas.items()}
     if stray := sorted(alphas.keys() - ranks.keys()):
         raise ValueError(
-            f"teacher {teacher.id!r}: {len(stray)} alphas of {teacher.source!r} belong to no LoRA tensor, "
+            f"{teacher.who}: {len(stray)} alphas of {teacher.source!r} belong to no LoRA tensor, "
             f"e.g. {first_few(stray)}."
         )
     config = LoraConfig(
@@ -158,14 +210,22 @@ def _read_diffusers_lora(
 
 
 def add_lora(
-    teacher: Teacher, denoiser: nn.Module, adapter: str, tensors: dict[str, Tensor], config: LoraConfig
+    teacher: Teacher | Lora,
+    denoiser: nn.Module,
+    adapter: str,
+    tensors: dict[str, Tensor],
+    config: LoraConfig,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Adds a frozen adapter and refuses any tensor that is missing, unexpected or of another shape."""
     cls, modules = type(denoiser).__name__, {name for name, _ in denoiser.named_modules()}
     adapted, expected = {_module_of(key) for key in tensors}, {}
     if adapted & modules:
-        with one_sentence(f"teacher {teacher.id!r}: the LoRA {teacher.source!r} does not fit the student's {cls}"):
+        with one_sentence(f"{teacher.who}: the LoRA {teacher.source!r} does not fit the student's {cls}"):
             add_adapter(denoiser, config, adapter)
+        for name, parameter in denoiser.named_parameters() if dtype is not None else ():
+            if f".{adapter}." in f"{name}.":
+                parameter.data = parameter.data.to(dtype)
         expected = get_peft_model_state_dict(denoiser, adapter_name=adapter)
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     shapes = {
@@ -184,14 +244,14 @@ def add_lora(
     ]
     if differences:
         raise ValueError(
-            f"teacher {teacher.id!r}: the LoRA {teacher.source!r} was made for another model than the student's {cls}: "
+            f"{teacher.who}: the LoRA {teacher.source!r} was made for another model than the student's {cls}: "
             f"{differences[0]}."
         )
     wrong = [f"{key} {theirs} for {ours}" for key, (theirs, ours) in shapes.items()]
     for kind, keys in (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", wrong)):
         if keys:
             raise ValueError(
-                f"teacher {teacher.id!r}: {len(keys)} {kind} LoRA tensors in {teacher.source!r} for the student's "
+                f"{teacher.who}: {len(keys)} {kind} LoRA tensors in {teacher.source!r} for the student's "
                 f"{cls}, e.g. {first_few(keys)}."
             )
     with torch.no_grad():

@@ -17,6 +17,42 @@ from ..files import name_or_path
 
 
 @dataclass
+class Lora:
+    """
+    A LoRA, as a user names it.
+
+    Args:
+        path (`str`): Hub id or folder, in PEFT or diffusers format.
+        subfolder, revision (`str`, *optional*): Where in the repository, and which version of it.
+        weight_name (`str` or `dict[str, str]`, *optional*): As of a [`Teacher`].
+    """
+
+    path: Any
+    subfolder: str | None = None
+    revision: str | None = None
+    weight_name: str | dict[str, str] | None = None
+    who: str = field(default="`student_lora`", repr=False)  # in a sentence
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, in words."""
+        return "/".join(str(part) for part in (self.path, self.subfolder) if part)
+
+
+def as_lora(value: Any, who: str) -> Lora:
+    """A path, or a [`Lora`], as a LoRA that is called `who` in sentences.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    lora = copy.copy(value) if isinstance(value, Lora) else Lora(value)
+    if not isinstance(lora.path, (str, os.PathLike)):
+        raise TypeError(f"{who} is a Hub id, a folder or a `Lora`, got {brief(lora.path)}.")
+    lora.who = who
+    return lora
+
+
+@dataclass
 class Teacher:
     """
     A specialist, as a user names it.
@@ -41,6 +77,9 @@ class Teacher:
         columns (`dict[str, str]`, *optional*):
             Columns of the data that it reads in the place of the student's, by argument of its `__call__`:
             `{"prompt": "rich_prompt"}`.
+        base_lora (`str` or [`Lora`], *optional*):
+            Of a LoRA that was trained on a base into which another one had been fused (the second stage of a cascade):
+            that other one.
     """
 
     path: Any
@@ -51,6 +90,12 @@ class Teacher:
     guidance_scale: float | None = None
     call_kwargs: dict[str, Any] = field(default_factory=dict)
     columns: dict[str, str] = field(default_factory=dict)
+    base_lora: Any = None
+
+    @property
+    def who(self) -> str:
+        """What a sentence calls it."""
+        return f"teacher {self.id!r}"
 
     @property
     def source(self) -> str:
@@ -68,12 +113,13 @@ class Teacher:
 
 @dataclass
 class LoadedTeacher:
-    """A teacher, ready to be asked: `pipeline` with `adapter` (`None`: as it is) of its denoiser active."""
+    """A teacher, ready to be asked: `pipeline` with `adapter` (several: their sum; `None`: as it is) of its denoiser
+    active."""
 
     id: str
     spec: Teacher
     pipeline: DiffusionPipeline
-    adapter: str | None
+    adapter: str | tuple[str, ...] | None
     sha256: str
     commit: str | None
 

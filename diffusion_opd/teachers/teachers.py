@@ -53,7 +53,7 @@ class Teachers(Mapping[str, Policy]):
     def __init__(
         self,
         loaded: Sequence[LoadedTeacher],
-        policy_of: Callable[[DiffusionPipeline, str | None, dict[str, Any]], Policy],
+        policy_of: Callable[[DiffusionPipeline, str | tuple[str, ...] | None, dict[str, Any]], Policy],
         student: nn.Module,
         device: torch.device,
         placement: str = "device",
