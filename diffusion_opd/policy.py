@@ -257,7 +257,8 @@ class Policy:
             # Not the pipeline's, or not for how it is called
             if call.is_moving or self.has_worked or isinstance(error, Elsewhere):
                 raise
-            raise ValueError(f"{self.name} fails in its own `__call__`: {reason(error)}{self._hint(error)}") from error
+            hint = self._hint(error, call.inputs)
+            raise ValueError(f"{self.name} fails in its own `__call__`: {reason(error)}{hint}") from error
         finally:
             # Its own functions refer to it: a cycle that would hold the graph until the next garbage collection
             own.clear()
@@ -304,7 +305,7 @@ class Policy:
             self._begins[number, chunk] = find()
         return self._begins[number, chunk]
 
-    def _hint(self, error: Exception) -> str:
+    def _hint(self, error: Exception, inputs: Inputs) -> str:
         """What a pipeline that fails may need: encoders that it was loaded without, or arguments without a value, its
         required ones or else its pictures."""
         encoders = [name for name in self.pipeline.components if name.startswith(("text_encoder", "tokenizer"))]
@@ -315,11 +316,11 @@ class Policy:
         required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         pictures = [p.name for p in parameters if p.default is None and PICTURE.search(p.name)]
         needed = [name for name in required if name not in ("self", "prompt")] or pictures
-        if not (lacking := [name for name in needed if name not in self.call_kwargs]):
+        if not (lacking := [name for name in needed if name not in {*self.call_kwargs, *inputs}]):
             return ""
         return (
-            f"; it may need {lacking}: give one for the whole run, `call_kwargs={{{lacking[0]!r}: ...}}`, or use a "
-            "pipeline of text alone"
+            f"; it may need {lacking}: a column of that name, or one for all samples, "
+            f"`call_kwargs={{{lacking[0]!r}: ...}}`"
         )
 
 
