@@ -26,7 +26,8 @@ def settle_arguments(args: DiffusionConfig, denoiser: ModelMixin) -> None:
     """Sets what Trainer would take a denoiser's arguments to mean for a language model.
 
     Raises:
-        ValueError: if activations are to be checkpointed in another way than diffusers does.
+        ValueError: if activations are to be checkpointed in another way than diffusers does, or several denoisers are
+            trained in a way that loses the gradient of one: under ZeRO-3, or with `ddp_find_unused_parameters`.
     """
     if args.activation_checkpointing:
         if args.activation_checkpointing_kwargs not in (None, {"use_reentrant": False}):
@@ -38,6 +39,18 @@ def settle_arguments(args: DiffusionConfig, denoiser: ModelMixin) -> None:
         # Trainer: `activation_checkpointing` is transformers' other name of the same flag
         denoiser.enable_gradient_checkpointing()
         args.gradient_checkpointing = args.activation_checkpointing = False
+    if isinstance(denoiser, Denoisers) and is_deepspeed_zero3_enabled():
+        # Its first backward pass of a step overwrites the gradients of the step before; to those of a denoiser that has
+        # no part in that pass the next ones would be added
+        raise ValueError(
+            f"ZeRO-3 does not train several denoisers ({', '.join(parts_of(denoiser))}), whose steps come one after "
+            "the other; use FSDP2, DDP or ZeRO-2."
+        )
+    if isinstance(denoiser, Denoisers) and args.ddp_find_unused_parameters:
+        raise ValueError(
+            "`ddp_find_unused_parameters=True` would leave the gradient of a denoiser that the last learnt step does "
+            "not call as it is in each process; leave it out."
+        )
     if args.ddp_find_unused_parameters is None:  # Trainer: True for anything but a PreTrainedModel
         args.ddp_find_unused_parameters = False
     if args.ddp_broadcast_buffers is None:  # constant in a denoiser; a broadcast would precede every forward

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, WanPipeline
 from peft import LoraConfig
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from diffusion_opd import (
     DiffusionGRPOConfig,
@@ -346,12 +347,20 @@ def test_a_denoiser_that_no_learnt_step_calls_stays(tmp_path, caplog):
             {"teachers": Teacher("nowhere", id="t", weight_name={"unet": "a.safetensors"})},
             "teacher 't': 'nowhere'",
         ),
+        ({"ddp_find_unused_parameters": True}, "`ddp_find_unused_parameters=True` would leave the gradient"),
     ],
 )
 def test_refusals(tmp_path, settings, words):
     with pytest.raises(ValueError) as refusal:
         trainer_of(tmp_path, **settings)
     assert str(refusal.value).startswith(words), refusal.value
+
+
+def test_zero3_is_refused(tmp_path):
+    live = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    with pytest.raises(ValueError, match=r"^ZeRO-3 does not train several denoisers \(transformer, transformer_2\)"):
+        trainer_of(tmp_path)
+    assert live.is_zero3()
 
 
 def test_a_bare_denoiser_is_no_teacher_of_two(tmp_path):
