@@ -698,6 +698,8 @@ class DiffusionTrainer(Publishing):
             del self.model.forward
             if own_forward is not None:
                 self.model.forward = own_forward
+        if self.is_fsdp_enabled and isinstance(self.model, Denoisers):
+            self.model()  # FSDP takes what is called first for a root: the pipeline, as it draws, calls each denoiser
         self.average.begin()
         if resume_from_checkpoint is not None:
             self.average.load(resume_from_checkpoint, self.state.global_step)

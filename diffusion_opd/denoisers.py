@@ -17,7 +17,7 @@ _OF_A_PIPELINE = "_denoisers"
 
 class Denoisers(nn.Module):
     """
-    Several denoisers as one module: `denoisers(name, ...)` calls one of them.
+    Several denoisers as one module: `denoisers(name, ...)` calls one of them, `denoisers()` none.
 
     Args:
         parts (`Mapping[str, ModelMixin]`): By their names in the pipeline.
@@ -35,7 +35,9 @@ class Denoisers(nn.Module):
         # What Trainer, accelerate and diffusers' own helpers read of one
         self.config: Any = FrozenDict({name: dict(part.config) for name, part in parts.items()})
 
-    def forward(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, name: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        if name is None:
+            return None
         self.last = name
         return self.get_submodule(name)(*args, **kwargs)
 

@@ -149,8 +149,13 @@ def check_teacher(policy: Policy, checked: Checked, inputs: Inputs | None = None
         for a, b in zip(one, other, strict=True):
             if not (gap := _relative_gap(a, b)) < _tolerance(visit):
                 raise ValueError(f"asked twice at visit {visit.index}, it predicts otherwise, by {gap:.1e} (relative)")
-    first, answered = checked.visits[0], answers[0][0]
-    return all(torch.equal(a.to(s.prediction.dtype), s.prediction) for a, s in zip(answered, first.steps, strict=True))
+    asked = list(zip(checked.visits, answers[0], strict=True))
+    first = {visit.denoisers: (visit, targets) for visit, targets in reversed(asked)}  # of each denoiser
+    return all(
+        torch.equal(target.to(step.prediction.dtype), step.prediction)
+        for visit, targets in first.values()
+        for step, target in zip(visit.steps, targets, strict=True)
+    )
 
 
 def require_independence(policy: Policy, checked: Checked) -> None:

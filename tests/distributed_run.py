@@ -126,7 +126,8 @@ def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
         torch_compile=options.compile is not None,
         torch_compile_backend=options.compile,
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": options.sync_each_batch}},
-        image_steps=3 if options.images else 0,
+        # Of two denoisers also where a run is resumed: a plain `pipeline(...)` comes first there
+        image_steps=(1 if options.family in TWO else 3) if options.images else 0,
         use_cpu=options.engine in ("none", "ddp"),
         ddp_backend="gloo" if options.engine.startswith("zero") else None,
     )

@@ -356,6 +356,15 @@ def test_refusals(tmp_path, settings, words):
     assert str(refusal.value).startswith(words), refusal.value
 
 
+def test_what_a_teacher_has_to_teach_is_looked_for_in_both(tmp_path, caplog):
+    teacher = TWO["wan22"](0)
+    for transformer_2, warned in ((teacher.transformer_2, True), (TWO["wan22"](1).transformer_2, False)):
+        teacher.transformer_2 = transformer_2
+        trainer_of(tmp_path, teachers={"t": teacher}, peft_config=lora())
+        assert ("there is nothing to learn from it" in caplog.text) == warned
+        caplog.clear()
+
+
 def test_zero3_is_refused(tmp_path):
     live = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
     with pytest.raises(ValueError, match=r"^ZeRO-3 does not train several denoisers \(transformer, transformer_2\)"):
