@@ -360,7 +360,7 @@ class DiffusionTrainer(Publishing):
     # What every training step shares: a micro-batch has several backward passes, one for each learnt step
 
     def _backward(self, loss: Tensor) -> None:
-        with self.stopwatch.section(self._section), all_touched(self.accelerator, loss, self.model) as loss:
+        with self.stopwatch.section(self._section), all_touched(self.model_wrapped, loss) as loss:
             # DeepSpeed would divide by the accumulation steps again
             self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
 

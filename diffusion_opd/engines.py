@@ -12,6 +12,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, DynamoBackend, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 from diffusers import ModelMixin
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .config import DiffusionConfig
@@ -153,12 +154,12 @@ class _Touched(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def all_touched(accelerator: Accelerator, loss: Tensor, denoiser: nn.Module) -> Iterator[Tensor]:
+def all_touched(model: nn.Module, loss: Tensor) -> Iterator[Tensor]:
     """A loss whose backward pass reaches each trained parameter of several denoisers, where DDP is to reduce gradients:
     it waits for all of them, and the last step calls one denoiser. `find_unused_parameters` would leave what the others
     have from earlier steps unreduced. Who got no gradient in the whole optimizer step has none afterwards either."""
-    is_ddp = accelerator.distributed_type.value.startswith("MULTI_")
-    if not (isinstance(denoiser, Denoisers) and is_ddp and accelerator.sync_gradients):
+    denoiser: Any = model.module if isinstance(model, DistributedDataParallel) else None
+    if not isinstance(denoiser, Denoisers) or not model.require_backward_grad_sync:
         yield loss
         return
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]

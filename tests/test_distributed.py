@@ -240,6 +240,15 @@ def test_two_denoisers(tmp_path, one_process, engine, mode, family):
 
 
 @pytest.mark.slow
+def test_two_denoisers_reduced_in_each_backward_pass(tmp_path, one_process):
+    """Each of which touches one of them."""
+    options = ["--mode", "lora", "--family", "wan22", "--images"]
+    _, one = one_process(*options)
+    two = run(tmp_path / "two", "--batch", "2", *options, "--sync_each_batch", engine="ddp")
+    assert_same_run(one, two, "ddp")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "family"),
     [
