@@ -59,6 +59,7 @@ from .shards import ShardFiles
 from .startup import Checked, check_student, sees_the_end
 from .stopwatch import Stopwatch
 from .student import Student
+from .teachers import as_lora
 from .transitions import TRANSITIONS, BoundKernel
 
 logger = get_logger(__name__)
@@ -99,6 +100,7 @@ class DiffusionTrainer(Publishing):
         args ([`DiffusionConfig`]): The configuration, which [`whole_cycles`] has seen.
         data ([`Data`]): That has seen the pipeline.
         named (`Collection[str]`): Denoisers that the user asks to be trained by their names.
+        start (`str` or [`Lora`], *optional*): That the student begins with.
         kwargs: For [`~transformers.Trainer`].
     """
 
@@ -115,9 +117,15 @@ class DiffusionTrainer(Publishing):
     _section = "student"  # of the stopwatch: where the student's time goes
 
     def __init__(
-        self, pipeline: DiffusionPipeline, args: DiffusionConfig, data: Data, named: Collection[str] = (), **kwargs: Any
+        self,
+        pipeline: DiffusionPipeline,
+        args: DiffusionConfig,
+        data: Data,
+        named: Collection[str] = (),
+        start: Any = None,
+        **kwargs: Any,
     ):
-        self._named = named
+        self._named, self._start = named, None if start is None else as_lora(start).source
         self.student, self.data, self.tasks = Student(pipeline), data, data.tasks
         self.pipeline = pipeline
         self.trains_lora, model = self.student.trains_lora, self.student.denoiser

@@ -1,12 +1,13 @@
-"""Which weights a LoRA was made for: a few values of the layers that it adapts, kept in its file.
+"""Which weights a LoRA was trained on: values sampled from them, which lie in its file.
 
-A LoRA that was trained on a base into which another one had been fused fits the bare base in every shape, and is wrong
-there. Values tell the two apart in any precision, where a hash would not. This file knows denoisers and tensors, and no
-teacher or trainer.
+A LoRA that was trained on a base into which another one had been fused loads onto the bare base without a word, and is
+another model there. Values are sampled and not hashed, so that a base in another precision is the same base.
+
+This file knows denoisers and the files of LoRAs, and no trainer, loss or data.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,63 +17,85 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-KEY = "base_values"  # in the metadata of a safetensors file
+Fingerprint = dict[str, list[float]]  # by weight
 
-LAYERS, VALUES = 64, 8  # at most; of each
-
-
-def base_values(denoiser: nn.Module, adapter: str, fused: Sequence[str] = ()) -> dict[str, list[float]]:
-    """Some values of the layers that an adapter changes, by layer.
-
-    Args:
-        denoiser (`nn.Module`): With the adapter, its weights whole.
-        adapter (`str`): Of it.
-        fused (`Sequence[str]`, *optional*): Adapters that are added to the values.
-    """
-    layers = {
-        name: layer
-        for name, layer in denoiser.named_modules()
-        if isinstance(layer, LoraLayer) and adapter in layer.scaling and _weight(layer).is_floating_point()
-    }
-    return {name: _values(layers[name], fused) for name in list(layers)[:: max(1, len(layers) // LAYERS)][:LAYERS]}
+KEY = "diffusion_opd_base"  # in the metadata of a safetensors file
+NUM_VALUES = 1024  # in all; of each weight one at least
+ROUNDING = 2**-8  # of bfloat16, the coarsest that weights are kept in, relative
+GOLDEN = 0.6180339887498949  # its multiples fall into all rows and columns
 
 
-def _weight(layer: Any) -> Tensor:
-    return layer.get_base_layer().weight
+def take_fingerprint(denoiser: nn.Module) -> Fingerprint:
+    """Samples the weights of a denoiser without its adapters, while it is whole."""
+    weights = _weights(denoiser)
+    count = -(-NUM_VALUES // max(len(weights), 1))
+    values = {key: weight.reshape(-1)[_places(count, weight)] for key, weight in weights.items()}
+    return {key: [float(f"{value:.5g}") for value in sampled.tolist()] for key, sampled in values.items()}
 
 
 @torch.no_grad()
-def _values(layer: Any, fused: Sequence[str]) -> list[float]:
-    weight = _weight(layer)
-    places = torch.linspace(0, weight.numel() - 1, VALUES).long()
-    values = weight.detach().flatten()[places.to(weight.device)].float().cpu()
-    for name in fused:
-        if name in layer.scaling:
-            values += layer.get_delta_weight(name).flatten()[places.to(weight.device)].float().cpu()
-    return values.tolist()
+def contradictions(denoiser: nn.Module, fingerprint: Fingerprint, fused: Sequence[str] = ()) -> list[str]:
+    """Names of the weights that are not those of a fingerprint, to the rounding of bfloat16; a weight that only one of
+    the two has (in such a form: quantised ones are not compared) is none.
+
+    Args:
+        denoiser (`nn.Module`): Whole.
+        fingerprint (`dict[str, list[float]]`): As [`take_fingerprint`] returns it.
+        fused (`Sequence[str]`, *optional*): Adapters of the denoiser, as if they were fused into it.
+    """
+    weights = _weights(denoiser)
+    layers = {key: layer for key, layer in denoiser.named_modules() if isinstance(layer, LoraLayer)}
+    found = []
+    for key in fingerprint.keys() & weights.keys():
+        places = _places(len(fingerprint[key]), weights[key])
+        values = weights[key].reshape(-1)[places].float()
+        size, roundings = values.abs(), 3 if fused else 1  # of the weight, of the update and of their sum
+        module, _, kind = key.rpartition(".")
+        adapters = [name for name in fused if module in layers and name in layers[module].scaling]
+        if any(kind != "weight" or n not in layers[module].lora_A or layers[module].use_dora[n] for n in adapters):
+            continue  # an update that is no product of two matrices
+        for name in adapters:
+            terms = _update(layers[module], name, places, weights[key][0].numel())
+            values, size = values + terms.sum(-1), size + terms.abs().sum(-1)
+        gap = (values.cpu() - torch.tensor(fingerprint[key])).abs()
+        if (gap > roundings * ROUNDING * size.cpu() + 1e-6).any():
+            found.append(key)
+    return found
 
 
-def write_base_values(path: Path, values: Mapping[str, Sequence[float]]) -> None:
-    """Adds them to the metadata of a LoRA's file."""
+def _weights(denoiser: nn.Module) -> dict[str, Tensor]:
+    """All that a LoRA could have been fused into, by its name in a denoiser without adapters."""
+    weights = {key.replace(".base_layer.", "."): weight.data for key, weight in denoiser.named_parameters()}
+    return {
+        key: weight
+        for key, weight in weights.items()
+        # Quantised ones are of other types, or of a class of their own
+        if weight.ndim > 1 and weight.is_floating_point() and weight.itemsize > 1 and type(weight) is Tensor
+        if ".lora_" not in key
+    }
+
+
+def _places(count: int, weight: Tensor) -> list[int]:
+    return [int((index + 1) * GOLDEN % 1 * weight.numel()) for index in range(count)]
+
+
+def _update(layer: LoraLayer, adapter: str, places: list[int], width: int) -> Tensor:
+    """What an adapter adds to places of a flattened weight, as the terms of a sum: `[places, rank]`."""
+    parts: Any = layer.lora_A[adapter], layer.lora_B[adapter]
+    a, b = (part.weight.float().flatten(1) for part in parts)
+    rows, columns = zip(*(divmod(place, width) for place in places), strict=True)
+    return layer.scaling[adapter] * b[list(rows)] * a[:, list(columns)].T
+
+
+def write_fingerprint(path: Path, fingerprint: Fingerprint) -> None:
+    """Adds it to the metadata of a LoRA's file."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-    save_file(load_file(path), path, metadata=metadata | {KEY: json.dumps(values)})
+    save_file(load_file(path), path, metadata=metadata | {KEY: json.dumps(fingerprint)})
 
 
-def read_base_values(path: Path) -> dict[str, list[float]]:
-    """What [`write_base_values`] has added; nothing to a file of others."""
+def read_fingerprint(path: Path) -> Fingerprint:
+    """What [`write_fingerprint`] has added; empty of a file of others."""
     with safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {}).get(KEY, "{}"))
-
-
-def is_another_base(
-    values: Mapping[str, Sequence[float]], denoiser: nn.Module, adapter: str, fused: Sequence[str] = ()
-) -> bool:
-    """Whether a LoRA was made for other weights than those under a denoiser's adapter, with what is fused into these.
-    Values that differ by no more than bfloat16 rounds are the same."""
-    own = base_values(denoiser, adapter, fused)
-    pairs = [(a, b) for name in values.keys() & own.keys() for a, b in zip(values[name], own[name], strict=True)]
-    if not pairs:
-        return False
-    theirs, ours = torch.tensor(pairs).T
-    return bool(((theirs - ours).abs() > 2**-7 * theirs.abs().maximum(ours.abs()) + 1e-6).any())
+        found: Fingerprint = json.loads((file.metadata() or {}).get(KEY, "{}"))
+    return found

@@ -36,6 +36,7 @@ class Publishing(_BaseTrainer):
 
     _tag_names = ["trl", "diffusion-opd"]
     _has_card = False  # of this run
+    _start: str | None = None  # of a LoRA that the student began with
 
     @property
     def image_prompts(self) -> list[str]:
@@ -167,6 +168,7 @@ class Publishing(_BaseTrainer):
             pipeline_class=type(pipeline).__name__,
             dtype=None if self.args.mixed_dtype == torch.float32 else str(self.args.mixed_dtype),
             trains_lora=trains_lora,
+            start=self._start,
             loras={name: lora_name(name) for name in self.student.trained},
             default_name=LORA_NAME,
             makes_video=makes_video,
@@ -205,4 +207,6 @@ class Publishing(_BaseTrainer):
         if self.student.trains_lora:
             lora: Any = self.student.denoiser.peft_config[STUDENT_ADAPTER]
             settings |= {"LoRA rank": lora.r, "LoRA alpha": lora.lora_alpha}
+        if self._start is not None:
+            settings["student_lora"] = self._start
         return settings

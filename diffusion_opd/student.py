@@ -33,7 +33,7 @@ from .config import DiffusionConfig
 from .denoisers import NAMES, denoiser_of, denoisers_of
 from .errors import brief, one_sentence, why_not
 from .files import INDEX_NAME, absent_parts, lora_name
-from .fingerprint import base_values, write_base_values
+from .fingerprint import take_fingerprint, write_fingerprint
 from .policy import Policy, check_seams, tuner_layers
 from .shards import local_shards, reshard, shards_changed, zero3_unseen
 from .teachers import as_lora, load_lora
@@ -68,7 +68,7 @@ class Student:
         with_lora = {name for name, part in parts.items() if STUDENT_ADAPTER in getattr(part, "peft_config", {})}
         self.trains_lora = bool(with_lora)
         # While they are whole
-        self._base_values = {name: base_values(parts[name], STUDENT_ADAPTER) for name in with_lora}
+        self._fingerprints = {name: take_fingerprint(parts[name]) for name in with_lora}
         self.trained: dict[str, ModelMixin] = {n: part for n, part in parts.items() if n in with_lora or not with_lora}
 
     @property
@@ -120,7 +120,7 @@ class Student:
                 type(self.pipeline).save_lora_weights(
                     folder, **{f"{kind}_lora_layers": layers}, weight_name=lora_name(name), **metadata
                 )
-                write_base_values(Path(folder, lora_name(name)), self._base_values[name])
+                write_fingerprint(Path(folder, lora_name(name)), self._fingerprints[name])
         else:
             # `ModelMixin.save_pretrained` takes no state dict
             for name, part in self.trained.items() if state_dict is not None else ():
@@ -220,7 +220,7 @@ def load_student(
             already, or could not load a LoRA again.
         TypeError: if `model` or `peft_config` is none of the above.
     """
-    lora = None if student_lora is None else as_lora(student_lora, "`student_lora`")
+    lora = None if student_lora is None else as_lora(student_lora)
     if lora is not None and peft_config is not None:
         raise ValueError("`student_lora` brings its own rank, alpha and target modules; leave `peft_config` out.")
     given_configs = list(peft_config.values()) if isinstance(peft_config, Mapping) else [peft_config]

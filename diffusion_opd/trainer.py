@@ -140,6 +140,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             args,
             data,
             named=peft_config if isinstance(peft_config, Mapping) else (),
+            start=student_lora,
             callbacks=callbacks,
             optimizers=optimizers,
         )

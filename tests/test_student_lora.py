@@ -109,6 +109,10 @@ def test_a_published_student_goes_on(tmp_path):
     second = trainer_of(tmp_path / "second", str(tmp_path / "first"), teacher, str(tmp_path / "base"), bf16=True)
     assert torch.equal(trained(first), trained(second))
     second.train()
+    second.create_model_card()
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert f"gone on with from `{tmp_path / 'first'}` and trained with" in card
+    assert f"| `student_lora` | {tmp_path / 'first'} |" in card
 
 
 def test_a_teacher_that_is_its_start_has_nothing_to_teach(tmp_path, caplog):

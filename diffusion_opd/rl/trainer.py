@@ -125,6 +125,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
             args,
             data,
             named=peft_config if isinstance(peft_config, Mapping) else (),
+            start=student_lora,
             callbacks=callbacks,
             optimizers=optimizers,
         )

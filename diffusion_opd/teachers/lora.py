@@ -22,7 +22,7 @@ from ..adapters import add_adapter, changes_base
 from ..denoisers import denoisers_of
 from ..errors import first_few, one_sentence
 from ..files import CONFIG_NAME, INDEX_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME
-from ..fingerprint import is_another_base, read_base_values
+from ..fingerprint import Fingerprint, contradictions, read_fingerprint
 from .locating import locate, lora_names, read_json, sole_lora
 from .spec import Lora, Teacher
 
@@ -59,7 +59,7 @@ def add_loras(
     for name, lora in loras.items():
         part: Any = denoisers[name]
         add_lora(teacher, part, adapter, lora.tensors, lora.config, dtype)
-        if is_another_base(lora.base_values, part, adapter, beneath):
+        if contradictions(part, lora.fingerprint, beneath):
             hint = "" if beneath else "; as when another LoRA was fused into them: name that one by `base_lora`"
             raise ValueError(
                 f"{teacher.who}: the LoRA {teacher.source!r} was trained on other weights than those of the student's "
@@ -77,7 +77,7 @@ class ReadLora(NamedTuple):
 
     tensors: dict[str, Tensor]
     config: LoraConfig
-    base_values: dict[str, list[float]]
+    fingerprint: Fingerprint
 
 
 def read_loras(teacher: Teacher | Lora, folder: Path, student: DiffusionPipeline) -> dict[str, ReadLora]:
@@ -147,7 +147,7 @@ def read_lora(teacher: Teacher | Lora, folder: Path, student: DiffusionPipeline,
             f"init_lora_weights={config.init_lora_weights!r}), which the student shares; merge it and give the {name}."
         )
     config.init_lora_weights = config.inference_mode = False  # the weights are about to come
-    return ReadLora(tensors, config, read_base_values(weights))
+    return ReadLora(tensors, config, read_fingerprint(weights))
 
 
 def _has_lora(tensors: Iterable[str]) -> bool:

@@ -39,7 +39,7 @@ class Lora:
         return "/".join(str(part) for part in (self.path, self.subfolder) if part)
 
 
-def as_lora(value: Any, who: str) -> Lora:
+def as_lora(value: Any, who: str = "`student_lora`") -> Lora:
     """A path, or a [`Lora`], as a LoRA that is called `who` in sentences.
 
     Raises:
