@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.editing_pipelines import EDITING
 from tests.hub_server import HubServer
 from tests.launched import Launch
 from tests.tiny_pipelines import BUILDERS
+from tests.two_denoisers import TWO
 
 SCRIPT = Path(__file__).with_name("user_story.py")
 
@@ -34,7 +36,13 @@ STORIES += [
     for family, mode in (("sd3", "lora"), ("sdxl", "lora"), ("sd3", "full"), ("wan", "full"))
 ]
 STORIES += [(method, "sd3", "lora", "fp16") for method in ("opd", "nft", "grpo")] + [("opd", "sd3", "full", "fp16")]
+# Qwen-Image-Edit's processor is loaded with torchvision alone
+STORIES += [("opd", family, "lora", "bf16") for family in EDITING if not family.startswith("qwen")]
+STORIES += [("opd", family, mode, "bf16") for family in TWO for mode in ("lora", "full")]
+STORIES += [(method, "flux_kontext", "lora", "bf16") for method in ("nft", "grpo")]
 IN_EVERY_RUN = [
+    ("opd", "flux_kontext", "lora", "bf16"),
+    ("opd", "wan22", "lora", "bf16"),
     ("opd", "sd3", "lora", "bf16"),
     ("opd", "wan", "full", "bf16"),
     ("opd", "sd3", "lora", "fp16"),

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +21,16 @@ from transformers import TrainerCallback
 
 import diffusion_opd
 from diffusion_opd.base_trainer import DiffusionTrainer
-from diffusion_opd.files import LORA_NAME
+from diffusion_opd.files import LORA_NAME, lora_name
 from tests.adapters import save_peft
+from tests.editing_pipelines import EDITING, EDITING_CALL, EDITING_INPUTS
 from tests.launched import serve
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS, denoiser
+from tests.two_denoisers import TWO, TWO_CALL, TWO_INPUTS
 
-PROMPTS = {task: Dataset.from_dict({"prompt": [f"{task} number {i}" for i in range(8)]}) for task in ("a", "b")}
+MAKE = BUILDERS | EDITING | TWO
+CALLS = CALL | EDITING_CALL | TWO_CALL
+INPUTS = EDITING_INPUTS | TWO_INPUTS  # what samples are made of besides prompts
 METHODS = {"opd": "DiffusionOPD", "nft": "DiffusionNFT", "grpo": "DiffusionGRPO"}
 STEPS, KILLED_AT = 4, 3
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,19 +48,30 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def data(family: str) -> dict[str, Dataset]:
+    columns = {name: [values[i % 4] for i in range(8)] for name, values in INPUTS.get(family, {}).items()}
+    return {
+        task: Dataset.from_dict({"prompt": [f"{task} number {i}" for i in range(8)], **columns}) for task in ("a", "b")
+    }
+
+
+def call_of(family: str) -> dict[str, Any]:
+    return CALLS[family] | {name: values[0] for name, values in INPUTS.get(family, {}).items()}
+
+
 def picture(pipeline: DiffusionPipeline, family: str) -> np.ndarray:
     """As anybody calls a pipeline: what it draws, in shades of 255."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    output = pipeline(prompt=["a fox"], num_inference_steps=4, generator=generator, output_type="np", **CALL[family])
+    output = pipeline(prompt=["a fox"], num_inference_steps=4, generator=generator, output_type="np", **call_of(family))
     return 255 * np.asarray(output.images if hasattr(output, "images") else output.frames)
 
 
 def latents(pipeline: DiffusionPipeline, family: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return pipeline(prompt=["a fox"], num_inference_steps=2, generator=generator, output_type="latent", **CALL[family])[
-        0
-    ]
+    return pipeline(
+        prompt=["a fox"], num_inference_steps=2, generator=generator, output_type="latent", **call_of(family)
+    )[0]
 
 
 class Draw(TrainerCallback):
@@ -102,8 +118,8 @@ def make(options: argparse.Namespace, out: Path, *callbacks: TrainerCallback) ->
         learning_rate=5e-2 if options.mode == "lora" else 5e-3,
         num_inference_steps=4,
         image_num_inference_steps=3,
-        guidance_scale=CALL[options.family].get("guidance_scale"),
-        call_kwargs={key: value for key, value in CALL[options.family].items() if key != "guidance_scale"},
+        guidance_scale=CALLS[options.family].get("guidance_scale"),
+        call_kwargs={key: value for key, value in CALLS[options.family].items() if key != "guidance_scale"},
         disable_tqdm=True,
         use_cpu=True,
         hub_model_id=f"me/{options.out.name}",
@@ -121,8 +137,8 @@ def make(options: argparse.Namespace, out: Path, *callbacks: TrainerCallback) ->
         str(options.out / "base"),
         judges,
         args,
-        train_dataset=PROMPTS,
-        eval_dataset=PROMPTS,
+        train_dataset=data(options.family),
+        eval_dataset=data(options.family),
         callbacks=list(callbacks),
         peft_config=LoraConfig(r=4, lora_alpha=16, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
         if options.mode == "lora"
@@ -143,9 +159,9 @@ def weights(trainer: DiffusionTrainer) -> torch.Tensor:
 
 def tell(options: argparse.Namespace) -> None:
     family, out, dtype = options.family, options.out, DTYPES[options.precision]
-    BUILDERS[family](0).save_pretrained(out / "base")
-    BUILDERS[family](2).save_pretrained(out / "specialist")
-    save_peft(out / "lora", family)
+    MAKE[family](0).save_pretrained(out / "base")
+    MAKE[family](2).save_pretrained(out / "specialist")
+    save_peft(out / "lora", MAKE[family](0))
     said = Said()
     logging.getLogger("diffusion_opd").addHandler(said)
 
@@ -167,7 +183,7 @@ def tell(options: argparse.Namespace) -> None:
         assert sorted(path.name for path in (out / run / "images").iterdir()) == folders
     last = [sorted((out / run / "images" / folders[-1]).glob("*.png")) for run in ("run", "undisturbed")]
     assert last[0] and [path.read_bytes() for path in last[0]] == [path.read_bytes() for path in last[1]]
-    assert trainer.sample_images(trainer.image_prompts)[0].tobytes() == Image.open(last[0][0]).tobytes()
+    assert trainer.sample_images(trainer.image_examples)[0].tobytes() == Image.open(last[0][0]).tobytes()
 
     student = denoiser(trainer.pipeline)
     assert "_original_forward" not in vars(student)
@@ -183,6 +199,9 @@ def tell(options: argparse.Namespace) -> None:
         loaded = DiffusionPipeline.from_pretrained(trainer.hub_model_id, torch_dtype=dtype)
     elif hasattr(loaded, "load_lora_weights"):
         loaded.load_lora_weights(trainer.hub_model_id, weight_name=LORA_NAME)
+        if family in TWO:
+            second = lora_name("transformer_2")
+            loaded.load_lora_weights(trainer.hub_model_id, weight_name=second, load_into_transformer_2=True)
     assert f", dtype={dtype})" in (out / "run" / "README.md").read_text()
     untrained, published = (picture(pipeline, family) for pipeline in (base, loaded))
     # The trained weights are float32 here and half there, which a random network makes much of
