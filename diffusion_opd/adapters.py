@@ -33,6 +33,14 @@ def with_denoiser(pipeline: DiffusionPipeline, denoiser: nn.Module) -> Diffusion
     return twin
 
 
+def inject(denoiser: ModelMixin, config: LoraConfig, name: str) -> None:
+    """Adds an adapter, active and trained."""
+    if hasattr(denoiser, "add_adapter"):
+        denoiser.add_adapter(config, name)
+    else:
+        inject_adapter_in_model(config, denoiser, name)
+
+
 def add_adapter(denoiser: ModelMixin, config: LoraConfig, name: str) -> None:
     """Adds an adapter and leaves which one is active, and which parameters train, as it was.
 
@@ -44,10 +52,7 @@ def add_adapter(denoiser: ModelMixin, config: LoraConfig, name: str) -> None:
     active = layers[0].active_adapters if layers else []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters: the very idea
-        if hasattr(denoiser, "add_adapter"):
-            denoiser.add_adapter(config, name)
-        else:
-            inject_adapter_in_model(config, denoiser, name)
+        inject(denoiser, config, name)
     for layer in tuner_layers(denoiser):
         layer.set_adapter(active)  # makes it train too, which the next lines undo
     for parameter in denoiser.parameters():

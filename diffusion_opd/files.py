@@ -12,6 +12,7 @@ INDEX_NAME = "model_index.json"  # of a pipeline
 CONFIG_NAME = "config.json"  # of a denoiser
 LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers format
 PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."  # of its tensors
 
 
 def absent_parts(index: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from .callbacks.pictures import BESIDE, IMAGES_DIR
 from .config import DiffusionConfig
 from .data import Data
 from .errors import brief, one_sentence
-from .files import LORA_NAME, lora_name
+from .files import LORA_NAME
 from .inputs import PROMPT, sample_arguments
 from .student import Student
 
@@ -169,7 +169,8 @@ class Publishing(_BaseTrainer):
             dtype=None if self.args.mixed_dtype == torch.float32 else str(self.args.mixed_dtype),
             trains_lora=trains_lora,
             start=self._start,
-            loras={name: lora_name(name) for name in self.student.trained},
+            loras=self.student.lora_files,
+            is_peft=trains_lora and not self.student.has_lora_loader,
             default_name=LORA_NAME,
             makes_video=makes_video,
             has_gallery=bool(pictures),

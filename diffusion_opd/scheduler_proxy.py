@@ -7,6 +7,9 @@ This file knows schedulers, and no pipeline, denoiser or trainer.
 
 import copy
 import functools
+import inspect
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -20,17 +23,20 @@ from .transitions import Schedule
 
 
 def is_flow(scheduler: Any) -> bool:
-    """Whether the scheduler belongs to flow matching (`x = (1 - s) x_0 + s eps`), by its class or its config."""
+    """Whether a scheduler's models are moved as in flow matching (`x = (1 - s) x_0 + s eps`), by its class, its config,
+    or since it has sigmas and no cumulative alphas; else they are VP models."""
     names = [cls.__name__ for cls in type(scheduler).__mro__]
-    return any("FlowMatch" in name for name in names) or scheduler.config.get("prediction_type") == "flow_prediction"
+    if any("FlowMatch" in name for name in names) or scheduler.config.get("prediction_type") == "flow_prediction":
+        return True
+    return hasattr(scheduler, "sigmas") and not hasattr(scheduler, "alphas_cumprod")
 
 
 def own_scheduler(scheduler: Any) -> Any:
-    """A scheduler of our own with the timesteps of the given one. VP models run under DDIM: solvers of higher order
-    repeat timesteps or rescale the state (PNDM, Euler).
+    """A scheduler of our own with the timesteps and noise levels of the given one. VP models run under DDIM: solvers of
+    higher order repeat timesteps or rescale the state (PNDM, Euler).
 
     Raises:
-        ValueError: if a scheduler of a VP model has other noise levels than DDIM takes from its config.
+        ValueError: if a scheduler has neither cumulative alphas nor sigmas, or those of another kind than its model.
     """
     if is_flow(scheduler):
         return copy.deepcopy(scheduler)
@@ -39,15 +45,20 @@ def own_scheduler(scheduler: Any) -> Any:
             f"{type(scheduler).__name__} has the noise levels of flow matching (`use_flow_sigmas`) for a model that "
             f"predicts {scheduler.config.get('prediction_type')!r}; `prediction_type` must be 'flow_prediction'."
         )
-    # Of those that know no clipping it would be DDIM's default
-    clips = scheduler.config.get("clip_sample", False)
-    ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=clips)
-    alphas = getattr(scheduler, "alphas_cumprod", None)  # EDM's schedulers have none
-    if alphas is None or not torch.allclose(alphas.cpu().float(), ddim.alphas_cumprod, atol=1e-4):
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None:
         raise ValueError(
-            f"{type(scheduler).__name__}: VP models run under DDIM, which takes other noise levels from this config; "
-            "give the pipeline a `DDIMScheduler` of its noise levels."
+            f"{type(scheduler).__name__} is not supported: it has neither `sigmas` nor `alphas_cumprod`, which say how "
+            "much noise is in a state."
         )
+    if re.fullmatch(r"(CogVideoX)?DDIM(Parallel)?Scheduler", type(scheduler).__name__):
+        return copy.deepcopy(scheduler)
+    # Of those that know no clipping, or do not read that setting, it would be DDIM's default
+    clips = scheduler.config.get("clip_sample", False) and "config.clip_sample" in inspect.getsource(type(scheduler))
+    ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=clips)
+    if not torch.allclose(alphas.cpu().float(), ddim.alphas_cumprod, atol=1e-4):  # CogVideoX's shift of them
+        ddim.alphas_cumprod = alphas.cpu().float()
+        ddim.final_alpha_cumprod = torch.tensor(1.0) if ddim.config.set_alpha_to_one else ddim.alphas_cumprod[0]
     return ddim
 
 
@@ -58,14 +69,7 @@ def read_schedule(scheduler: Any) -> Schedule:
         ValueError: if the levels are not strictly monotone (solvers of higher order) or the prediction type is unknown.
     """
     if is_flow(scheduler):
-        schedule = Schedule(tuple(scheduler.sigmas.tolist()))
-        steps = [b - a for a, b in zip(schedule.levels, schedule.levels[1:], strict=False)]
-        if schedule.levels[0] > 1 or schedule.levels[-1] < 0 or any(step >= 0 for step in steps):
-            raise ValueError(
-                f"{type(scheduler).__name__}: a rollout needs sigmas that fall from at most 1 to 0, "
-                f"got {[round(level, 4) for level in schedule.levels]}; use a first-order scheduler."
-            )
-        return schedule
+        return _read_sigmas(scheduler)
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(
             f"{type(scheduler).__name__}: prediction type {scheduler.config.prediction_type!r} is not supported; "
@@ -78,6 +82,50 @@ def read_schedule(scheduler: Any) -> Schedule:
             "the noise says nothing of the sample; 'v_prediction' does."
         )
     return Schedule((*alphas, float(scheduler.final_alpha_cumprod)), scheduler.config.prediction_type)
+
+
+def _read_sigmas(scheduler: Any) -> Schedule:
+    sigmas = tuple(float(sigma) for sigma in scheduler.sigmas)
+    steps = [b - a for a, b in zip(sigmas, sigmas[1:], strict=False)]
+    # The last step of some goes nowhere (`final_sigmas_type="sigma_min"`)
+    falls = all(step < 0 for step in steps[:-1]) and steps[-1] <= 0
+    rises = all(step > 0 for step in steps)
+    if min(sigmas) < 0 or not (falls or (rises and max(sigmas) <= 1)):
+        raise ValueError(
+            f"{type(scheduler).__name__}: a rollout needs sigmas that fall to 0, or rise to 1, at each step, got "
+            f"{[round(sigma, 4) for sigma in sigmas]}; use a first-order scheduler."
+        )
+    if rises:  # `x = t x_0 + (1 - t) eps`, and the velocity is `x_0 - eps`
+        return Schedule(tuple(1 - sigma for sigma in sigmas), velocities=((0.0, -1.0),) * len(sigmas))
+    is_edm = "sigma_data" in scheduler.config and hasattr(scheduler, "precondition_outputs")
+    if sigmas[0] <= 1 and not is_edm:
+        return Schedule(sigmas)
+    # Variance exploding: `x = x_0 + sigma eps` is `1 + sigma` times `x_s` at `s = sigma / (1 + sigma)`, so
+    # `eps - x_0 = (x - (1 + sigma) x_0) / sigma`
+    scales = tuple(1 + sigma for sigma in sigmas)
+    velocities = [(0.0, 1.0)] * len(sigmas)  # at 0 nothing is predicted
+    for index, sigma in enumerate(sigmas):
+        if sigma > 0:
+            of_x, of_prediction = _denoised_by_edm(scheduler, sigma) if is_edm else (1.0, -sigma)
+            velocities[index] = (
+                scales[index] / sigma * (1 - scales[index] * of_x),
+                -scales[index] / sigma * of_prediction,
+            )
+    levels = tuple(sigma / (1 + sigma) for sigma in sigmas)
+    return Schedule(levels, scales=scales, velocities=tuple(velocities))
+
+
+def _denoised_by_edm(scheduler: Any, sigma: float) -> tuple[float, float]:
+    """How much of a state, and how much of what the network answers there, is the clean sample (EDM, arXiv 2206.00364,
+    Table 1)."""
+    data = scheduler.config.sigma_data
+    of_prediction = sigma * data / math.sqrt(sigma**2 + data**2)
+    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(
+            f"{type(scheduler).__name__}: prediction type {scheduler.config.prediction_type!r} is unknown."
+        )
+    sign = 1 if scheduler.config.prediction_type == "epsilon" else -1
+    return data**2 / (sigma**2 + data**2), sign * of_prediction
 
 
 @dataclass(frozen=True)
@@ -113,7 +161,22 @@ class Times:
     sigmas: Tensor | None
 
 
-SchedulerStep = Callable[[], tuple[Tensor, Step]]
+@dataclass(frozen=True)
+class Answer:
+    """What a scheduler's own `step` answers.
+
+    Attributes:
+        value (`Tensor`): The next state, or where `is_clean` the clean sample that it reads off the prediction.
+        step ([`Step`]): Between the noise levels that it means.
+        is_clean (`bool`): Of a scheduler that draws noise as it steps.
+    """
+
+    value: Tensor
+    step: Step
+    is_clean: bool = False
+
+
+SchedulerStep = Callable[[], Answer]
 
 
 class Call(Protocol):
@@ -199,18 +262,44 @@ def _position(own: Any, timestep: Any) -> int:
     return int(found[0])
 
 
-def _scheduler_step(own: Any, taken: Step, *args: Any, **kwargs: Any) -> tuple[Tensor, Step]:
-    """What the scheduler's own `step` answers to the very arguments (its first one, where it has a history), and the
-    step between the noise levels that it means."""
+def _scheduler_step(own: Any, taken: Step, prediction: Tensor, *args: Any, **kwargs: Any) -> Answer:
+    """What the scheduler's own `step` answers to the very arguments (its first one, where it has a history)."""
     plain = copy.deepcopy(_plain(own))
     if hasattr(plain, "_step_index"):
         plain._step_index = taken.index
-    answer = plain.step(*args, **kwargs | {"return_dict": False})[0]
+    if "algorithm_type" in plain.config and plain.config.algorithm_type.startswith("sde-"):
+        plain.register_to_config(algorithm_type=plain.config.algorithm_type.removeprefix("sde-"))
+    try:
+        values = [
+            _drawn(seed, copy.deepcopy(plain), taken.sample.device, prediction, *args, **kwargs) for seed in (0, 1)
+        ]
+    except ImportError:  # of what draws the noise
+        values = []
+    if not values or not torch.equal(*values):
+        if not hasattr(plain, "convert_model_output"):
+            raise ValueError(
+                f"{type(plain).__name__} draws noise as it steps, which no kernel here does; give the pipeline a "
+                "scheduler of its noise levels that does not."
+            )
+        return Answer(plain.convert_model_output(prediction, sample=taken.sample), taken, is_clean=True)
     if taken.schedule.is_flow:
-        return answer, taken
+        return Answer(values[0], taken)
     # DDIM goes by its own stride, which is that of its timesteps in some spacings only
     time = int(plain.timesteps[taken.index])
     following = time - plain.config.num_train_timesteps // plain.num_inference_steps
     level = plain.alphas_cumprod[following] if following >= 0 else plain.final_alpha_cumprod
     pair = Schedule((float(plain.alphas_cumprod[time]), float(level)), taken.schedule.prediction_type)
-    return answer, replace(taken, index=0, schedule=pair)
+    return Answer(values[0], replace(taken, index=0, schedule=pair))
+
+
+def _drawn(seed: int, plain: Any, device: torch.device, *args: Any, **kwargs: Any) -> Tensor:
+    """The answer of a scheduler that would draw its noise from `seed`."""
+    given = kwargs.get("generator")
+    if given is not None:
+        several = given if isinstance(given, list) else [given]
+        own = [torch.Generator(generator.device).manual_seed(seed) for generator in several]
+        kwargs["generator"] = own if isinstance(given, list) else own[0]
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(seed)
+        answer: Tensor = plain.step(*args, **kwargs | {"return_dict": False})[0]
+    return answer

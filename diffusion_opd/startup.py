@@ -19,7 +19,7 @@ from .inputs import PROMPT, Inputs
 from .policy import Policy, Visit, Walk
 from .queries import first_steps
 from .scheduler_proxy import SchedulerStep, Step
-from .transitions import Schedule, ddim, ode
+from .transitions import Schedule, ddim, denoised, ode
 
 
 @dataclass(frozen=True)
@@ -203,12 +203,17 @@ def _noiseless(step: Step) -> Tensor:
     return kernel(step.sample, step.prediction, step.schedule, step.index).mean
 
 
+def _clean(step: Step) -> Tensor:
+    return denoised(step.sample, step.prediction, step.schedule, step.index)
+
+
 def _agree_with_scheduler(policy: Policy) -> Callable[[Step, SchedulerStep], None]:
     def agree(step: Step, scheduler_step: SchedulerStep) -> None:
         _require_finite(policy, step.index, step.prediction)  # or nothing would agree
         with torch.no_grad():
-            theirs, meant = scheduler_step()
-            ours, theirs = _noiseless(meant), theirs.float()
+            answer = scheduler_step()
+            ours = (_clean if answer.is_clean else _noiseless)(answer.step)
+            theirs = answer.value.float()
         way = (ours - step.sample.float()).norm()
         rounding = torch.finfo(step.sample.dtype).eps + torch.finfo(step.prediction.dtype).eps
         gap = (ours - theirs).norm()

@@ -4,6 +4,7 @@ This file knows pipelines and files, and no trainer, loss or data.
 """
 
 import contextlib
+import copy
 import functools
 import json
 import os
@@ -21,18 +22,26 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils._pytree import tree_map
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .adapters import STUDENT_ADAPTER, changes_base
+from .adapters import STUDENT_ADAPTER, changes_base, inject
 from .checkpoints import give_ordinary_mode, is_checkpoint
 from .config import DiffusionConfig
 from .denoisers import NAMES, denoiser_of, denoisers_of
 from .errors import brief, one_sentence, why_not
-from .files import INDEX_NAME, absent_parts, lora_name
+from .files import (
+    INDEX_NAME,
+    PEFT_CONFIG_NAME,
+    PEFT_PREFIX,
+    PEFT_WEIGHTS_NAME,
+    absent_parts,
+    lora_name,
+    name_or_path,
+)
 from .fingerprint import take_fingerprint, write_fingerprint
 from .policy import Policy, check_seams, tuner_layers
 from .shards import local_shards, reshard, shards_changed, zero3_unseen
@@ -101,8 +110,9 @@ class Student:
         return None
 
     def save(self, folder: str | os.PathLike, state_dict: dict[str, Any] | None = None) -> None:
-        """Saves the student so that plain diffusers loads it: a LoRA as `pytorch_lora_weights.safetensors`, a full
-        student as a pipeline folder (in a checkpoint: the denoiser's folder alone).
+        """Saves the student so that plain diffusers loads it: a LoRA as `pytorch_lora_weights.safetensors` (in PEFT
+        format, where diffusers loads none into the pipeline), a full student as a pipeline folder (in a checkpoint: the
+        denoiser's folder alone).
 
         Args:
             folder (`str`): Made if it is not there.
@@ -114,13 +124,16 @@ class Student:
         if self.trains_lora:
             for name, part in self.trained.items():
                 layers = get_peft_model_state_dict(part, state_dict=states[name], adapter_name=STUDENT_ADAPTER)
-                kind = name.removesuffix("_2")  # plain diffusers loads each file as if it were of the first
-                # Without the metadata a reload would take lora_alpha = r
-                metadata = _collate_lora_metadata({kind: part})
-                type(self.pipeline).save_lora_weights(
-                    folder, **{f"{kind}_lora_layers": layers}, weight_name=lora_name(name), **metadata
-                )
-                write_fingerprint(Path(folder, lora_name(name)), self._fingerprints[name])
+                if self.has_lora_loader:
+                    kind = name.removesuffix("_2")  # plain diffusers loads each file as if it were of the first
+                    # Without the metadata a reload would take lora_alpha = r
+                    metadata = _collate_lora_metadata({kind: part})
+                    type(self.pipeline).save_lora_weights(
+                        folder, **{f"{kind}_lora_layers": layers}, weight_name=lora_name(name), **metadata
+                    )
+                else:
+                    _save_peft(folder, part.peft_config[STUDENT_ADAPTER], layers, name_or_path(self.pipeline))
+                write_fingerprint(Path(folder, self.lora_files[name]), self._fingerprints[name])
         else:
             # `ModelMixin.save_pretrained` takes no state dict
             for name, part in self.trained.items() if state_dict is not None else ():
@@ -135,7 +148,7 @@ class Student:
                 for part in self.trained.values():
                     vars(part).pop("state_dict", None)
         folders = [Path(folder, name) for name in self.pipeline.components]
-        loras = [Path(folder, lora_name(name)) for name in self.trained]
+        loras = [Path(folder, name) for name in self.lora_files.values()]
         give_ordinary_mode(*loras, *(file for f in folders for file in f.glob("*.safetensors")))
 
     def _part_of(self, state: dict[str, Any], name: str) -> dict[str, Any]:
@@ -147,7 +160,19 @@ class Student:
     @property
     def file_names(self) -> set[str]:
         """Files and folders of what is trained, in a checkpoint."""
-        return {lora_name(name) if self.trains_lora else name for name in self.trained}
+        if not self.trains_lora:
+            return set(self.trained)
+        return {*self.lora_files.values(), *([] if self.has_lora_loader else [PEFT_CONFIG_NAME])}
+
+    @property
+    def has_lora_loader(self) -> bool:
+        """Whether plain diffusers loads a LoRA into the pipeline; else it is saved in PEFT format."""
+        return has_lora_loader(self.pipeline)
+
+    @property
+    def lora_files(self) -> dict[str, str]:
+        """Of each trained denoiser the file of its LoRA."""
+        return {name: lora_name(name) if self.has_lora_loader else PEFT_WEIGHTS_NAME for name in self.trained}
 
     def load(self, folder: str | os.PathLike) -> None:
         """Loads what [`save`] wrote into the denoiser.
@@ -159,7 +184,7 @@ class Student:
             self._load(Path(folder), name, part)
 
     def _load(self, folder: Path, name: str, part: ModelMixin) -> None:
-        files = [folder / lora_name(name)] if self.trains_lora else sorted((folder / name).glob("*.safetensors"))
+        files = [folder / self.lora_files[name]] if self.trains_lora else sorted((folder / name).glob("*.safetensors"))
         state: dict[str, torch.Tensor] = {}
         try:
             for file in files:
@@ -167,7 +192,8 @@ class Student:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{folder} does not hold this student: {file.name} cannot be read ({error}).") from error
         if self.trains_lora:
-            state = {key.removeprefix(f"{name.removesuffix('_2')}."): value for key, value in state.items()}
+            prefix = f"{name.removesuffix('_2')}." if self.has_lora_loader else PEFT_PREFIX
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
             expected = get_peft_model_state_dict(part, adapter_name=STUDENT_ADAPTER)
         else:
             expected = part.state_dict()
@@ -185,6 +211,21 @@ class Student:
 
 def _state(state: Any, *args: Any, **kwargs: Any) -> Any:
     return state
+
+
+def has_lora_loader(pipeline: DiffusionPipeline) -> bool:
+    """Whether plain diffusers can save and load a LoRA of a pipeline's denoisers."""
+    cls = type(pipeline)
+    return hasattr(cls, "lora_state_dict") and hasattr(cls, "save_lora_weights")
+
+
+def _save_peft(folder: str | os.PathLike, config: LoraConfig, layers: dict[str, torch.Tensor], base: Any) -> None:
+    """Saves a LoRA as `PeftModel.save_pretrained` does, which takes no denoiser that has its layers already."""
+    config = copy.copy(config)
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(str(folder))
+    tensors = {f"{PEFT_PREFIX}{key}": value.detach().cpu().contiguous() for key, value in layers.items()}
+    save_file(tensors, Path(folder, PEFT_WEIGHTS_NAME), metadata={"format": "pt"})
 
 
 @contextlib.contextmanager
@@ -289,10 +330,10 @@ def load_student(
             if {_dtype(beside), args.mixed_dtype} != {torch.float32}:
                 answer_beside(denoiser, beside, args.mixed_dtype)
         return pipeline
-    if not hasattr(type(pipeline), "save_lora_weights"):
+    if len(configs) > 1 and not has_lora_loader(pipeline):
         raise ValueError(
-            f"{type(pipeline).__name__} cannot load LoRA weights in plain diffusers; train it in full "
-            "(no `peft_config`)."
+            f"{type(pipeline).__name__} cannot load LoRAs in plain diffusers, and PEFT's format is for one denoiser; "
+            f"name one in `peft_config`, e.g. {{{next(iter(configs))!r}: LoraConfig(...)}}."
         )
     if lora is not None:
         load_lora(lora, pipeline, STUDENT_ADAPTER, torch.float32)  # what is trained is not rounded
@@ -323,7 +364,7 @@ def _add_lora(name: str, denoiser: Any, config: Any) -> None:
             "and the gradient are one pass."
         )
     with one_sentence(f"`peft_config` does not fit {type(denoiser).__name__}"):
-        denoiser.add_adapter(config, STUDENT_ADAPTER)
+        inject(denoiser, config, STUDENT_ADAPTER)
     cast_training_params(denoiser)
 
 

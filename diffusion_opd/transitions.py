@@ -8,13 +8,20 @@ All arithmetic is float32 (coefficients: Python's float64). What else there is t
 Flow matching (paper, Sec. 3): `x_s = (1 - s) x_0 + s eps`, the model predicts the velocity `v = eps - x_0`.
 VP diffusion: `x_t = sqrt(a) x_0 + sqrt(1 - a) eps` with `a` the cumulative alpha, the model predicts `eps` or
 `v = sqrt(a) eps - sqrt(1 - a) x_0`.
+
+Models whose time rises, and those of variance exploding (`x = x_0 + sigma eps`), are flow matching in other coordinates
+(`s = sigma / (1 + sigma)`, `x_s = x / (1 + sigma)`): a [`Schedule`] holds how to go there and back.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., "Transition"])
 
 
 class Schedule(NamedTuple):
@@ -26,10 +33,18 @@ class Schedule(NamedTuple):
             strictly increasing.
         prediction_type (`str`):
             What the model predicts: `"flow"`, `"epsilon"` or `"v_prediction"`.
+        scales (`tuple[float, ...]`):
+            For models of other coordinates than flow matching's, which are moved in these: by level, how many times
+            larger their states are. None: 1.
+        velocities (`tuple[tuple[float, float], ...]`):
+            For these by level `(a, b)`, with which the velocity at a state `x` (in flow matching's coordinates) is
+            `a x + b prediction`. None: `(0, 1)`.
     """
 
     levels: tuple[float, ...]
     prediction_type: str = "flow"
+    scales: tuple[float, ...] = ()
+    velocities: tuple[tuple[float, float], ...] = ()
 
     @property
     def is_flow(self) -> bool:
@@ -52,7 +67,8 @@ def denoised(x: Tensor, prediction: Tensor, schedule: Schedule, index: int) -> T
     """The clean latent `x_0` that a prediction at `schedule.levels[index]` stands for, float32."""
     level, x, prediction = schedule.levels[index], x.float(), prediction.float()
     if schedule.is_flow:
-        return x - level * prediction
+        x, velocity = _as_flow(x, prediction, schedule, index)
+        return x - level * velocity
     if schedule.prediction_type == "epsilon":
         return (x - math.sqrt(1 - level) * prediction) / math.sqrt(level)
     return math.sqrt(level) * x - math.sqrt(1 - level) * prediction
@@ -62,9 +78,36 @@ def noised(x_0: Tensor, noise: Tensor, schedule: Schedule, index: int) -> Tensor
     """The forward process: the clean latent `x_0` with standard normal `noise` at `schedule.levels[index]`, float32."""
     level = schedule.levels[index]
     clean, dirty = (1 - level, level) if schedule.is_flow else (math.sqrt(level), math.sqrt(1 - level))
-    return clean * x_0.float() + dirty * noise
+    state = clean * x_0.float() + dirty * noise
+    return schedule.scales[index] * state if schedule.scales else state
 
 
+def _as_flow(x: Tensor, prediction: Tensor, schedule: Schedule, index: int) -> tuple[Tensor, Tensor]:
+    """A state and a prediction there in flow matching's coordinates: `x_s` and its velocity."""
+    if schedule.scales:
+        x = x.float() / schedule.scales[index]
+    if schedule.velocities:
+        of_x, of_prediction = schedule.velocities[index]
+        prediction = of_x * x.float() + of_prediction * prediction.float()
+    return x, prediction
+
+
+def _in_flow(step: F) -> F:
+    """A kernel of flow matching for models of other coordinates too: they are moved in its own."""
+
+    @functools.wraps(step)
+    def kernel(x: Tensor, prediction: Tensor, schedule: Schedule, index: int, *args: Any, **kwargs: Any) -> Transition:
+        x, velocity = _as_flow(x, prediction, schedule, index)
+        transition = step(x, velocity, schedule, index, *args, **kwargs)
+        if not schedule.scales:
+            return transition
+        scale = schedule.scales[index + 1]
+        return Transition(scale * transition.mean, scale * transition.std)
+
+    return cast(F, kernel)
+
+
+@_in_flow
 def ode(x: Tensor, velocity: Tensor, schedule: Schedule, index: int, noise_level: float = 0.0) -> Transition:
     """Euler step of the probability-flow ODE (paper, Eq. 7 with zero noise): `x + dt v`. `noise_level` is not used."""
     sigma, sigma_next = schedule.levels[index], schedule.levels[index + 1]
@@ -79,6 +122,7 @@ def _sde(x: Tensor, velocity: Tensor, sigma: float, sigma_next: float, g: float)
     return Transition(x + dt * drift, g * math.sqrt(-dt))
 
 
+@_in_flow
 def flow_sde(x: Tensor, velocity: Tensor, schedule: Schedule, index: int, noise_level: float) -> Transition:
     """SDE of Flow-GRPO (arXiv 2505.05470, Eq. 9): `g(s) = a sqrt(s / (1 - s))`.
 
@@ -90,16 +134,18 @@ def flow_sde(x: Tensor, velocity: Tensor, schedule: Schedule, index: int, noise_
     return _sde(x, velocity, sigma, sigma_next, g)
 
 
+@_in_flow
 def dance_sde(x: Tensor, velocity: Tensor, schedule: Schedule, index: int, noise_level: float) -> Transition:
     """SDE of DanceGRPO (arXiv 2505.07818): constant diffusion `g(s) = a`."""
     return _sde(x, velocity, schedule.levels[index], schedule.levels[index + 1], noise_level)
 
 
+@_in_flow
 def cps(x: Tensor, velocity: Tensor, schedule: Schedule, index: int, noise_level: float) -> Transition:
     """Coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952): DDIM's form with `rho = s' sin(a pi / 2)`,
     `mean = (1 - s') x_0 + sqrt(s'^2 - rho^2) eps`, `a` in [0, 1]. The step to `s' = 0` is deterministic."""
     sigma, sigma_next = schedule.levels[index], schedule.levels[index + 1]
-    x_0, eps = denoised(x, velocity, schedule, index), x.float() + (1 - sigma) * velocity.float()
+    x_0, eps = x.float() - sigma * velocity.float(), x.float() + (1 - sigma) * velocity.float()
     rho = sigma_next * math.sin(noise_level * math.pi / 2)
     return Transition((1 - sigma_next) * x_0 + math.sqrt(sigma_next**2 - rho**2) * eps, rho)
 

@@ -6,17 +6,21 @@ import pytest
 import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
+    CosineDPMSolverMultistepScheduler,
     DDIMScheduler,
+    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    SCMScheduler,
 )
 from torch import Tensor
 
 from diffusion_opd.policy import Policy
-from diffusion_opd.scheduler_proxy import Step, own_scheduler, read_schedule
+from diffusion_opd.scheduler_proxy import Step, is_flow, own_scheduler, read_schedule
 from diffusion_opd.startup import check_student
-from diffusion_opd.transitions import ddim, ode
+from diffusion_opd.transitions import dance_sde, ddim, denoised, flow_sde, noised, ode
 from tests.own_runs import INPUTS, STEPS, assert_same, euler, own_run, run, walked
 from tests.tiny_pipelines import BUILDERS, CALL, VP
 
@@ -76,7 +80,7 @@ def test_a_probe_is_told_what_the_schedulers_own_step_answers():
     answers = []
 
     def probe(step: Step, scheduler_step: Any) -> None:
-        answers.append(scheduler_step()[0])
+        answers.append(scheduler_step().value)
 
     def move(step: Step) -> Tensor:
         return answers[-1]
@@ -93,12 +97,133 @@ def test_solver_of_second_order_is_refused():
         check_student(Policy(pipe, STEPS, CALL["sd3"]), INPUTS, 1.0)
 
 
-@pytest.mark.parametrize("scheduler", [EDMEulerScheduler(), CogVideoXDDIMScheduler(snr_shift_scale=3.0)])
-def test_noise_levels_that_ddim_would_not_take_are_refused(scheduler: Any):
+# Schedules of other coordinates, and other noise levels: a walk goes where the plain call goes
+
+
+def above_1() -> FlowMatchEulerDiscreteScheduler:
+    """As Cosmos-Predict2 has it: `x = x_0 + sigma eps` under a scheduler of flow matching."""
+    scheduler = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    scheduler.register_to_config(sigma_max=80.0, sigma_min=0.002)
+    return scheduler
+
+
+OTHERS: dict[str, tuple[str, Any]] = {
+    "edm": ("sdxl", lambda: EDMEulerScheduler()),
+    "edm of velocities": ("sdxl", lambda: EDMEulerScheduler(prediction_type="v_prediction", sigma_data=1.0)),
+    "edm to sigma_min": ("sdxl", lambda: EDMEulerScheduler(final_sigmas_type="sigma_min")),
+    "edm's solver": ("sdxl", lambda: EDMDPMSolverMultistepScheduler(solver_order=1)),
+    "above 1": ("sd3", lambda: above_1()),
+    "rising": ("sd3", lambda: FlowMatchEulerDiscreteScheduler(shift=3.0, invert_sigmas=True)),
+    "flow maps": ("sd3", lambda: FlowMapEulerDiscreteScheduler(shift=5.0)),
+    "shifted alphas": ("sdxl", lambda: CogVideoXDDIMScheduler(snr_shift_scale=3.0)),
+    "shifted alphas, velocities": (
+        "sdxl",
+        lambda: CogVideoXDDIMScheduler(
+            snr_shift_scale=1.0, prediction_type="v_prediction", rescale_betas_zero_snr=True
+        ),
+    ),
+}
+
+
+def with_scheduler(name: str) -> tuple[Any, dict[str, Any]]:
+    family, make = OTHERS[name]
+    pipe = BUILDERS[family](0)
+    pipe.scheduler = make()
+    return pipe, CALL[family]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_schedules_are_read(name: str):
+    pipe, call = with_scheduler(name)
+    seen, latents = run(pipe, **call)
+    policy = Policy(with_scheduler(name)[0], STEPS, call)
+    kernel = ode if is_flow(pipe.scheduler) else ddim
+    visits, output = walked(policy, lambda step: kernel(step.sample, step.prediction, step.schedule, step.index).mean)
+    for (visit,), own in zip([visit.steps for visit in visits], seen, strict=True):
+        torch.testing.assert_close(visit.sample, own.sample, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(visit.prediction, own.prediction, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(output, latents, rtol=1e-3, atol=1e-4)
+    check_student(policy, INPUTS, 1.0)  # and the guard says so
+
+
+DATA_MEAN, DATA_STD = 1.5, 0.5
+
+
+def exact_answer(scheduler: Any, x: Tensor, sigma: Tensor) -> Tensor:
+    """What a network answers that knows the conditional expectation of Gaussian data, as the scheduler reads it."""
+    if hasattr(scheduler, "precondition_outputs"):  # x = x_0 + sigma eps
+        clean = DATA_MEAN + DATA_STD**2 / (DATA_STD**2 + sigma**2) * (x - DATA_MEAN)
+        nothing, one = (scheduler.precondition_outputs(x, torch.full_like(x, value), sigma) for value in (0.0, 1.0))
+        return (clean - nothing) / (one - nothing)
+    if scheduler.config.invert_sigmas:  # x = t x_0 + (1 - t) eps, and the velocity leads to x_0
+        variance = sigma**2 * DATA_STD**2 + (1 - sigma) ** 2
+        return DATA_MEAN + (sigma * DATA_STD**2 - (1 - sigma)) / variance * (x - sigma * DATA_MEAN)
+    return sigma / (DATA_STD**2 + sigma**2) * (x - DATA_MEAN)  # the slope in sigma
+
+
+@pytest.mark.parametrize(
+    ("kernel", "noise_level"), [(ode, 0.0), (flow_sde, 0.7), (dance_sde, 0.7)], ids=lambda value: str(value)
+)
+@pytest.mark.parametrize("name", ["edm", "edm of velocities", "above 1", "rising"])
+def test_kernels_carry_marginals_in_other_coordinates(name: str, kernel: Any, noise_level: float):
+    """A chain of exact answers from the law of one noise level ends in that of another: mean and variance."""
+    scheduler = OTHERS[name][1]()
+    scheduler.set_timesteps(400)
+    schedule = read_schedule(scheduler)
+
+    def law(index: int) -> tuple[float, float]:
+        sigma = scheduler.sigmas[index].item()
+        if name == "rising":
+            return sigma * DATA_MEAN, sigma**2 * DATA_STD**2 + (1 - sigma) ** 2
+        return DATA_MEAN, DATA_STD**2 + sigma**2
+
+    inside = [index for index, level in enumerate(schedule.levels) if 0.05 < level < 0.9]
+    mean, variance = law(inside[0])
+    for index in inside[:-1]:
+        x = torch.tensor([[0.0, 1.0]])
+        step = kernel(x, exact_answer(scheduler, x, scheduler.sigmas[index]), schedule, index, noise_level)
+        at_0, at_1 = step.mean[0].tolist()
+        mean, variance = at_0 + (at_1 - at_0) * mean, (at_1 - at_0) ** 2 * variance + step.std**2
+    true_mean, true_variance = law(inside[-1])
+    assert mean == pytest.approx(true_mean, rel=0.02)
+    assert variance == pytest.approx(true_variance, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["edm", "edm of velocities", "above 1", "rising"])
+def test_clean_and_noised_in_other_coordinates(name: str):
+    """A sample that is noised and read back is itself, if the network knows the noise."""
+    scheduler = OTHERS[name][1]()
+    scheduler.set_timesteps(6)
+    schedule, generator = read_schedule(scheduler), torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(2, 3, generator=generator) for _ in range(2))
+    for index, sigma in enumerate(scheduler.sigmas[:-1]):
+        x = sigma * clean + (1 - sigma) * noise if name == "rising" else clean + sigma * noise
+        torch.testing.assert_close(noised(clean, noise, schedule, index), x, rtol=1e-5, atol=1e-5)
+        if name == "rising":
+            answer = clean - noise
+        elif name == "above 1":
+            answer = noise
+        else:
+            nothing, one = (scheduler.precondition_outputs(x, torch.full_like(x, v), sigma) for v in (0.0, 1.0))
+            answer = (clean - nothing) / (one - nothing)
+        torch.testing.assert_close(denoised(x, answer, schedule, index), clean, rtol=1e-3, atol=1e-3)
+
+
+def test_solvers_that_draw_noise_are_told_by_what_they_read():
+    """Of a solver of SDEs the drift is compared, or what it takes for the clean sample."""
     pipe = BUILDERS["sdxl"](0)
-    pipe.scheduler = scheduler
-    with pytest.raises(ValueError, match=f"{type(scheduler).__name__}.*DDIM"):
-        Policy(pipe, STEPS, CALL["sdxl"])
+    pipe.scheduler = CosineDPMSolverMultistepScheduler(sigma_schedule="exponential")
+    check_student(Policy(pipe, STEPS, CALL["sdxl"]), INPUTS, 1.0)
+    pipe.scheduler = EDMDPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
+    check_student(Policy(pipe, STEPS, CALL["sdxl"]), INPUTS, 1.0)
+
+
+def test_consistency_models_are_refused():
+    pipe = BUILDERS["sana"](0)
+    pipe.scheduler = SCMScheduler()
+    with pytest.raises(ValueError, match="SCMScheduler is not supported: it has neither `sigmas` nor `alphas_cumprod`"):
+        Policy(pipe, STEPS, CALL["sana"])
 
 
 def test_prediction_of_the_sample_is_refused():

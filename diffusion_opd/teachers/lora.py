@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..adapters import add_adapter, changes_base
 from ..denoisers import denoisers_of
 from ..errors import first_few, one_sentence
-from ..files import CONFIG_NAME, INDEX_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME
+from ..files import CONFIG_NAME, INDEX_NAME, PEFT_CONFIG_NAME, PEFT_PREFIX, PEFT_WEIGHTS_NAME
 from ..fingerprint import Fingerprint, contradictions, read_fingerprint
 from .locating import locate, lora_names, read_json, sole_lora
 from .spec import Lora, Teacher
@@ -128,7 +128,7 @@ def read_lora(teacher: Teacher | Lora, folder: Path, student: DiffusionPipeline,
             raise ValueError(f"{teacher.who}: {teacher.source!r} is of PEFT's type {kind!r}, not a LoRA.")
         with one_sentence(f"{teacher.who}: {PEFT_CONFIG_NAME} of {teacher.source!r} cannot be read"):
             config = PeftConfig.from_pretrained(str(folder))
-        tensors = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
+        tensors = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
     elif scales := [key for key in tensors if "dora_scale" in key]:  # diffusers drops them with a warning
         raise ValueError(
             f"{teacher.who}: {teacher.source!r} is a DoRA in a format that diffusers cannot read, "

@@ -29,7 +29,7 @@ import torch
 import transformers
 from datasets import Dataset
 from diffusers import DDIMScheduler, DiffusionPipeline
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -219,7 +219,10 @@ def reload_gap(trainer: Trainer, tiny: Tiny, folder: str, way: str) -> float:
         plain = type(trainer.pipeline).from_pretrained(folder)
     else:
         plain = as_ours(tiny.make(0))
-        plain.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
+        if hasattr(plain, "load_lora_weights"):
+            plain.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
+        else:
+            PeftModel.from_pretrained(denoisers(plain)[0], folder)
     pairs = zip(predictions(trainer.pipeline, tiny), predictions(plain, tiny), strict=True)
     return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
 
