@@ -24,7 +24,6 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import deepspeed as hf_deepspeed
@@ -286,7 +285,13 @@ class DiffusionTrainer(Publishing):
         """Ends the start-up check."""
         logger.warning(f"Everything fits together ({time.perf_counter() - self._check_began:.1f} s).")
         self.cache.clear()
-        self.plan = self.checked.plan
+        self.plan, self.crosses = self.checked.plan, self.checked.crosses
+        if self.crosses:
+            logger.warning(
+                f"What the first denoising step of {type(self.pipeline).__name__} computes is used in later ones, so a "
+                f"walk has one backward pass, which holds the graphs of all {len(self.checked.learnt)} steps that are "
+                "learnt."
+            )
         # Where nothing is trained there is nothing to learn
         self.learnt = [
             place for place in self.checked.learnt if self.plan[place].denoisers & self.student.trained.keys()
@@ -578,9 +583,9 @@ class DiffusionTrainer(Publishing):
         """What the trackers show under each sample image, or list of frames. Called on the first process alone."""
         return self.image_prompts
 
-    def sample_images(self, examples: Sequence[str | Mapping[str, Any]]) -> list[Image.Image]:
-        """One image a prompt, or row of the data (a dict of its columns), drawn by the student with fixed seeds, on
-        every process; of a video its middle frame."""
+    def sample_images(self, examples: Sequence[str | Mapping[str, Any]]) -> list[Any]:
+        """One image (`PIL.Image`) a prompt, or row of the data (a dict of its columns), drawn by the student with fixed
+        seeds, on every process; of a video its middle frame, of a pipeline that makes audio a [`Sound`]."""
         rows = [{PROMPT: example} if isinstance(example, str) else dict(example) for example in examples]
         return [middle_frame(drawn) for drawn in self.pictures.draw(self.data.read(rows))]
 

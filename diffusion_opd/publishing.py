@@ -16,6 +16,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from .adapters import STUDENT_ADAPTER
 from .callbacks.pictures import BESIDE, IMAGES_DIR
+from .callbacks.sounds import makes_sound
 from .config import DiffusionConfig
 from .data import Data
 from .errors import brief, one_sentence
@@ -133,11 +134,11 @@ class Publishing(_BaseTrainer):
         base = None if not base or os.path.isdir(base) else base
         output_dir = Path(self.args.output_dir)
         gallery = sorted(output_dir.glob(f"{IMAGES_DIR}/step_*"))[-1:]
-        pictures = sorted(gallery[0].glob("*.png")) if gallery else []
+        pictures = sorted([*gallery[0].glob("*.png"), *gallery[0].glob("*.wav")]) if gallery else []
         # Those with what they were made from, if it was pictures
         pictures = [path for path in pictures if path.stem.endswith(BESIDE)] or pictures
         name = model_name or output_dir.name
-        makes_video = hasattr(pipeline, "video_processor")
+        makes = "audio" if makes_sound(pipeline) else "video" if hasattr(pipeline, "video_processor") else "image"
         sources, arguments = self._call_in_words()
         data = ModelCardData(
             library_name="diffusers",
@@ -146,7 +147,7 @@ class Publishing(_BaseTrainer):
             base_model_relation=None if base is None else "adapter" if trains_lora else "finetune",
             model_name=name,
             datasets=dataset_name,
-            pipeline_tag=f"{min(sources, default='text')}-to-{'video' if makes_video else 'image'}",
+            pipeline_tag=f"{min(sources, default='text')}-to-{makes}",
             tags=[
                 *self._tag_names,
                 *(["lora"] if trains_lora else []),
@@ -172,9 +173,9 @@ class Publishing(_BaseTrainer):
             loras=self.student.lora_files,
             is_peft=trains_lora and not self.student.has_lora_loader,
             default_name=LORA_NAME,
-            makes_video=makes_video,
+            makes=makes,
             has_gallery=bool(pictures),
-            loaders=[f"load_{source}" for source in sorted(sources)],
+            loaders=[f"load_{source}" for source in sorted(sources - {"audio"})],
             arguments=arguments,
             trainer_name=self._name,
             paper=self._paper,
@@ -184,16 +185,23 @@ class Publishing(_BaseTrainer):
         card.save(output_dir / "README.md")
 
     def _call_in_words(self) -> tuple[set[str], dict[str, str]]:
-        """What the pipeline makes its samples from besides text (`"image"`, `"video"`), and its arguments besides the
-        prompt."""
+        """What the pipeline makes its samples from besides text (`"image"`, `"video"`, `"audio"`), and its arguments
+        besides the prompt."""
         cls: Any = type(self.student.pipeline)
         kinds, given = sample_arguments(cls), self.args.pipeline_kwargs
         names = [name for name in (*self.data.columns, *given) if name != PROMPT]
-        loaders = {
-            name: "load_video" if "video" in name else "load_image" for name in names if not kinds.get(name, True)
+        sources = {
+            name: next((kind for kind in ("video", "audio") if kind in name), "image")
+            for name in names
+            if not kinds.get(name, True)
         }
-        words = {name: f'{loaders[name]}("...")' if name in loaders else repr(given.get(name, "...")) for name in names}
-        return {loader.removeprefix("load_") for loader in loaders.values()}, words
+        words = {  # diffusers loads no audio
+            name: f'load_{sources[name]}("...")'
+            if sources.get(name) in ("image", "video")
+            else repr(given.get(name, "..."))
+            for name in names
+        }
+        return set(sources.values()), words
 
     @property
     def _card_name(self) -> str:

@@ -8,7 +8,7 @@ This file knows policies, and no loss or trainer.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class Checked:
         visits (`list[Visit]`): Those that were walked, without graph.
         walk ([`Walk`]): That they are of; it has ended, and can be followed.
         depends (`float`): How far a prediction is from that of a copy which did not see the steps before, relative.
+        crosses (`bool`): Whether what an early step computes with gradient is used in later ones, so that a walk has
+            one backward pass.
     """
 
     plan: list[Place]
@@ -49,11 +51,16 @@ class Checked:
     visits: list[Visit]
     walk: Walk
     depends: float
+    crosses: bool = False
 
     @property
     def denoisers(self) -> frozenset[str]:
         """Those that are called where it learns."""
         return _called(self.plan, self.learnt)
+
+
+class _CrossesSteps(Exception):
+    """A backward pass came to what another one has freed."""
 
 
 def seeded(count: int) -> list[torch.Generator]:
@@ -75,6 +82,17 @@ def check_student(
     Raises:
         ValueError: if something does not fit; the sentence says what.
     """
+    try:
+        return _check(policy, inputs, fraction, backward)
+    except _CrossesSteps:
+        policy.denoiser.zero_grad(set_to_none=True)
+    held: list[Tensor] = []
+    checked = _check(policy, inputs, fraction, held.append)
+    backward(torch.stack(held).sum())
+    return replace(checked, crosses=True)
+
+
+def _check(policy: Policy, inputs: Inputs, fraction: float, backward: Callable[[Tensor], None]) -> Checked:
     count = len(next(iter(inputs.values())))
     with policy.walk(inputs, seeded(count), _noiseless, probe=_agree_with_scheduler(policy)) as walk:
         visits = [_differentiated(policy, walk, count, backward)]
@@ -169,6 +187,11 @@ def require_independence(policy: Policy, checked: Checked) -> None:
             f"{policy.name} cannot be asked at a given state: without the steps before, its prediction differs by "
             f"{checked.depends:.1e} (relative). Something in its `__call__` depends on them."
         )
+    if checked.crosses:
+        raise ValueError(
+            f"the gradient of {policy.name} crosses its denoising steps: something that its first step computes is used "
+            "in the second one; learning from rewards takes pipelines whose steps have each their own."
+        )
     if any(place.chunk or len(place.levels) > 1 for place in checked.plan):
         raise ValueError(
             f"{policy.name} makes several streams, or chunk after chunk; learning from rewards takes pipelines that "
@@ -248,10 +271,7 @@ def _differentiated(policy: Policy, walk: Walk, count: int, backward: Callable[[
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise
-            raise ValueError(
-                f"the gradient of {policy.name} crosses its denoising steps: something that its first step computes is "
-                "used in the second one."
-            ) from error
+            raise _CrossesSteps from error
     return visit.detach()
 
 

@@ -198,9 +198,10 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         calls = self.calls(inputs)  # one, but of a pipeline that takes one sample a call
         generators = self._generators(len(inputs), SEED_TRAIN, self.state.global_step, *self._place_in_step(task))
         scale = 1 / (len(calls) * len(self.learnt) * self.current_gradient_accumulation_steps)
+        passes = len(calls) * (1 if self.crosses else len(self.learnt))
         with (
             self.teachers.on_device(task) as teacher,
-            held_gradient_sync(self.accelerator, model, len(calls) * len(self.learnt)) as release_sync,
+            held_gradient_sync(self.accelerator, model, passes) as release_sync,
         ):
             for call in calls:
                 own = [generators[row] for row in call]
@@ -209,13 +210,19 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                     self.student.policy.walk(student, own, self._move(own), denoiser=model) as walk,
                     teacher.follow(walk, teachers) as follow,
                 ):
+                    whole: list[Tensor] = []
                     for visit in walk.visits(self.learnt, release_sync if call is calls[-1] else None):
                         with torch.no_grad():
                             targets = follow(visit)  # what the specialist does at these very states
                         loss, kl = self._divergence(visit, targets)  # Eq. 10-12
-                        self._backward(loss.mean() * scale)  # Eq. 15; the graph of one visit lives at a time
+                        if self.crosses:
+                            whole.append(loss.mean() * scale)
+                        else:
+                            self._backward(loss.mean() * scale)  # Eq. 15; the graph of one visit lives at a time
                         losses.append(loss.mean().detach())
                         self._note(task, visit, targets, loss, kl)
+                    if self.crosses:
+                        self._backward(torch.stack(whole).sum())
         self._end_micro_batch()
         self._micro_step += 1
         return torch.stack(losses).mean() / self.current_gradient_accumulation_steps

@@ -7,6 +7,7 @@ watched. `walked` and `asked` are the same of a policy.
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -237,3 +238,31 @@ def gradients_of(pipe: DiffusionPipeline) -> dict[str, Tensor]:
     found = {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
     denoiser(pipe).zero_grad()
     return found
+
+
+def own_steps(
+    pipe: DiffusionPipeline,
+    prompts: list[str],
+    generators: list[torch.Generator],
+    states: Any = None,
+    gradient: bool = False,
+    steps: int = 4,
+) -> list[tuple[Tensor, Tensor]]:
+    """State and prediction at each step of the plain pipeline, under its own scheduler or along given states."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    step = pipe.scheduler.step
+
+    def watched(prediction: Tensor, timestep: Tensor, sample: Tensor, **kwargs: Any) -> Any:
+        answer = step(prediction.detach(), timestep, sample.detach(), return_dict=False)[0]
+        seen.append((sample.detach(), prediction))
+        if states is not None and len(seen) < len(states):
+            answer = states[len(seen)][0]
+        return SimpleNamespace(prev_sample=answer)
+
+    pipe.scheduler.step = watched
+    call = type(pipe).__call__.__wrapped__ if gradient else type(pipe).__call__
+    try:
+        call(pipe, prompt=prompts, num_inference_steps=steps, generator=generators, output_type="latent")
+    finally:
+        del pipe.scheduler.step
+    return seen

@@ -1,6 +1,7 @@
 """The trainer as its users meet it, on a tiny SD3 (and others where a family matters). What transformers' and TRL's
 trainers would get silently wrong for a diffusers model has a test each."""
 
+import copy
 import json
 import logging
 import math
@@ -30,12 +31,13 @@ from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, Teacher
 from diffusion_opd.callbacks.moving_average import EMA_NAME
 from diffusion_opd.engines import take_compilation
 from diffusion_opd.objectives import OBJECTIVES, Objective, kl
-from diffusion_opd.sampling import noise_generators
+from diffusion_opd.sampling import noise_generators, seed_of
 from diffusion_opd.student import whole_modules
 from diffusion_opd.transitions import TRANSITIONS, Kernel, ode
 from tests.adapters import save_peft
 from tests.card_rules import check_card
 from tests.own_pipelines import Detached, Momentum, Plain, Restless, of
+from tests.own_runs import own_steps
 from tests.tiny_pipelines import BUILDERS, CALL, denoiser
 from tests.training import DATA, FAMILIES, PROMPTS, config, guided_by_hand, history, latents, lora, trained, trainer_of
 
@@ -215,7 +217,6 @@ class OneChannel(Plain):
 @pytest.mark.parametrize(
     ("student", "teacher", "sentence"),
     [
-        (Momentum, Plain, "^the gradient of Momentum crosses its denoising steps"),
         (Restless, Plain, "^Restless cannot be followed"),
         (
             Plain,
@@ -235,6 +236,44 @@ def test_party_that_cannot_be_asked_is_refused(tmp_path, student, teacher, sente
             DATA.remove_columns("teacher_id"),
             peft_config=lora(),
         )
+
+
+def test_a_gradient_that_crosses_steps_is_that_of_the_whole_walk(tmp_path, caplog):
+    """One backward pass a walk: that of the mean over all learnt steps, with what goes from one to the next."""
+    gradients: list[list[torch.Tensor]] = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+
+    teacher = of(Plain)
+    with torch.no_grad():
+        for parameter in teacher.transformer.parameters():
+            parameter.mul_(1.1)
+    args = config(tmp_path, call_kwargs={}, objective="velocity", max_steps=1, max_grad_norm=0.0)
+    data = Dataset.from_dict({"prompt": PROMPTS[:2]})
+    student = of(Momentum)
+    before = copy.deepcopy(student.transformer.state_dict())
+    with caplog.at_level(logging.WARNING):
+        trainer = DiffusionOPDTrainer(student, teacher, args, data, callbacks=[Watch()])
+    assert "a walk has one backward pass, which holds the graphs of all 3 steps that are learnt" in caplog.text
+    trainer.train()
+
+    plain = of(Momentum)
+    plain.transformer.load_state_dict(before)
+    plain.transformer.requires_grad_(True)
+    order = [data[row]["prompt"] for row in trainer._get_train_sampler()][:2]
+    runs = []
+    for pipe, gradient in ((plain, False), (teacher, False), (plain, True)):
+        states = runs[0] if runs else None
+        seeds = [torch.Generator().manual_seed(seed_of(42, 0, 0, 0, row)) for row in range(2)]
+        runs.append(own_steps(pipe, order, seeds, states, gradient))
+    loss = sum((mine - target).square().mean() for (_, mine), (_, target) in zip(runs[2][:3], runs[1][:3], strict=True))
+    expected = torch.autograd.grad(loss / 3, list(plain.transformer.parameters()), allow_unused=True)
+    found = iter(gradients[0])
+    for theirs in expected:
+        if theirs is not None:
+            torch.testing.assert_close(next(found), theirs, rtol=1e-3, atol=1e-7)
 
 
 def test_teacher_that_is_asked_at_another_size_is_refused(tmp_path):

@@ -9,6 +9,7 @@ import signal
 import traceback
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from diffusion_opd.policy import Follower, Policy, Visit, Walk, tuner_layers
 from diffusion_opd.scheduler_proxy import Step, own_scheduler
 from diffusion_opd.startup import check_student, check_teacher, require_independence
 from tests.own_pipelines import Plain, of
+from tests.own_runs import own_steps
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS, denoiser
 
 PROMPTS = ["a red fox", "two blue birds"]
@@ -419,7 +421,6 @@ def learning(cls: type) -> DiffusionPipeline:
 @pytest.mark.parametrize(
     ("cls", "sentence"),
     [
-        (Crosses, "the gradient of Crosses crosses its denoising steps"),
         (Meets, "the samples of a batch are not independent in Meets.*set the batch size of a process to 1"),
         (Folds, r"Folds has a state of shape \(1, 2, .* for a batch of 2: one row a sample is needed"),
     ],
@@ -427,6 +428,23 @@ def learning(cls: type) -> DiffusionPipeline:
 def test_the_check_refuses(cls: type, sentence: str):
     with pytest.raises(ValueError, match=sentence):
         check_student(Policy(learning(cls), STEPS), INPUTS, 0.99)
+
+
+@pytest.mark.parametrize("cls", [Crosses, Plain])
+def test_a_gradient_that_crosses_steps_is_found(cls: type):
+    """And the gradients of the check are those of both steps at once."""
+    pipe, plain = learning(cls), learning(cls)
+    checked = check_student(Policy(pipe, STEPS), INPUTS, 0.99)
+    assert checked.crosses == (cls is Crosses)
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    steps = own_steps(plain, PROMPTS, seeds, gradient=True, steps=STEPS)
+    sum(prediction.square().mean() for _, prediction in steps[:2]).backward()
+    for ours, theirs in zip(pipe.transformer.parameters(), plain.transformer.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
+    if checked.crosses:
+        with pytest.raises(ValueError, match="learning from rewards takes pipelines whose steps have each their own"):
+            require_independence(Policy(pipe, STEPS), replace(checked, depends=0.0))
 
 
 def test_samples_that_meet_are_fine_one_at_a_time():

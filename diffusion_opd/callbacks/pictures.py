@@ -1,6 +1,7 @@
-"""Sample pictures of a run: what they show, how they are drawn, and who is shown them."""
+"""Sample pictures of a run, or sounds: what they show, how they are drawn, and who is shown them."""
 
 import copy
+import importlib
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset
+from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -18,6 +20,7 @@ from transformers.integrations import TensorBoardCallback
 
 from ..inputs import PROMPT, as_arguments, inputs_of
 from ..sampling import seed_of
+from .sounds import Sound, as_sound, sampling_rate
 
 logger = get_logger(__name__)
 
@@ -62,9 +65,9 @@ class Pictures(TrainerCallback):
 
     @torch.no_grad()
     def draw(self, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """An image, or a list of frames, for each row, with fixed seeds, on every process. What the pipeline raises on
-        one process is raised on all (where each call of the denoiser gathers sharded weights: once these calls are
-        done)."""
+        """An image, a list of frames or a [`Sound`] for each row, with fixed seeds, on every process. What the pipeline
+        raises on one process is raised on all (where each call of the denoiser gathers sharded weights: once these
+        calls are done)."""
         args, accelerator, data = self.trainer.args, self.trainer.accelerator, self.trainer.data
         world, rank = accelerator.num_processes, accelerator.process_index
         per_process = -(-len(rows) // world)
@@ -88,8 +91,7 @@ class Pictures(TrainerCallback):
                         output_type="pil",
                         **args.pipeline_kwargs,
                     )
-                    made = output.images if hasattr(output, "images") else output.frames
-                    for own, one in zip(call, made, strict=True):
+                    for own, one in zip(call, _made(output, pipeline), strict=True):
                         drawn[own] = one
         except Exception as own_error:
             error = own_error
@@ -121,18 +123,46 @@ class Pictures(TrainerCallback):
             )
 
     def _show(self, rows: Sequence[Mapping[str, Any]], drawn: list[Any]) -> None:
-        images = [middle_frame(one) for one in drawn]
-        args, step = self.trainer.args, self.trainer.state.global_step
-        folder = Path(args.output_dir, IMAGES_DIR, f"step_{step:06d}")
+        folder = Path(self.trainer.args.output_dir, IMAGES_DIR, f"step_{self.trainer.state.global_step:06d}")
         folder.mkdir(parents=True, exist_ok=True)
+        captions = self.trainer.image_captions(drawn)
+        (folder / "captions.json").write_text(json.dumps(captions, indent=2) + "\n")
+        if isinstance(drawn[0], Sound):
+            self._play(folder, drawn, captions)
+        else:
+            self._hang(folder, rows, [middle_frame(one) for one in drawn], captions)
+
+    def _play(self, folder: Path, sounds: Sequence[Sound], captions: Sequence[str]) -> None:
+        args, step = self.trainer.args, self.trainer.state.global_step
+        paths = [folder / f"{index:02d}.wav" for index in range(len(sounds))]
+        for path, sound in zip(paths, sounds, strict=True):
+            sound.save(path)
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                for index, sound in enumerate(sounds):
+                    mono = torch.from_numpy(sound.samples.mean(0, keepdims=True))
+                    callback.tb_writer.add_audio(f"samples/{index:02d}", mono, step, sample_rate=sound.rate)
+        for name in {"wandb", "trackio"}.intersection(args.report_to):
+            tracker = importlib.import_module(name)
+            if name == "trackio" or tracker.run is not None:
+                shown = [tracker.Audio(str(path), caption=text) for path, text in zip(paths, captions, strict=True)]
+                # Of trackio each has a name of its own: it takes no list
+                tracker.log(
+                    {"samples": shown}
+                    if name == "wandb"
+                    else {f"samples/{index:02d}": one for index, one in enumerate(shown)}
+                )
+
+    def _hang(
+        self, folder: Path, rows: Sequence[Mapping[str, Any]], images: list[Image.Image], captions: Sequence[str]
+    ) -> None:
+        args, step = self.trainer.args, self.trainer.state.global_step
         for index, image in enumerate(images):
             image.save(folder / f"{index:02d}.png")
         if any(sources := [self._sources(row) for row in rows]):
             images = [beside(own, image) for own, image in zip(sources, images, strict=True)]
             for index, image in enumerate(images):
                 image.save(folder / f"{index:02d}{BESIDE}.png")
-        captions = self.trainer.image_captions(drawn)
-        (folder / "captions.json").write_text(json.dumps(captions, indent=2) + "\n")
         size = max(image.width for image in images), max(image.height for image in images)
         grid = make_image_grid([beside([], image, size) for image in images], rows=1, cols=len(images))
         for callback in self.trainer.callback_handler.callbacks:
@@ -174,6 +204,15 @@ def beside(sources: Sequence[Image.Image], result: Image.Image, size: tuple[int,
     return sheet
 
 
-def middle_frame(drawn: Image.Image | list[Image.Image]) -> Image.Image:
-    """What is shown of a video."""
+def _made(output: Any, pipeline: DiffusionPipeline) -> list[Any]:
+    """What a pipeline's output holds for each sample: pictures, videos or, where it has neither, sounds."""
+    for name in ("images", "frames"):
+        if hasattr(output, name):
+            return list(getattr(output, name))
+    audios = next(iter(output.values())) if isinstance(output, Mapping) else output
+    return [as_sound(audio, sampling_rate(pipeline)) for audio in audios]
+
+
+def middle_frame(drawn: Any) -> Any:
+    """What is shown of a video; pictures and sounds as they are."""
     return drawn[len(drawn) // 2] if isinstance(drawn, list) else drawn
