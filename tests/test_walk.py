@@ -308,8 +308,10 @@ def add_adapter_to(module: nn.Module, name: str) -> None:
     inject_adapter_in_model(config, module, adapter_name=name)
 
 
-def test_ctrl_c_in_the_middle_of_a_call():
+def test_ctrl_c_in_the_middle_of_a_call(request):
     """The handler runs wherever Python is: within the paused call."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has none
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     policy = Policy(BUILDERS["sd3"](0), STEPS, CALL["sd3"])
     handle = policy.denoiser.register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGINT))
     with handle, torch.no_grad(), pytest.raises(KeyboardInterrupt):
