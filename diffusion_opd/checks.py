@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
-from diffusers import DiffusionPipeline
 from transformers import TrainerCallback
 
 from .config import DiffusionConfig
 from .errors import brief
+from .files import name_or_path
+from .modular import is_pipeline
 
 logger = get_logger(__name__)
 
@@ -26,7 +27,7 @@ def own_arguments(model: Any, args: Any, config_class: type, name: str) -> Any:
         TypeError: if they are of another class.
     """
     if args is None:
-        source = model.config.get("_name_or_path") if isinstance(model, DiffusionPipeline) else str(model)
+        source = name_or_path(model) if is_pipeline(model) else str(model)
         args = config_class(f"{Path(source or type(model).__name__).name}-{name}")
     if not isinstance(args, config_class):
         raise TypeError(f"`args` must be a {config_class.__name__}, got {type(args).__name__}.")

@@ -9,6 +9,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 INDEX_NAME = "model_index.json"  # of a pipeline
+MODULAR_INDEX_NAME = "modular_model_index.json"
 CONFIG_NAME = "config.json"  # of a denoiser
 LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers format
 PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -23,7 +24,8 @@ def absent_parts(index: Mapping[str, Any]) -> dict[str, Any]:
 
 def name_or_path(pipeline: DiffusionPipeline) -> str | None:
     """The folder or repository that a pipeline was loaded from."""
-    return pipeline.config.get("_name_or_path")  # diffusers has no public name for it
+    # diffusers has no public name for it
+    return pipeline.config.get("_name_or_path") or getattr(pipeline, "_pretrained_model_name_or_path", None)
 
 
 def lora_name(denoiser: str) -> str:

@@ -146,7 +146,8 @@ class Policy:
             raise ValueError(f"the {self.denoiser_words} has no adapter {absent[0]!r}; it has {known}.")
         self._attention = [module for module in self.denoiser.modules() if hasattr(module, "set_processor")]
         self._encoders = encoders_of(pipeline)
-        self._scheduler = own_scheduler(pipeline.scheduler)
+        parts: dict[str, Any] = pipeline.components
+        self._schedulers = {name: own_scheduler(part) for name, part in parts.items() if _is_scheduler(part)}
         self._begins: dict[tuple[int, int], int] = {}
         self._outputs: dict[Any, Any] = {}  # for the empty denoiser: what a real one answers, as meta tensors
         self.has_worked = False
@@ -232,7 +233,8 @@ class Policy:
         pipeline.set_progress_bar_config(disable=True)
         # Past `DiffusionPipeline.__setattr__`, which writes into the config
         own = vars(pipeline)
-        own["scheduler"] = proxy(self._scheduler, call)
+        for name, scheduler in self._schedulers.items():
+            own[name] = proxy(scheduler, call)
         if callable(getattr(pipeline, "encode_prompt", None)):
             own["encode_prompt"] = functools.partial(self.cache.encode, pipeline, self._encoders)
         for name in _state_makers(_class(self.pipeline)):
@@ -768,6 +770,10 @@ def check_seams(pipeline: DiffusionPipeline) -> None:
                 f"{cls.__name__} has a cache enabled on its {name}, which would mix up student and teacher; call its "
                 "`disable_cache()`."
             )
+
+
+def _is_scheduler(part: Any) -> bool:
+    return hasattr(part, "step") and hasattr(part, "set_timesteps")
 
 
 def _is_offloaded(module: nn.Module) -> bool:

@@ -20,8 +20,9 @@ from .callbacks.sounds import makes_sound
 from .config import DiffusionConfig
 from .data import Data
 from .errors import brief, one_sentence
-from .files import LORA_NAME
+from .files import INDEX_NAME, LORA_NAME, MODULAR_INDEX_NAME, name_or_path
 from .inputs import PROMPT, sample_arguments
+from .modular import save_pipeline
 from .student import Student
 
 logger = get_logger(__name__)
@@ -53,6 +54,7 @@ class Publishing(_BaseTrainer):
             "`push_to_hub=False`)"
         ):
             super().init_hf_repo(token=token, private=private)
+        self.student.repo_id = self.hub_model_id
 
     # With `save_total_limit=1` it may delete the last checkpoint, and `on_train_end` comes after that
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,12 +89,13 @@ class Publishing(_BaseTrainer):
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if self.is_world_process_zero() and self.args.hub_strategy != "end" and not busy:
             output_dir = Path(self.args.output_dir)
-            if not self.student.trains_lora and not (output_dir / "model_index.json").is_file():
+            has_index = any((output_dir / name).is_file() for name in (INDEX_NAME, MODULAR_INDEX_NAME))
+            if not self.student.trains_lora and not has_index:
                 # Its denoiser, which may be sharded, is copied from the checkpoint
                 for part in self.student.trained.values():
                     part.save_pretrained = lambda *args, **kwargs: None
                 try:
-                    self.student.pipeline.save_pretrained(output_dir)
+                    save_pipeline(self.student.pipeline, output_dir, self.student.repo_id)
                 finally:
                     for part in self.student.trained.values():
                         del part.save_pretrained
@@ -130,7 +133,7 @@ class Publishing(_BaseTrainer):
         if not self.is_world_process_zero():
             return
         pipeline, trains_lora = self.student.pipeline, self.student.trains_lora
-        base = pipeline.config.get("_name_or_path")
+        base = name_or_path(pipeline)
         base = None if not base or os.path.isdir(base) else base
         output_dir = Path(self.args.output_dir)
         gallery = sorted(output_dir.glob(f"{IMAGES_DIR}/step_*"))[-1:]
@@ -165,7 +168,7 @@ class Publishing(_BaseTrainer):
             name=name,
             repo_id=self.hub_model_id or self.args.hub_model_id or str(output_dir),
             base_model=base,
-            base_folder=pipeline.config.get("_name_or_path") or "folder of the base model",
+            base_folder=name_or_path(pipeline) or "folder of the base model",
             pipeline_class=type(pipeline).__name__,
             dtype=None if self.args.mixed_dtype == torch.float32 else str(self.args.mixed_dtype),
             trains_lora=trains_lora,

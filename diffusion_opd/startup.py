@@ -189,8 +189,8 @@ def require_independence(policy: Policy, checked: Checked) -> None:
         )
     if checked.crosses:
         raise ValueError(
-            f"the gradient of {policy.name} crosses its denoising steps: something that its first step computes is used "
-            "in the second one; learning from rewards takes pipelines whose steps have each their own."
+            f"the gradient of {policy.name} crosses its denoising steps: something that its first step computes is "
+            "used in the second one; learning from rewards takes pipelines whose steps have each their own."
         )
     if any(place.chunk or len(place.levels) > 1 for place in checked.plan):
         raise ValueError(

@@ -35,6 +35,7 @@ from .denoisers import NAMES, denoiser_of, denoisers_of
 from .errors import brief, one_sentence, why_not
 from .files import (
     INDEX_NAME,
+    MODULAR_INDEX_NAME,
     PEFT_CONFIG_NAME,
     PEFT_PREFIX,
     PEFT_WEIGHTS_NAME,
@@ -43,6 +44,7 @@ from .files import (
     name_or_path,
 )
 from .fingerprint import take_fingerprint, write_fingerprint
+from .modular import is_pipeline, load_modular, save_pipeline, with_call
 from .policy import Policy, check_seams, tuner_layers
 from .shards import local_shards, reshard, shards_changed, zero3_unseen
 from .teachers import as_lora, load_lora
@@ -70,6 +72,7 @@ class Student:
     """
 
     policy: Policy
+    repo_id: str | None = None  # where a run pushes to
 
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline, self.denoiser = pipeline, denoiser_of(pipeline)
@@ -143,7 +146,7 @@ class Student:
                     for name, part in self.trained.items():
                         part.save_pretrained(os.path.join(folder, name))
                 else:
-                    self.pipeline.save_pretrained(folder)
+                    save_pipeline(self.pipeline, folder, self.repo_id)
             finally:
                 for part in self.trained.values():
                     vars(part).pop("state_dict", None)
@@ -271,8 +274,8 @@ def load_student(
             "`peft_config` must be a `LoraConfig`, a dict of them by denoiser, or None (train in full), got "
             f"{brief(peft_config)}."
         )
-    if isinstance(model, DiffusionPipeline):
-        pipeline = model
+    if is_pipeline(model):
+        pipeline = with_call(model)
     elif not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"`model` must be a Hub id, a folder or a loaded pipeline, got {brief(model)}.")
     else:
@@ -284,7 +287,8 @@ def load_student(
                 f"the student {str(model)!r} is a folder and has no revision {init_kwargs['revision']!r}; leave it out "
                 "of `model_init_kwargs`."
             )
-        index = _read_index(str(model), {key: init_kwargs[key] for key in HUB_KWARGS & init_kwargs.keys()})
+        hub = {key: init_kwargs[key] for key in HUB_KWARGS & init_kwargs.keys()}
+        index, is_modular = _read_index(str(model), hub)
         init_kwargs = absent_parts(index) | init_kwargs
         if isinstance(word := init_kwargs.get("dtype"), str):  # from YAML or a flag
             init_kwargs["dtype"] = getattr(torch, word, word)
@@ -297,7 +301,10 @@ def load_student(
         unsafe = " from safetensors (`model_init_kwargs={'use_safetensors': False}` reads pickles that you trust)"
         unsafe = unsafe if init_kwargs["use_safetensors"] else ""
         with whole_modules(), one_sentence(f"the student {str(model)!r} cannot be loaded", unsafe):
-            pipeline = DiffusionPipeline.from_pretrained(model, **init_kwargs)
+            if is_modular:
+                pipeline = load_modular(str(model), hub, **{k: v for k, v in init_kwargs.items() if k not in hub})
+            else:
+                pipeline = DiffusionPipeline.from_pretrained(model, **init_kwargs)
     check_seams(pipeline)
     check(pipeline)
     denoisers: dict[str, Any] = denoisers_of(pipeline)
@@ -401,14 +408,19 @@ def _cast(values: Any, dtype: torch.dtype) -> Any:
     return tree_map(cast, values)
 
 
-def _read_index(model: str, hub: dict[str, Any]) -> dict[str, Any]:
-    path = Path(model, INDEX_NAME)
+def _read_index(model: str, hub: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The index of a pipeline, and whether it is a modular one."""
+    path, modular = Path(model, INDEX_NAME), Path(model, MODULAR_INDEX_NAME)
     if not os.path.isdir(model):
         try:
             if os.path.isabs(model):
                 raise HFValidationError
             path = Path(hf_hub_download(model, INDEX_NAME, **hub))
         except (HFValidationError, OSError) as error:
-            raise ValueError(f"the student {model!r} {why_not(error, hub.get('revision'))}.") from error
-    with one_sentence(f"the student {model!r} holds no pipeline ({INDEX_NAME})"):
-        return dict(json.loads(path.read_text()))
+            try:
+                modular = Path(hf_hub_download(model, MODULAR_INDEX_NAME, **hub))
+            except (HFValidationError, OSError):
+                raise ValueError(f"the student {model!r} {why_not(error, hub.get('revision'))}.") from error
+    is_modular = modular.is_file() and not path.is_file()
+    with one_sentence(f"the student {model!r} holds no pipeline ({INDEX_NAME} or {MODULAR_INDEX_NAME})"):
+        return dict(json.loads((modular if is_modular else path).read_text())), is_modular

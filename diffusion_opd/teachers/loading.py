@@ -18,7 +18,8 @@ from torch import nn
 from ..adapters import frozen_copy, with_denoiser
 from ..denoisers import NAMES, denoiser_of, denoisers_of
 from ..errors import first_few, one_sentence
-from ..files import CONFIG_NAME, INDEX_NAME, absent_parts
+from ..files import CONFIG_NAME, INDEX_NAME, MODULAR_INDEX_NAME, absent_parts
+from ..modular import is_pipeline, load_modular, with_call
 from ..policy import check_seams
 from .compatible import check_compatible, share_parts
 from .locating import locate, read_json, sole_lora
@@ -52,8 +53,8 @@ def load_teachers(
     for index, (key, teacher) in enumerate(teachers.items()):
         adapter: str | tuple[str, ...] | None = None
         commit = None
-        if isinstance(teacher.path, DiffusionPipeline):
-            pipeline = copy.copy(teacher.path)
+        if is_pipeline(teacher.path):
+            pipeline = copy.copy(with_call(teacher.path))
             for name, part in denoisers_of(pipeline).items():
                 if part in own.values():
                     raise ValueError(
@@ -66,6 +67,8 @@ def load_teachers(
                 teacher = replace(teacher, weight_name=sole_lora(teacher, folder, commit, own))
             if teacher.weight_name is None and (folder / INDEX_NAME).is_file():
                 pipeline = _load_pipeline(teacher, folder, commit, dtype)
+            elif teacher.weight_name is None and (folder / MODULAR_INDEX_NAME).is_file():
+                pipeline = _load_modular(teacher, folder, commit, dtype)
             elif teacher.weight_name is None and (folder / CONFIG_NAME).is_file():
                 pipeline = _load_denoiser(teacher, folder, commit, student, dtype)
             else:
@@ -151,6 +154,17 @@ def _load_pipeline(teacher: Teacher, located: Path, commit: str | None, dtype: t
             )
     with one_sentence(f"teacher {teacher.id!r}: {teacher.source!r} cannot be loaded as a pipeline"):
         return DiffusionPipeline.from_pretrained(folder, revision=commit, dtype=dtype, use_safetensors=True, **parts)
+
+
+def _load_modular(teacher: Teacher, folder: Path, commit: str | None, dtype: torch.dtype) -> DiffusionPipeline:
+    if teacher.subfolder and commit is not None:
+        raise ValueError(
+            f"teacher {teacher.id!r}: {teacher.source!r} is a modular pipeline in a subfolder of a repository, which "
+            "diffusers does not read; give it a repository of its own."
+        )
+    where, hub = (str(folder), {}) if commit is None else (str(teacher.path), {"revision": commit})
+    with one_sentence(f"teacher {teacher.id!r}: {teacher.source!r} cannot be loaded as a modular pipeline"):
+        return load_modular(where, hub, dtype=dtype, use_safetensors=True)
 
 
 def _load_denoiser(

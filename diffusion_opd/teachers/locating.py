@@ -15,10 +15,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from ..errors import first_few, why_not
-from ..files import CONFIG_NAME, INDEX_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, lora_name
+from ..files import CONFIG_NAME, INDEX_NAME, MODULAR_INDEX_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, lora_name
 from .spec import Lora, Teacher
 
-NAMES = [INDEX_NAME, CONFIG_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME]
+NAMES = [INDEX_NAME, MODULAR_INDEX_NAME, CONFIG_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME]
 
 
 def lora_names(teacher: Teacher | Lora, denoisers: Sequence[str]) -> dict[str, str]:

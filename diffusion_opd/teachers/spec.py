@@ -14,6 +14,7 @@ from ..config import check_types
 from ..denoisers import denoiser_of
 from ..errors import brief
 from ..files import name_or_path
+from ..modular import is_pipeline
 
 
 @dataclass
@@ -157,7 +158,7 @@ def name_teachers(teachers: Any) -> dict[str, Teacher]:
             parts = Path(teacher.source).parts if isinstance(teacher.path, (str, os.PathLike)) else ("teacher",)
             teacher.id = next((p for p in reversed(parts) if p not in ("lora", "transformer", "unet")), "teacher")
         check_types(teacher, f"teacher {teacher.id!r}: ")
-        if isinstance(teacher.path, DiffusionPipeline):
+        if is_pipeline(teacher.path):
             what, unread = "a loaded pipeline", ["subfolder", "revision", "weight_name"]
         else:
             what, unread = f"the folder {str(teacher.path)!r}", ["revision"] if os.path.isdir(teacher.path) else []
@@ -176,7 +177,7 @@ def name_teachers(teachers: Any) -> dict[str, Teacher]:
 
 def _as_teacher(value: Any) -> Teacher:
     teacher = copy.copy(value) if isinstance(value, Teacher) else Teacher(value)
-    if not isinstance(teacher.path, (str, os.PathLike, DiffusionPipeline)):
+    if not isinstance(teacher.path, (str, os.PathLike)) and not is_pipeline(teacher.path):
         raise TypeError(
             "a teacher is a Hub id, a folder, a `Teacher` of one of these or a loaded pipeline, got "
             f"{brief(teacher.path)}."

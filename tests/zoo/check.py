@@ -7,6 +7,7 @@ loads in plain diffusers.
 
 import argparse
 import contextlib
+import copy
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ import diffusers
 import torch
 import transformers
 from datasets import Dataset
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, ModularPipeline
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -90,21 +91,49 @@ def plain_run(
         return (next_sample.clone(),)
 
     hooks = [part.register_forward_pre_hook(called) for part in denoisers(pipe)]
-    method = type(pipe).__call__.__wrapped__ if gradient else type(pipe).__call__
+    is_modular = isinstance(pipe, ModularPipeline)
+    method = type(pipe).__call__
+    if is_modular:
+        pipe, arguments = guided(pipe, arguments)
+        method = ModularPipeline.__call__
+    elif gradient:
+        method = method.__wrapped__
     try:
-        with patch.object(cls, "step", step), torch.random.fork_rng(devices=[]):
+        with (
+            patch.object(cls, "step", step),
+            torch.random.fork_rng(devices=[]),
+            no_no_grad() if is_modular and gradient else contextlib.nullcontext(),
+        ):
             torch.manual_seed(seed)
             method(
                 pipe,
                 **arguments,
                 num_inference_steps=STEPS,
                 generator=[torch.Generator().manual_seed(seed)],
-                output_type="latent",
+                output_type="pil" if is_modular else "latent",  # not all modular ones know latents
             )
     finally:
         for hook in hooks:
             hook.remove()
     return seen
+
+
+def guided(pipe: ModularPipeline, arguments: dict[str, Any]) -> tuple[ModularPipeline, dict[str, Any]]:
+    """A modular pipeline as its users set its guidance: by a guider."""
+    pipe, arguments = copy.copy(pipe), dict(arguments)
+    if "guidance_scale" in arguments and "guidance_scale" not in pipe.blocks.input_names:
+        scale = arguments.pop("guidance_scale")
+        for name in [name for name in pipe.components if "guider" in name]:
+            vars(pipe)[name] = pipe.get_component_spec(name).create(guidance_scale=scale)
+    return pipe, arguments
+
+
+@contextlib.contextmanager
+def no_no_grad() -> Iterator[None]:
+    """Each block of a modular pipeline has its own."""
+    nothing = lambda *args: None  # noqa: E731
+    with patch.object(torch.no_grad, "__enter__", nothing), patch.object(torch.no_grad, "__exit__", nothing):
+        yield
 
 
 def two_passes(student: Any, teacher: Any, rows: list[dict[str, Any]], tiny: Tiny, call: dict, theirs: dict) -> Tensor:
@@ -217,6 +246,8 @@ def reload_gap(trainer: Trainer, tiny: Tiny, folder: str, way: str) -> float:
     trainer.save_model(folder)
     if way == "full":
         plain = type(trainer.pipeline).from_pretrained(folder)
+        if isinstance(plain, ModularPipeline):
+            plain.load_components()
     else:
         plain = as_ours(tiny.make(0))
         if hasattr(plain, "load_lora_weights"):

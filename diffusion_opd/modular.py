@@ -1,0 +1,185 @@
+"""Modular pipelines of diffusers, which are trees of blocks (`modular_model_index.json`), called as others are.
+
+`DiffusionPipeline`s have a `__call__` with a signature, decorated once with `torch.no_grad()`. Of a modular pipeline
+the arguments are what its blocks take, and each block has a `torch.no_grad` of its own.
+
+This file knows pipelines, and no policy or trainer.
+"""
+
+import copy
+import functools
+import inspect
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from diffusers import DiffusionPipeline, ModularPipeline
+from diffusers.guiders import BaseGuidance
+from diffusers.modular_pipelines import PipelineState
+from greenlet import getcurrent
+
+from .files import MODULAR_INDEX_NAME
+
+# Each block around the one that fails logs the whole traceback of what is raised anyway; within a paused call it may be
+# caught
+logging.getLogger("diffusers.modular_pipelines.modular_pipeline").addFilter(lambda _: getcurrent().parent is None)
+
+GUIDANCE = "guidance_scale"  # an attribute of guiders, and no argument of their blocks
+
+_TEXT = re.compile(r"(negative_)?prompt(_\d+)?")
+_RESULTS = ("images", "videos", "audios", "audio", "sound")
+
+
+def is_pipeline(value: Any) -> TypeGuard[DiffusionPipeline]:
+    """Whether something is a loaded pipeline, modular or not."""
+    return isinstance(value, (DiffusionPipeline, ModularPipeline))
+
+
+def with_call(pipeline: Any) -> Any:
+    """A pipeline whose class has a `__call__` with a signature: any but a modular one is that already. A modular one
+    stays itself, of a class of the same name."""
+    if isinstance(pipeline, ModularPipeline) and not hasattr(type(pipeline).__call__, "__wrapped__"):
+        pipeline.__class__ = _class_with_call(type(pipeline), pipeline.blocks)
+    return pipeline
+
+
+def load_modular(path: str, hub: Mapping[str, Any], **kwargs: Any) -> ModularPipeline:
+    """A modular pipeline with its components.
+
+    Args:
+        path (`str`): Hub id or folder.
+        hub (`Mapping`): For the index: `revision`, `token` ...
+        kwargs: For the components, each a value or a dict by their names with a `"default"`.
+
+    Raises:
+        ValueError: if a component that the index names cannot be loaded.
+    """
+    pipeline = ModularPipeline.from_pretrained(path, **hub)
+    for name, spec in pipeline._component_specs.items():
+        if spec.default_creation_method != "from_pretrained" or spec.pretrained_model_name_or_path is None:
+            continue
+        own = {
+            key: value.get(name, value.get("default")) if isinstance(value, Mapping) else value
+            for key, value in kwargs.items()
+        }
+        if not (isinstance(spec.type_hint, type) and issubclass(spec.type_hint, torch.nn.Module)):
+            own.pop("use_safetensors", None)
+        try:  # its `load_components` would only log what cannot be loaded
+            pipeline.register_components(**{name: spec.load(**own)})
+        except Exception as error:
+            raise ValueError(f"its {name} cannot be loaded ({type(error).__name__}: {error})") from error
+    return with_call(pipeline)
+
+
+def save_pipeline(pipeline: Any, folder: str | os.PathLike, repo_id: str | None = None) -> None:
+    """Saves a pipeline with its components.
+
+    Args:
+        folder (`str`): Where to.
+        repo_id (`str`, *optional*): Where it will be on the Hub. The index of a modular pipeline says where each
+            component is: there, or in the folder.
+    """
+    if not isinstance(pipeline, ModularPipeline):
+        pipeline.save_pretrained(folder)
+        return
+    config = copy.deepcopy(dict(pipeline.config))
+    pipeline.save_pretrained(os.fspath(folder), overwrite_modular_index=True)
+    pipeline.register_to_config(**config)  # which it has made speak of the folder
+    index = Path(folder, MODULAR_INDEX_NAME)
+    content = json.loads(index.read_text())
+    for name, entry in content.items():
+        if repo_id is not None and isinstance(entry, list) and len(entry) == 3 and Path(folder, name).is_dir():
+            entry[2]["pretrained_model_name_or_path"] = repo_id
+    index.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _class_with_call(cls: Any, blocks: Any) -> Any:
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    for given in blocks.inputs:
+        if given.name is not None and given.name not in {parameter.name for parameter in parameters}:
+            default = inspect.Parameter.empty if given.required and given.default is None else given.default
+            hint = str | list[str] if _TEXT.fullmatch(given.name) else given.type_hint
+            parameters.append(
+                inspect.Parameter(
+                    given.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=default,
+                    annotation=inspect.Parameter.empty if hint is None else hint,
+                )
+            )
+    names = {parameter.name for parameter in parameters}
+    if GUIDANCE not in names and any("guider" in spec.name for spec in blocks.expected_components):
+        parameters.append(
+            inspect.Parameter(GUIDANCE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=float | None)
+        )
+
+    def whole_call(self: Any, state: Any = None, output: Any = None, **kwargs: Any) -> Any:
+        return cls.__call__(_guided(self, kwargs), state, output, **kwargs)
+
+    def differentiable_call(self: Any, **kwargs: Any) -> tuple[Any, ...]:
+        return _run(_guided(self, kwargs), kwargs)
+
+    whole_call.__wrapped__ = differentiable_call  # type: ignore[attr-defined]
+    whole_call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    whole_call.__doc__ = cls.__call__.__doc__
+    return type(cls.__name__, (cls,), {"__call__": whole_call, "__module__": cls.__module__})
+
+
+def _guided(pipeline: Any, kwargs: dict[str, Any]) -> Any:
+    """A copy of a pipeline with guiders of its own, which count steps; takes their guidance scale out of `kwargs`."""
+    pipeline = copy.copy(pipeline)
+    own = vars(pipeline)
+    takes_it = any(given.name == GUIDANCE for given in pipeline.blocks.inputs)
+    scale = None if takes_it else kwargs.pop(GUIDANCE, None)
+    for name, part in pipeline.components.items():
+        if isinstance(part, BaseGuidance):
+            own[name] = copy.deepcopy(part)
+            if scale is not None and hasattr(part, GUIDANCE):
+                setattr(own[name], GUIDANCE, scale)
+    return pipeline
+
+
+def _run(pipeline: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What the blocks make of the arguments, with gradient; with `output_type="latent"` the decoders are left out."""
+    kwargs.pop("return_dict", None)
+    is_latent = kwargs.get("output_type") == "latent"
+    blocks = _differentiable(pipeline.blocks)
+    if is_latent:
+        kept = {name: block for name, block in blocks.sub_blocks.items() if "decode" not in name}
+        blocks.sub_blocks = type(blocks.sub_blocks)(kept)
+    vars(pipeline)["_blocks"] = blocks
+    pipeline.set_progress_bar_config(disable=True)
+    state = PipelineState()
+    for given in pipeline.blocks.inputs:
+        if given.name in kwargs:
+            state.set(given.name, kwargs[given.name], given.kwargs_type)
+        elif given.name is not None and given.name not in state.values:
+            state.set(given.name, given.default, given.kwargs_type)
+    _, state = blocks(pipeline, state)
+    names = ("latents", "audio_latents") if is_latent else _RESULTS
+    return tuple(state.values[name] for name in names if state.values.get(name) is not None)
+
+
+def _differentiable(block: Any) -> Any:
+    """A copy of a tree of blocks without the `torch.no_grad` of each."""
+    twin = copy.copy(block)
+    cls: Any = type(block)
+    twin.__class__ = _without_no_grad(cls)
+    if getattr(block, "sub_blocks", None):
+        twin.sub_blocks = type(block.sub_blocks)(
+            {name: _differentiable(sub_block) for name, sub_block in block.sub_blocks.items()}
+        )
+    return twin
+
+
+@functools.cache
+def _without_no_grad(cls: Any) -> Any:
+    whole = getattr(cls.__call__, "__wrapped__", None)
+    if whole is None:
+        return cls
+    return type(cls.__name__, (cls,), {"__call__": whole, "__module__": cls.__module__})
