@@ -7,6 +7,7 @@ that is asked for a single sample of the batch. Its steps without noise must be 
 This file knows policies, and no loss or trainer.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from .inputs import PROMPT, Inputs
-from .policy import Policy, Visit, Walk
+from .policy import Elsewhere, Policy, Visit, Walk
 from .queries import first_steps
 from .scheduler_proxy import SchedulerStep, Step
 from .transitions import Schedule, ddim, denoised, ode
@@ -101,6 +102,7 @@ def _check(policy: Policy, inputs: Inputs, fraction: float, backward: Callable[[
         learnt = first_steps([place.chunk for place in plan], fraction)
         if len(plan) > 1:
             visits.append(_differentiated(policy, walk, count, backward))
+        depends = _depends(policy, walk, visits[-1])
         last = {learnt[-1]}
         if plan[-1].chunk > 0:
             second = next(index for index, place in enumerate(plan) if place.chunk == 1)
@@ -110,6 +112,8 @@ def _check(policy: Policy, inputs: Inputs, fraction: float, backward: Callable[[
         for place in sorted(last | first):
             if walk.place <= place < len(plan):
                 with torch.no_grad():
+                    while depends == math.inf and walk.place < place:
+                        _next(walk)
                     walk.jump(place)
                 with torch.set_grad_enabled(place in first):
                     visits.append(_differentiated(policy, walk, count, backward) if place in first else _next(walk))
@@ -122,9 +126,6 @@ def _check(policy: Policy, inputs: Inputs, fraction: float, backward: Callable[[
                         f"{policy.name} cannot be followed: at visit {visit.index} a copy that went where it went "
                         f"predicts otherwise, by {gap:.1e} (relative). Something in its `__call__` is drawn anew."
                     )
-        with policy.follow(walk) as copy:
-            visit = visits[min(1, len(visits) - 1)]
-            depends = _gap(copy(visit), visit)
         if count > 1:
             _check_rows(policy, inputs, visits[0])
     return Checked(plan, learnt, visits, walk, depends)
@@ -219,6 +220,19 @@ def sees_the_end(policy: Policy, inputs: Inputs) -> bool:
 def _same_way(policy: Policy, student: Policy) -> bool:
     """Whether what is known of the student's `__call__` is known of this one's."""
     return type(policy.pipeline) is type(student.pipeline) and policy.call_kwargs.keys() == student.call_kwargs.keys()
+
+
+@torch.no_grad()
+def _depends(policy: Policy, walk: Walk, visit: Visit) -> float:
+    """How far the prediction at a visit is from that of a copy that has jumped there; infinite if it cannot (FLUX.2's
+    KV cache is filled by the first step)."""
+    try:
+        with policy.follow(walk) as copy:
+            return _gap(copy(visit), visit)
+    except (torch.OutOfMemoryError, Elsewhere):
+        raise
+    except Exception:
+        return math.inf
 
 
 def _noiseless(step: Step) -> Tensor:

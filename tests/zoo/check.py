@@ -286,7 +286,7 @@ def check(name: str, way: str, show: bool = False) -> dict[str, Any]:
         )
     except Exception as error:
         if show:
-            traceback.print_exc()
+            traceback.print_exc(limit=-6)
         report |= {"ok": False, "failed at": stage, "error": f"{type(error).__name__}: {error}"[:500]}
     report["seconds"] = round(time.perf_counter() - began, 1)
     return report
