@@ -77,7 +77,7 @@ def as_arguments(pipeline_class: Any, inputs: Inputs) -> dict[str, Any]:
     pictures, itself. Not every pipeline takes a list of one, and some take any list as several pictures of a sample."""
     texts = sample_arguments(pipeline_class)
     return {
-        name: values[0] if len(values) == 1 and not texts.get(name, True) else list(values)
+        name: values[0] if len(values) == 1 and not texts.get(name, isinstance(values[0], str)) else list(values)
         for name, values in inputs.items()
     }
 

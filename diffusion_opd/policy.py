@@ -285,7 +285,13 @@ class Policy:
 
     def remember_output(self, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         kind = _kind(args, kwargs)
-        plain = (Tensor, str, int, float, type(None))  # anything else may hold what a pipeline keeps, as a KV cache does
+        plain = (
+            Tensor,
+            str,
+            int,
+            float,
+            type(None),
+        )  # anything else may hold what a pipeline keeps, as a KV cache does
         if kind not in self._outputs and all(isinstance(x, plain) for x in tree_flatten(output)[0]):
             self._outputs_device = next(x.device for x in tree_flatten(output)[0] if torch.is_tensor(x))
             self._outputs[kind] = tree_map(lambda x: x.detach().to("meta") if torch.is_tensor(x) else x, output)

@@ -126,7 +126,10 @@ def test_pipeline_with_a_memory_fits_those_who_follow():
         (Twice, "Twice .*steps its scheduler more often than it has timesteps"),
         (Skips, r"Skips lacks a seam: it called `scheduler.step` 2 times for 3 timesteps"),
         (Restless, "Restless cannot be followed: at visit 0 a copy that went where it went predicts otherwise"),
-        (Mixing, "the samples of a batch are not independent in Mixing: alone, the first one is predicted otherwise"),
+        (
+            Mixing,
+            "the samples of a batch are not independent in Mixing: beside others, the first one is predicted otherwise",
+        ),
         (InPairs, r"InPairs has a state of shape \(4, 4, 8, 8\) for a batch of 2: one row a sample is needed"),
     ],
     ids=lambda value: getattr(value, "__name__", None),

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, Teacher
+from diffusion_opd.inputs import sample_arguments
 from diffusion_opd.sampling import seed_of
 from tests.zoo import ZOO, Tiny
 
@@ -176,6 +177,8 @@ def as_ours(pipe: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def trainer_of(tiny: Tiny, out: str, teachers: Any, is_lora: bool, **kwargs: Any) -> Trainer:
+    if not tiny.inputs.keys() <= sample_arguments(type(tiny.make(0))).keys():
+        kwargs["input_columns"] = list(tiny.inputs)
     rows = {"prompt": list(tiny.prompts)} | {name: values[:2] for name, values in tiny.inputs.items()}
     args = DiffusionOPDConfig(
         out,

@@ -67,4 +67,3 @@ def vision(size: int = 16, projection: int = 16) -> dict[str, Any]:
     )
     processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     return {"image_encoder": frozen(8, CLIPVisionModelWithProjection, config), "feature_extractor": processor}
-
