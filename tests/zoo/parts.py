@@ -2,16 +2,22 @@
 
 from typing import Any
 
+import tokenizers
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import nn
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from tests.editing_pipelines import mask, with_parts
 from tests.streaming_pipelines import picture
 from tests.tiny_pipelines import frozen
-
-__all__ = ["altered", "config_of", "flow", "lit", "made", "masks", "pictures", "videos", "vision", "with_parts"]
 
 
 def config_of(module: Any) -> dict[str, Any]:
@@ -67,3 +73,26 @@ def vision(size: int = 16, projection: int = 16) -> dict[str, Any]:
     )
     processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     return {"image_encoder": frozen(8, CLIPVisionModelWithProjection, config), "feature_extractor": processor}
+
+
+def words_tokenizer(**special: str) -> Any:
+    """A tokenizer of words, for encoders that take any: characters, with special tokens."""
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", *map(chr, range(32, 127))]
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    given = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | special
+    return PreTrainedTokenizerFast(tokenizer_object=model, model_max_length=512, **given)
+
+
+def llama() -> tuple[Any, Any]:
+    tokenizer = words_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    return frozen(11, LlamaForCausalLM, config), tokenizer
