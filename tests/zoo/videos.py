@@ -1,0 +1,405 @@
+"""Video pipelines, and pictures of the same families: CogVideoX, CogView, HunyuanVideo, Kandinsky and others."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AllegroPipeline,
+    AllegroTransformer3DModel,
+    AutoencoderKLAllegro,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLMagvit,
+    AutoencoderKLMochi,
+    CogVideoXDDIMScheduler,
+    CogVideoXFunControlPipeline,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    CogVideoXVideoToVideoPipeline,
+    CogView3PlusPipeline,
+    CogView3PlusTransformer2DModel,
+    CogView4ControlPipeline,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
+    ConsisIDPipeline,
+    ConsisIDTransformer3DModel,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EasyAnimateControlPipeline,
+    EasyAnimateInpaintPipeline,
+    EasyAnimatePipeline,
+    EasyAnimateTransformer3DModel,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LattePipeline,
+    LatteTransformer3DModel,
+    MochiPipeline,
+    MochiTransformer3DModel,
+)
+from transformers import GlmConfig, GlmModel, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from tests.editing_pipelines import with_parts
+from tests.streaming_pipelines import picture
+from tests.tiny_pipelines import frozen, kl_vae, qwen_tokenizer, t5
+
+from .tiny import Tiny
+
+
+def changed(seed: int, part: torch.nn.Module, **others: Any) -> torch.nn.Module:
+    """A part of the same class, of a configuration that differs in `others`."""
+    config = {name: value for name, value in part.config.items() if not name.startswith("_")}
+    return frozen(seed, type(part), **config | others)
+
+
+def film(size: int, frames: int, seed: int) -> list:
+    return [picture(size, 100 * seed + frame) for frame in range(frames)]
+
+
+def pictures(size: int) -> list:
+    return [picture(size, seed) for seed in (1, 2)]
+
+
+def films(size: int, frames: int) -> list:
+    return [film(size, frames, seed) for seed in (1, 2)]
+
+
+def text(pair: tuple, suffix: str = "") -> dict[str, Any]:
+    """A text encoder and its tokenizer, as parts of a pipeline."""
+    return {f"text_encoder{suffix}": pair[0], f"tokenizer{suffix}": pair[1]}
+
+
+# The family of CogVideoX and CogView
+
+_COGVIDEOX = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 8,
+    "text_embed_dim": 32,
+    "num_layers": 2,
+    "sample_width": 4,
+    "sample_height": 4,
+    "sample_frames": 9,
+    "max_text_seq_length": 32,
+    "use_rotary_positional_embeddings": True,
+}
+
+
+def cogvideox(seed: int, cls: type[DiffusionPipeline] = CogVideoXPipeline, **others: Any) -> DiffusionPipeline:
+    """As CogVideoX-5b; with DDIM, as CogVideoX-2b."""
+    vae = frozen(
+        7,
+        AutoencoderKLCogVideoX,
+        down_block_types=("CogVideoXDownBlock3D",) * 3,
+        up_block_types=("CogVideoXUpBlock3D",) * 3,
+        block_out_channels=(4, 4, 4),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )
+    return cls(
+        # scheduler_config.json of CogVideoX-2b
+        scheduler=CogVideoXDDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            snr_shift_scale=3.0,
+            timestep_spacing="trailing",
+        ),
+        vae=vae,
+        transformer=frozen(seed, CogVideoXTransformer3DModel, **_COGVIDEOX | others),
+        **text(t5()),
+    )
+
+
+def consisid(seed: int) -> ConsisIDPipeline:
+    """With its encoder of a face, which is a part of the denoiser."""
+    transformer = frozen(
+        seed,
+        ConsisIDTransformer3DModel,
+        **_COGVIDEOX
+        | {
+            "num_attention_heads": 3,  # the face has two thirds of the width
+            "in_channels": 8,
+            "is_train_face": True,
+            "cross_attn_dim_head": 8,
+            "cross_attn_num_heads": 2,
+            "LFE_id_dim": 8,
+            "LFE_vit_dim": 8,
+            "LFE_depth": 2,
+            "LFE_dim_head": 4,
+            "LFE_num_heads": 2,
+            "LFE_num_id_token": 2,
+            "LFE_num_querie": 4,
+            "LFE_output_dim": 32,
+            "LFE_num_scale": 2,
+        },
+    )
+    return with_parts(ConsisIDPipeline, cogvideox(seed), transformer=transformer)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+_COGVIEW = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "text_embed_dim": 32,
+    "time_embed_dim": 8,
+    "condition_dim": 4,
+    "pos_embed_max_size": 16,
+    "sample_size": 8,
+}
+
+
+def cogview3(seed: int) -> CogView3PlusPipeline:
+    return with_parts(
+        CogView3PlusPipeline,
+        cogvideox(seed),
+        # scheduler_config.json of CogView3-Plus-3B
+        scheduler=CogVideoXDDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            snr_shift_scale=4.0,
+            timestep_spacing="trailing",
+        ),
+        vae=kl_vae(latents=4, scaling=1.0),
+        transformer=frozen(seed, CogView3PlusTransformer2DModel, **_COGVIEW),
+    )
+
+
+def cogview4(seed: int, cls: type[DiffusionPipeline] = CogView4Pipeline, channels: int = 4) -> DiffusionPipeline:
+    tokenizer = qwen_tokenizer()  # GLM's is of bytes too
+    tokenizer.padding_side = "left"
+    config = GlmConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    transformer = _COGVIEW | {"in_channels": channels, "text_embed_dim": 16, "rope_axes_dim": (4, 4)}
+    return cls(
+        # scheduler_config.json of CogView4-6B
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, time_shift_type="linear"
+        ),
+        vae=kl_vae(latents=4, scaling=1.0),
+        transformer=frozen(seed, CogView4Transformer2DModel, **transformer),
+        text_encoder=frozen(5, GlmModel, config),
+        tokenizer=tokenizer,
+    )
+
+
+# Families of one or a few classes each
+
+
+def mochi(seed: int) -> MochiPipeline:
+    vae = frozen(
+        7,
+        AutoencoderKLMochi,
+        encoder_block_out_channels=(32,) * 4,
+        decoder_block_out_channels=(32,) * 4,
+        layers_per_block=(1,) * 5,
+    )
+    transformer = frozen(
+        seed,
+        MochiTransformer3DModel,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        pooled_projection_dim=16,
+        text_embed_dim=32,
+        time_embed_dim=4,
+        max_sequence_length=32,
+    )
+    return MochiPipeline(
+        # scheduler_config.json of mochi-1-preview
+        scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        vae=vae,
+        transformer=transformer,
+        **text(t5()),
+    )
+
+
+def allegro(seed: int) -> AllegroPipeline:
+    vae = frozen(
+        7,
+        AutoencoderKLAllegro,
+        down_block_types=("AllegroDownBlock3D",) * 3,
+        up_block_types=("AllegroUpBlock3D",) * 3,
+        block_out_channels=(8, 8, 8),
+        temporal_downsample_blocks=(True, True, False),
+        temporal_upsample_blocks=(False, True, True),
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    transformer = frozen(
+        seed,
+        AllegroTransformer3DModel,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        cross_attention_dim=24,
+        sample_width=4,
+        sample_height=4,
+        sample_frames=2,
+        caption_channels=32,
+    )
+    return AllegroPipeline(
+        # scheduler_config.json of Allegro
+        scheduler=EulerAncestralDiscreteScheduler(timestep_spacing="trailing"),
+        vae=vae,
+        transformer=transformer,
+        **text(t5()),
+    )
+
+
+def latte(seed: int) -> LattePipeline:
+    transformer = frozen(
+        seed,
+        LatteTransformer3DModel,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,  # the second half is the learned variance, which the pipeline drops
+        num_layers=1,
+        cross_attention_dim=16,
+        attention_bias=True,
+        sample_size=4,
+        patch_size=2,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        caption_channels=32,
+        video_length=2,
+    )
+    return LattePipeline(
+        # scheduler_config.json of Latte-1
+        scheduler=DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False),
+        vae=kl_vae(latents=4, scaling=0.18215),
+        transformer=transformer,
+        **text(t5()),
+    )
+
+
+def easyanimate(seed: int, cls: type[DiffusionPipeline] = EasyAnimatePipeline, **others: Any) -> DiffusionPipeline:
+    tokenizer = qwen_tokenizer()
+    config = Qwen2VLConfig(
+        text_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "vocab_size": len(tokenizer),
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "rope_parameters": {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e6},
+        },
+        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2},
+    )
+    vae = frozen(
+        7,
+        AutoencoderKLMagvit,
+        latent_channels=4,
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    transformer = frozen(
+        seed,
+        EasyAnimateTransformer3DModel,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        **{"in_channels": 4, "out_channels": 4, "patch_size": 2, "time_embed_dim": 8, "text_embed_dim": 16} | others,
+        num_layers=2,
+        mmdit_layers=1,
+    )
+    return cls(
+        # diffusers' docs of EasyAnimate: flow matching of defaults
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae,
+        transformer=transformer,
+        text_encoder=frozen(5, Qwen2VLForConditionalGeneration, config),
+        tokenizer=tokenizer,
+    )
+
+
+def clip_of(frames: int, size: int, seed: int, channels: int = 3) -> torch.Tensor:
+    """A video as EasyAnimate takes it: of numbers from 0 to 1."""
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.random((1, channels, frames, size, size), dtype=np.float32))
+
+
+_VIDEO = {"height": 16, "width": 16, "num_frames": 9, "guidance_scale": 6.0, "max_sequence_length": 32}
+_NO_FRAMES = {name: value for name, value in _VIDEO.items() if name != "num_frames"}
+_PICTURE = {"height": 16, "width": 16, "guidance_scale": 5.0, "max_sequence_length": 32}
+_FACE = {"id_cond": noise(1, 8), "id_vit_hidden": [noise(1, 4, 8, seed=1), noise(1, 4, 8, seed=2)]}
+_EASY = {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 5.0, "negative_prompt": "blurry"}
+
+PIPELINES = {
+    "CogVideoXPipeline": Tiny(cogvideox, _VIDEO),
+    "CogVideoXImageToVideoPipeline": Tiny(
+        partial(cogvideox, cls=CogVideoXImageToVideoPipeline, in_channels=8), _VIDEO, {"image": pictures(16)}
+    ),
+    "CogVideoXVideoToVideoPipeline": Tiny(
+        partial(cogvideox, cls=CogVideoXVideoToVideoPipeline), _NO_FRAMES | {"strength": 0.7}, {"video": films(16, 9)}
+    ),
+    "CogVideoXFunControlPipeline": Tiny(
+        partial(cogvideox, cls=CogVideoXFunControlPipeline, in_channels=8), _NO_FRAMES, {"control_video": films(16, 9)}
+    ),
+    "ConsisIDPipeline": Tiny(consisid, _VIDEO | _FACE, {"image": pictures(16)}),
+    "CogView3PlusPipeline": Tiny(cogview3, _PICTURE),
+    "CogView4Pipeline": Tiny(cogview4, _PICTURE | {"negative_prompt": "blurry"}),
+    "CogView4ControlPipeline": Tiny(
+        partial(cogview4, cls=CogView4ControlPipeline, channels=8),
+        _PICTURE | {"negative_prompt": "blurry"},
+        {"control_image": pictures(16)},
+    ),
+    "MochiPipeline": Tiny(mochi, {**_VIDEO, "height": 32, "width": 32, "num_frames": 7}),
+    "AllegroPipeline": Tiny(allegro, {**_VIDEO, "num_frames": 8}),
+    "LattePipeline": Tiny(latte, {"height": 8, "width": 8, "video_length": 2, "guidance_scale": 7.5}),
+    "EasyAnimatePipeline": Tiny(easyanimate, _EASY),
+    "EasyAnimateInpaintPipeline": Tiny(
+        # Of `True` each the pipeline takes no list of generators, and looks for a part of the VAE's config that is not
+        partial(
+            easyanimate,
+            cls=EasyAnimateInpaintPipeline,
+            in_channels=12,
+            add_noise_in_inpaint_model=False,
+            resize_inpaint_mask_directly=False,
+        ),
+        _EASY | {"strength": 0.7},
+        {
+            "video": [clip_of(5, 32, 1), clip_of(5, 32, 2)],
+            "mask_video": [255 * clip_of(5, 32, s, 1).round() for s in (3, 4)],
+        },
+    ),
+    "EasyAnimateControlPipeline": Tiny(
+        # Its `__call__` gives its `encode_prompt` an argument that this does not take: it does not run in diffusers 0.42
+        partial(easyanimate, cls=EasyAnimateControlPipeline, in_channels=12),
+        _EASY,
+        {"control_video": [clip_of(5, 32, 1), clip_of(5, 32, 2)]},
+    ),
+}
