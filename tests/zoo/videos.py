@@ -1,5 +1,6 @@
 """Video pipelines, and pictures of the same families: CogVideoX, CogView, HunyuanVideo, Kandinsky and others."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from diffusers import (
     AllegroTransformer3DModel,
     AutoencoderKLAllegro,
     AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
     AutoencoderKLMagvit,
     AutoencoderKLMochi,
     CogVideoXDDIMScheduler,
@@ -33,16 +35,38 @@ from diffusers import (
     EasyAnimateTransformer3DModel,
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanSkyreelsImageToVideoPipeline,
+    HunyuanVideoFramepackPipeline,
+    HunyuanVideoFramepackTransformer3DModel,
+    HunyuanVideoImageToVideoPipeline,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
     LattePipeline,
     LatteTransformer3DModel,
     MochiPipeline,
     MochiTransformer3DModel,
 )
-from transformers import GlmConfig, GlmModel, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video, pipeline_hunyuan_video_image2video
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    GlmConfig,
+    GlmModel,
+    LlamaConfig,
+    LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from tests.editing_pipelines import with_parts
 from tests.streaming_pipelines import picture
-from tests.tiny_pipelines import frozen, kl_vae, qwen_tokenizer, t5
+from tests.tiny_pipelines import clip, frozen, kl_vae, qwen_tokenizer, t5
 
 from .tiny import Tiny
 
@@ -208,6 +232,143 @@ def cogview4(seed: int, cls: type[DiffusionPipeline] = CogView4Pipeline, channel
     )
 
 
+# HunyuanVideo
+
+
+def instructed(instruction: str, length: int, words: tuple[str, ...] = ()) -> Any:
+    """A tokenizer of which an instruction before the prompt takes `length` tokens, as of the published one: pipelines
+    cut away as many."""
+    tokenizer = qwen_tokenizer(words)
+    parts = [part for part in re.split(r"(<[^<>]+>)", instruction) if part]
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted({part for part in parts if part[0] == "<"})})
+    *others, longest = sorted(parts, key=len)
+    count = length - sum(len(tokenizer(part)["input_ids"]) for part in others)
+    size = len(longest) // count
+    starts = [index * size for index in range(count)]
+    tokenizer.add_tokens([longest[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)])
+    assert len(tokenizer(instruction)["input_ids"]) == length
+    return tokenizer
+
+
+def before_prompt(module: Any) -> tuple[str, int]:
+    template = module.DEFAULT_PROMPT_TEMPLATE
+    return template["template"].split("{}")[0], template["crop_start"]
+
+
+_TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+_HUNYUAN = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_refiner_layers": 1,
+    "mlp_ratio": 2.0,
+    "text_embed_dim": 16,
+    "pooled_projection_dim": 16,
+    "rope_axes_dim": (4, 6, 6),
+}
+
+
+def hunyuan_vae() -> AutoencoderKLHunyuanVideo:
+    return frozen(
+        7,
+        AutoencoderKLHunyuanVideo,
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 3,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 3,
+        block_out_channels=(4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        spatial_compression_ratio=4,
+    )
+
+
+def hunyuan(
+    seed: int,
+    cls: type[DiffusionPipeline] = HunyuanVideoPipeline,
+    transformer: type[torch.nn.Module] = HunyuanVideoTransformer3DModel,
+    parts: dict[str, Any] | None = None,
+    shift: dict[str, Any] | None = None,
+    **others: Any,
+) -> DiffusionPipeline:
+    tokenizer = instructed(*before_prompt(pipeline_hunyuan_video))
+    config = LlamaConfig(**_TEXT, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    return cls(
+        **{
+            # scheduler_config.json of HunyuanVideo
+            "scheduler": FlowMatchEulerDiscreteScheduler(**shift or {"shift": 7.0}),
+            "vae": hunyuan_vae(),
+            "transformer": frozen(seed, transformer, **_HUNYUAN | others),
+            **text((frozen(5, LlamaModel, config), tokenizer)),
+            **text(clip(CLIPTextModel), "_2"),
+        }
+        | (parts or {})
+    )
+
+
+def hunyuan_i2v(seed: int) -> HunyuanVideoImageToVideoPipeline:
+    """As the latest of them: the first frame of the state is replaced by the picture's."""
+    instruction = before_prompt(pipeline_hunyuan_video_image2video)
+    tokenizer = instructed(*instruction, words=("system", "user", "assistant"))
+    config = LlavaConfig(
+        text_config=LlamaConfig(**_TEXT, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id),
+        # 576 patches, as the instruction says
+        vision_config=CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=48,
+            patch_size=2,
+            projection_dim=16,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    parts = text((frozen(5, LlavaForConditionalGeneration, config), tokenizer)) | {
+        "image_processor": CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
+    }
+    return hunyuan(seed, HunyuanVideoImageToVideoPipeline, parts=parts, image_condition_type="token_replace")
+
+
+def siglip(size: int, patch: int) -> dict[str, Any]:
+    config = SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=size,
+        patch_size=patch,
+    )
+    return {
+        "image_encoder": frozen(8, SiglipVisionModel, config),
+        "feature_extractor": SiglipImageProcessor(size={"height": size, "width": size}),
+    }
+
+
+def framepack(seed: int) -> HunyuanVideoFramepackPipeline:
+    """A video section after section, the last one first."""
+    return hunyuan(
+        seed,
+        HunyuanVideoFramepackPipeline,
+        HunyuanVideoFramepackTransformer3DModel,
+        parts=siglip(16, 8),
+        # diffusers' docs of Framepack
+        shift={"shift": 7.0},
+        has_image_proj=True,
+        image_proj_dim=16,
+        has_clean_x_embedder=True,
+    )
+
+
 # Families of one or a few classes each
 
 
@@ -321,6 +482,7 @@ def easyanimate(seed: int, cls: type[DiffusionPipeline] = EasyAnimatePipeline, *
     )
     vae = frozen(
         7,
+        AutoencoderKLHunyuanVideo,
         AutoencoderKLMagvit,
         latent_channels=4,
         block_out_channels=(8,) * 4,
@@ -358,7 +520,19 @@ _PICTURE = {"height": 16, "width": 16, "guidance_scale": 5.0, "max_sequence_leng
 _FACE = {"id_cond": noise(1, 8), "id_vit_hidden": [noise(1, 4, 8, seed=1), noise(1, 4, 8, seed=2)]}
 _EASY = {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 5.0, "negative_prompt": "blurry"}
 
+_HUNYUAN_CALL = {**_VIDEO, "true_cfg_scale": 2.0, "negative_prompt": "blurry"}
+
 PIPELINES = {
+    "HunyuanVideoPipeline": Tiny(hunyuan, _HUNYUAN_CALL),
+    "HunyuanVideoImageToVideoPipeline": Tiny(hunyuan_i2v, _HUNYUAN_CALL, {"image": pictures(16)}),
+    "HunyuanSkyreelsImageToVideoPipeline": Tiny(
+        partial(hunyuan, cls=HunyuanSkyreelsImageToVideoPipeline, in_channels=8),
+        _HUNYUAN_CALL,
+        {"image": pictures(16)},
+    ),
+    "HunyuanVideoFramepackPipeline": Tiny(
+        framepack, {**_HUNYUAN_CALL, "num_frames": 10, "latent_window_size": 2}, {"image": pictures(16)}
+    ),
     "CogVideoXPipeline": Tiny(cogvideox, _VIDEO),
     "CogVideoXImageToVideoPipeline": Tiny(
         partial(cogvideox, cls=CogVideoXImageToVideoPipeline, in_channels=8), _VIDEO, {"image": pictures(16)}
@@ -397,7 +571,7 @@ PIPELINES = {
         },
     ),
     "EasyAnimateControlPipeline": Tiny(
-        # Its `__call__` gives its `encode_prompt` an argument that this does not take: it does not run in diffusers 0.42
+        # Its `__call__` gives its `encode_prompt` an argument that it does not take: of diffusers 0.42 it does not run
         partial(easyanimate, cls=EasyAnimateControlPipeline, in_channels=12),
         _EASY,
         {"control_video": [clip_of(5, 32, 1), clip_of(5, 32, 2)]},
