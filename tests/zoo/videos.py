@@ -1,8 +1,11 @@
 """Video pipelines, and pictures of the same families: CogVideoX, CogView, HunyuanVideo, Kandinsky and others."""
 
+import functools
+import inspect
 import re
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -11,7 +14,10 @@ from diffusers import (
     AllegroTransformer3DModel,
     AutoencoderKLAllegro,
     AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanImage,
+    AutoencoderKLHunyuanImageRefiner,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
     AutoencoderKLMagvit,
     AutoencoderKLMochi,
     CogVideoXDDIMScheduler,
@@ -35,19 +41,35 @@ from diffusers import (
     EasyAnimateTransformer3DModel,
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanImagePipeline,
+    HunyuanImageRefinerPipeline,
+    HunyuanImageTransformer2DModel,
     HunyuanSkyreelsImageToVideoPipeline,
+    HunyuanVideo15ImageToVideoPipeline,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
     HunyuanVideoFramepackPipeline,
     HunyuanVideoFramepackTransformer3DModel,
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    Kandinsky5I2IPipeline,
+    Kandinsky5I2VPipeline,
+    Kandinsky5T2IPipeline,
+    Kandinsky5T2VPipeline,
+    Kandinsky5Transformer3DModel,
     LattePipeline,
     LatteTransformer3DModel,
     MochiPipeline,
     MochiTransformer3DModel,
+    MotifVideoImage2VideoPipeline,
+    MotifVideoPipeline,
+    MotifVideoTransformer3DModel,
 )
+from diffusers.guiders import AdaptiveProjectedMixGuidance, ClassifierFreeGuidance
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video, pipeline_hunyuan_video_image2video
 from transformers import (
+    ByT5Tokenizer,
     CLIPImageProcessor,
     CLIPTextModel,
     CLIPVisionConfig,
@@ -57,16 +79,26 @@ from transformers import (
     LlamaModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen2VLProcessor,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
+    T5Config,
+    T5EncoderModel,
+    T5Gemma2Encoder,
+    T5Gemma2EncoderConfig,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.editing_pipelines import with_parts
-from tests.streaming_pipelines import picture
-from tests.tiny_pipelines import clip, frozen, kl_vae, qwen_tokenizer, t5
+from tests.streaming_pipelines import picture, wan_vae
+from tests.tiny_pipelines import clip, frozen, gemma_tokenizer, kl_vae, qwen_tokenizer, t5
 
 from .tiny import Tiny
 
@@ -87,6 +119,26 @@ def pictures(size: int) -> list:
 
 def films(size: int, frames: int) -> list:
     return [film(size, frames, seed) for seed in (1, 2)]
+
+
+def constants(cls: type[DiffusionPipeline], **values: Any) -> None:
+    """Smaller ones than its `__init__` sets, of a pipeline that is loaded again too."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def small(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        vars(self).update(values)
+
+    cls.__init__ = small
+
+
+_TOKENS = {"tokenizer_max_length": 32, "tokenizer_2_max_length": 32}
+for _cls in (HunyuanVideo15Pipeline, HunyuanVideo15ImageToVideoPipeline, HunyuanImagePipeline):
+    constants(_cls, **_TOKENS)
+constants(HunyuanVideo15Pipeline, vision_num_semantic_tokens=9)
+for _cls in (Kandinsky5T2IPipeline, Kandinsky5I2IPipeline):
+    constants(_cls, resolutions=[(32, 32)])
 
 
 def text(pair: tuple, suffix: str = "") -> dict[str, Any]:
@@ -255,6 +307,40 @@ def before_prompt(module: Any) -> tuple[str, int]:
     return template["template"].split("{}")[0], template["crop_start"]
 
 
+def qwen2_5_vl(tokenizer: Any) -> dict[str, Any]:
+    """An encoder that reads pictures too, with its tokenizer, as parts of a pipeline."""
+    marks = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(marks)}, replace_extra_special_tokens=False)
+    start, end, image, video = tokenizer.convert_tokens_to_ids(marks)
+    config = Qwen2_5_VLConfig(
+        text_config=qwen_text(tokenizer),
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 16,
+            "patch_size": 4,
+            "window_size": 16,
+        },
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    return text((frozen(5, Qwen2_5_VLForConditionalGeneration, config), tokenizer))
+
+
+def qwen_text(tokenizer: Any) -> dict[str, Any]:
+    return _TEXT | {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "rope_parameters": {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e6},
+    }
+
+
 _TEXT = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -369,6 +455,95 @@ def framepack(seed: int) -> HunyuanVideoFramepackPipeline:
     )
 
 
+def byt5() -> tuple[torch.nn.Module, Any]:
+    """Reads what is in quotes."""
+    tokenizer = ByT5Tokenizer()
+    config = T5Config(vocab_size=len(tokenizer), d_model=32, d_ff=32, d_kv=8, num_layers=1, num_heads=2)
+    return frozen(6, T5EncoderModel, config), tokenizer
+
+
+_FEW = {"out_channels": 3, "in_channels": 3, "layers_per_block": 1, "spatial_compression_ratio": 4}
+
+
+def hunyuan15(
+    seed: int, cls: type[DiffusionPipeline] = HunyuanVideo15Pipeline, parts: dict[str, Any] | None = None
+) -> DiffusionPipeline:
+    message = inspect.signature(HunyuanVideo15Pipeline._get_mllm_prompt_embeds).parameters["system_message"].default
+    tokenizer = instructed(f"<|im_start|>system\n{message}<|im_end|>\n<|im_start|>user\n", 108)
+    config = {
+        name: value for name, value in _HUNYUAN.items() if name not in ("num_single_layers", "pooled_projection_dim")
+    }
+    transformer = frozen(
+        seed,
+        HunyuanVideo15Transformer3DModel,
+        **config
+        | {
+            "in_channels": 9,
+            "text_embed_2_dim": 32,
+            "image_embed_dim": 16,
+            "target_size": 16,
+            "rope_axes_dim": (4, 6, 6),
+        },
+    )
+    return cls(
+        # scheduler_config.json and guider_config.json of HunyuanVideo-1.5, 480p
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        guider=ClassifierFreeGuidance(guidance_scale=6.0),
+        vae=frozen(7, AutoencoderKLHunyuanVideo15, **_FEW, latent_channels=4, block_out_channels=(16, 16, 16)),
+        transformer=transformer,
+        **text((frozen(5, Qwen2_5_VLTextModel, Qwen2_5_VLTextConfig(**qwen_text(tokenizer))), tokenizer)),
+        **text(byt5(), "_2"),
+        **parts or {},
+    )
+
+
+def hunyuan_image(seed: int) -> HunyuanImagePipeline:
+    template = inspect.signature(HunyuanImagePipeline._get_qwen_prompt_embeds).parameters["template"].default
+    config = {name: value for name, value in _HUNYUAN.items() if name != "pooled_projection_dim"}
+    return HunyuanImagePipeline(
+        # scheduler_config.json of HunyuanImage-2.1; its guidance changes its kind after the fifth step, here the first
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        guider=AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1),
+        ocr_guider=AdaptiveProjectedMixGuidance(guidance_scale=4.0, adaptive_projected_guidance_start_step=1),
+        vae=frozen(
+            7,
+            AutoencoderKLHunyuanImage,
+            **_FEW,
+            latent_channels=4,
+            block_out_channels=(32, 32, 32),
+            sample_size=32,
+            scaling_factor=0.75,
+        ),
+        transformer=frozen(
+            seed, HunyuanImageTransformer2DModel, **config | {"text_embed_2_dim": 32, "rope_axes_dim": (8, 8)}
+        ),
+        **qwen2_5_vl(instructed(template.split("{}")[0], 34)),
+        **text(byt5(), "_2"),
+    )
+
+
+def hunyuan_refiner(seed: int) -> HunyuanImageRefinerPipeline:
+    """Two frames of its VAE are one of the denoiser, of twice as many channels."""
+    instruction = (
+        "<|start_header_id|>system<|end_header_id|>\n\nDescribe the image by detailing the color, shape, size, texture,"
+        " quantity, text, spatial relationships of the objects and background:<|eot_id|><|start_header_id|>user"
+        "<|end_header_id|>\n\n"
+    )
+    config = {name: value for name, value in _HUNYUAN.items() if name != "pooled_projection_dim"}
+    return HunyuanImageRefinerPipeline(
+        # scheduler_config.json of HunyuanImage-2.1-Refiner
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=4.0),
+        guider=AdaptiveProjectedMixGuidance(guidance_scale=2.0),
+        vae=frozen(7, AutoencoderKLHunyuanImageRefiner, **_FEW, latent_channels=2, block_out_channels=(16, 16, 16)),
+        transformer=frozen(
+            seed,
+            HunyuanImageTransformer2DModel,
+            **config | {"in_channels": 8, "patch_size": (1, 1, 1), "guidance_embeds": True},
+        ),
+        **qwen2_5_vl(instructed(instruction, 36)),
+    )
+
+
 # Families of one or a few classes each
 
 
@@ -466,18 +641,7 @@ def latte(seed: int) -> LattePipeline:
 def easyanimate(seed: int, cls: type[DiffusionPipeline] = EasyAnimatePipeline, **others: Any) -> DiffusionPipeline:
     tokenizer = qwen_tokenizer()
     config = Qwen2VLConfig(
-        text_config={
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "vocab_size": len(tokenizer),
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            "rope_parameters": {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e6},
-        },
+        text_config=qwen_text(tokenizer),
         vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2},
     )
     vae = frozen(
@@ -508,6 +672,109 @@ def easyanimate(seed: int, cls: type[DiffusionPipeline] = EasyAnimatePipeline, *
     )
 
 
+def motif(
+    seed: int, cls: type[DiffusionPipeline] = MotifVideoPipeline, image_embed_dim: int | None = None
+) -> DiffusionPipeline:
+    """Of its encoder the second part sees the picture of image to video."""
+    tokenizer = gemma_tokenizer()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = T5Gemma2EncoderConfig(
+        text_config=_TEXT | {"head_dim": 8, "vocab_size": len(tokenizer)},
+        vision_config=vision | {"model_type": "siglip_vision_model", "image_size": 16, "patch_size": 8},
+        mm_tokens_per_image=4,
+        image_token_index=len(tokenizer) - 1,
+    )
+    config_of_it = {name: value for name, value in _HUNYUAN.items() if "refiner" not in name and "pooled" not in name}
+    transformer = frozen(
+        seed,
+        MotifVideoTransformer3DModel,
+        **config_of_it
+        | {
+            "in_channels": 33,
+            "out_channels": 16,
+            "num_single_layers": 2,
+            "num_decoder_layers": 1,
+            "image_embed_dim": image_embed_dim,
+            "enable_text_cross_attention_dual": True,
+            "enable_text_cross_attention_single": True,
+        },
+    )
+    return cls(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        guider=ClassifierFreeGuidance(guidance_scale=8.0),
+        vae=wan_vae(),
+        transformer=transformer,
+        feature_extractor=SiglipImageProcessor(size={"height": 16, "width": 16}),
+        text_encoder=frozen(5, T5Gemma2Encoder, config, eoi_token_index=len(tokenizer) - 2),
+        tokenizer=tokenizer,
+    )
+
+
+# Kandinsky
+
+
+def kandinsky5(
+    seed: int, cls: type[DiffusionPipeline] = Kandinsky5T2VPipeline, visual_cond: bool = True
+) -> DiffusionPipeline:
+    is_video = cls in (Kandinsky5T2VPipeline, Kandinsky5I2VPipeline)
+    parts = qwen2_5_vl(instructed(*_KANDINSKY[cls]))
+    sees = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=8 * 8, max_pixels=32 * 32)
+    with patch.object(Qwen2VLProcessor, "check_argument_for_proper_class"):  # of videos it needs torchvision
+        parts["tokenizer"] = Qwen2VLProcessor(sees, parts["tokenizer"])
+    transformer = frozen(
+        seed,
+        Kandinsky5Transformer3DModel,
+        in_text_dim=16,
+        in_text_dim2=16,
+        time_dim=16,
+        model_dim=32,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        axes_dims=(4, 6, 6),
+        visual_cond=visual_cond,
+    )
+    return cls(
+        # scheduler_config.json of Kandinsky 5.0 Lite
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=hunyuan_vae() if is_video else kl_vae(latents=4, scaling=0.3611, shift=0.1159, blocks=4),
+        transformer=transformer,
+        **parts,
+        **text(clip(CLIPTextModel), "_2"),
+    )
+
+
+_SYSTEM = "<|im_start|>system\nYou are a prompt engineer. "
+_PAINTED = (
+    _SYSTEM
+    + "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of"
+    " the objects and background:<|im_end|>\n<|im_start|>user\n"
+)
+_EDITED = (
+    _SYSTEM + "Based on the provided source image (first image) and target image (second image), create an interesting"
+    " text prompt that can be used together with the source image to create the target image:<|im_end|><|im_start|>user"
+)
+_FILMED = (
+    _SYSTEM
+    + """Describe the video in detail.
+Describe how the camera moves or shakes, describe the zoom and view angle, whether it follows the objects.
+Describe the location of the video, main characters or objects and their action.
+Describe the dynamism of the video and presented actions.
+Name the visual style of the video: whether it is a professional footage, user generated content, some kind of \
+animation, video game or scren content.
+Describe the visual effects, postprocessing and transitions if they are presented in the video.
+Pay attention to the order of key actions shown in the scene.<|im_end|>
+<|im_start|>user
+"""
+)
+_KANDINSKY = {
+    Kandinsky5T2IPipeline: (_PAINTED, 40),
+    Kandinsky5I2IPipeline: (_EDITED, 54),
+    Kandinsky5T2VPipeline: (_FILMED, 128),
+    Kandinsky5I2VPipeline: (_FILMED, 128),
+}
+
+
 def clip_of(frames: int, size: int, seed: int, channels: int = 3) -> torch.Tensor:
     """A video as EasyAnimate takes it: of numbers from 0 to 1."""
     rng = np.random.default_rng(seed)
@@ -520,6 +787,11 @@ _PICTURE = {"height": 16, "width": 16, "guidance_scale": 5.0, "max_sequence_leng
 _FACE = {"id_cond": noise(1, 8), "id_vit_hidden": [noise(1, 4, 8, seed=1), noise(1, 4, 8, seed=2)]}
 _EASY = {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 5.0, "negative_prompt": "blurry"}
 
+_SIZES = {"height": 16, "width": 16, "num_frames": 9}
+_ATTENTION = ["to_query", "to_key", "to_value", "out_layer"]  # of Kandinsky
+_MOTIF = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 32}
+_DRAWN = {"height": 32, "width": 32, "guidance_scale": 3.5, "max_sequence_length": 128}
+_QUOTES = ('a sign says "go"', 'a page says "no"')
 _HUNYUAN_CALL = {**_VIDEO, "true_cfg_scale": 2.0, "negative_prompt": "blurry"}
 
 PIPELINES = {
@@ -533,6 +805,15 @@ PIPELINES = {
     "HunyuanVideoFramepackPipeline": Tiny(
         framepack, {**_HUNYUAN_CALL, "num_frames": 10, "latent_window_size": 2}, {"image": pictures(16)}
     ),
+    "HunyuanVideo15Pipeline": Tiny(hunyuan15, _SIZES, prompts=_QUOTES),
+    "HunyuanVideo15ImageToVideoPipeline": Tiny(
+        partial(hunyuan15, cls=HunyuanVideo15ImageToVideoPipeline, parts=siglip(6, 2)),
+        {"num_frames": 9},
+        {"image": pictures(16)},
+        prompts=_QUOTES,
+    ),
+    "HunyuanImagePipeline": Tiny(hunyuan_image, {"height": 16, "width": 16}, prompts=_QUOTES),
+    "HunyuanImageRefinerPipeline": Tiny(hunyuan_refiner, {"height": 16, "width": 16}, {"image": pictures(16)}),
     "CogVideoXPipeline": Tiny(cogvideox, _VIDEO),
     "CogVideoXImageToVideoPipeline": Tiny(
         partial(cogvideox, cls=CogVideoXImageToVideoPipeline, in_channels=8), _VIDEO, {"image": pictures(16)}
@@ -575,5 +856,19 @@ PIPELINES = {
         partial(easyanimate, cls=EasyAnimateControlPipeline, in_channels=12),
         _EASY,
         {"control_video": [clip_of(5, 32, 1), clip_of(5, 32, 2)]},
+    ),
+    "MotifVideoPipeline": Tiny(motif, _MOTIF),
+    "MotifVideoImage2VideoPipeline": Tiny(
+        partial(motif, cls=MotifVideoImage2VideoPipeline, image_embed_dim=16), _MOTIF, {"image": pictures(32)}
+    ),
+    "Kandinsky5T2IPipeline": Tiny(
+        partial(kandinsky5, cls=Kandinsky5T2IPipeline, visual_cond=False), _DRAWN, lora_targets=_ATTENTION
+    ),
+    "Kandinsky5I2IPipeline": Tiny(
+        partial(kandinsky5, cls=Kandinsky5I2IPipeline), _DRAWN, {"image": pictures(32)}, lora_targets=_ATTENTION
+    ),
+    "Kandinsky5T2VPipeline": Tiny(kandinsky5, _VIDEO, lora_targets=_ATTENTION),
+    "Kandinsky5I2VPipeline": Tiny(
+        partial(kandinsky5, cls=Kandinsky5I2VPipeline), _VIDEO, {"image": pictures(16)}, lora_targets=_ATTENTION
     ),
 }
