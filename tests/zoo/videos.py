@@ -5,7 +5,6 @@ import inspect
 import re
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -58,8 +57,12 @@ from diffusers import (
     Kandinsky5T2IPipeline,
     Kandinsky5T2VPipeline,
     Kandinsky5Transformer3DModel,
+    Kandinsky6TI2VAPipeline,
+    Kandinsky6Transformer3DModel,
     LattePipeline,
     LatteTransformer3DModel,
+    MMAudioVAE,
+    MMAudioVocoder,
     MochiPipeline,
     MochiTransformer3DModel,
     MotifVideoImage2VideoPipeline,
@@ -68,6 +71,7 @@ from diffusers import (
 )
 from diffusers.guiders import AdaptiveProjectedMixGuidance, ClassifierFreeGuidance
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video, pipeline_hunyuan_video_image2video
+from diffusers.pipelines.kandinsky6 import pipeline_kandinsky6_ti2va
 from transformers import (
     ByT5Tokenizer,
     CLIPImageProcessor,
@@ -81,6 +85,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
     Qwen2VLConfig,
@@ -101,12 +106,6 @@ from tests.streaming_pipelines import picture, wan_vae
 from tests.tiny_pipelines import clip, frozen, gemma_tokenizer, kl_vae, qwen_tokenizer, t5
 
 from .tiny import Tiny
-
-
-def changed(seed: int, part: torch.nn.Module, **others: Any) -> torch.nn.Module:
-    """A part of the same class, of a configuration that differs in `others`."""
-    config = {name: value for name, value in part.config.items() if not name.startswith("_")}
-    return frozen(seed, type(part), **config | others)
 
 
 def film(size: int, frames: int, seed: int) -> list:
@@ -679,7 +678,7 @@ def motif(
     tokenizer = gemma_tokenizer()
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = T5Gemma2EncoderConfig(
-        text_config=_TEXT | {"head_dim": 8, "vocab_size": len(tokenizer)},
+        text_config=_TEXT | {"head_dim": 8, "vocab_size": len(tokenizer), "dropout_rate": 0.0},
         vision_config=vision | {"model_type": "siglip_vision_model", "image_size": 16, "patch_size": 8},
         mm_tokens_per_image=4,
         image_token_index=len(tokenizer) - 1,
@@ -712,17 +711,33 @@ def motif(
 
 # Kandinsky
 
+# Of videos they need torchvision
+for _cls in (Qwen2VLProcessor, Qwen2_5_VLProcessor):
+    _cls.get_attributes = classmethod(lambda cls: ["image_processor", "tokenizer"])
+
+
+def seeing(instruction: str, length: int, make: type = Qwen2VLProcessor) -> dict[str, Any]:
+    parts = qwen2_5_vl(instructed(instruction, length))
+    sees = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=8 * 8, max_pixels=32 * 32)
+    return parts | {"tokenizer": make(sees, parts["tokenizer"])}
+
+
+def gated(make: type, **config: Any) -> torch.nn.Module:
+    """Begins with gates that are closed: nothing would reach the prediction."""
+    transformer = make(**config)
+    for parameter in transformer.parameters():
+        if parameter.ndim == 2 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return transformer
+
 
 def kandinsky5(
     seed: int, cls: type[DiffusionPipeline] = Kandinsky5T2VPipeline, visual_cond: bool = True
 ) -> DiffusionPipeline:
     is_video = cls in (Kandinsky5T2VPipeline, Kandinsky5I2VPipeline)
-    parts = qwen2_5_vl(instructed(*_KANDINSKY[cls]))
-    sees = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=8 * 8, max_pixels=32 * 32)
-    with patch.object(Qwen2VLProcessor, "check_argument_for_proper_class"):  # of videos it needs torchvision
-        parts["tokenizer"] = Qwen2VLProcessor(sees, parts["tokenizer"])
     transformer = frozen(
         seed,
+        gated,
         Kandinsky5Transformer3DModel,
         in_text_dim=16,
         in_text_dim2=16,
@@ -739,7 +754,48 @@ def kandinsky5(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         vae=hunyuan_vae() if is_video else kl_vae(latents=4, scaling=0.3611, shift=0.1159, blocks=4),
         transformer=transformer,
-        **parts,
+        **seeing(*_KANDINSKY[cls]),
+        **text(clip(CLIPTextModel), "_2"),
+    )
+
+
+def kandinsky6(seed: int) -> Kandinsky6TI2VAPipeline:
+    """A video and its audio; of a picture the state has a frame more, behind the others."""
+    transformer = frozen(
+        seed,
+        Kandinsky6Transformer3DModel,
+        in_visual_dim=4,
+        out_visual_dim=4,
+        in_audio_dim=4,
+        out_audio_dim=4,
+        in_text_dim=16,
+        in_text_dim2=16,
+        time_dim=16,
+        model_dim=32,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        axes_dims=(4, 6, 6),
+        visual_token_type_num_embeddings=2,
+    )
+    template = pipeline_kandinsky6_ti2va._PROMPT_TEMPLATE.split("{}")[0]
+    return Kandinsky6TI2VAPipeline(
+        # of the undistilled models
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=hunyuan_vae(),
+        transformer=transformer,
+        audio_vae=frozen(9, MMAudioVAE, mel_bins=8, latent_channels=4, hidden_channels=32, layers_per_block=1),
+        vocoder=frozen(
+            10,
+            MMAudioVocoder,
+            num_mels=8,
+            upsample_initial_channel=16,
+            upsample_rates=(2, 2),
+            upsample_kernel_sizes=(4, 4),
+            resblock_kernel_sizes=(3,),
+            resblock_dilation_sizes=((1, 3, 5),),
+        ),
+        **seeing(template, pipeline_kandinsky6_ti2va._QWEN_CROP_START, Qwen2_5_VLProcessor),
         **text(clip(CLIPTextModel), "_2"),
     )
 
@@ -788,7 +844,7 @@ _FACE = {"id_cond": noise(1, 8), "id_vit_hidden": [noise(1, 4, 8, seed=1), noise
 _EASY = {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 5.0, "negative_prompt": "blurry"}
 
 _SIZES = {"height": 16, "width": 16, "num_frames": 9}
-_ATTENTION = ["to_query", "to_key", "to_value", "out_layer"]  # of Kandinsky
+_ATTENTION = r".*attention\.(to_query|to_key|to_value|out_layer)"  # of Kandinsky
 _MOTIF = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 32}
 _DRAWN = {"height": 32, "width": 32, "guidance_scale": 3.5, "max_sequence_length": 128}
 _QUOTES = ('a sign says "go"', 'a page says "no"')
@@ -871,4 +927,5 @@ PIPELINES = {
     "Kandinsky5I2VPipeline": Tiny(
         partial(kandinsky5, cls=Kandinsky5I2VPipeline), _VIDEO, {"image": pictures(16)}, lora_targets=_ATTENTION
     ),
+    "Kandinsky6TI2VAPipeline": Tiny(kandinsky6, _VIDEO, {"image": pictures(16)}, lora_targets=_ATTENTION),
 }
