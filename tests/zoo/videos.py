@@ -148,6 +148,16 @@ def text(pair: tuple, suffix: str = "") -> dict[str, Any]:
     return {f"text_encoder{suffix}": pair[0], f"tokenizer{suffix}": pair[1]}
 
 
+_TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.5,  # of an inner state that is not small beside the biases of what reads it
+}
+
+
 # The family of CogVideoX and CogView
 
 _COGVIDEOX = {
@@ -263,11 +273,7 @@ def cogview4(seed: int, cls: type[DiffusionPipeline] = CogView4Pipeline, channel
     tokenizer = qwen_tokenizer()  # GLM's is of bytes too
     tokenizer.padding_side = "left"
     config = GlmConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        **_TEXT,
         head_dim=8,
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
@@ -343,13 +349,6 @@ def qwen_text(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-_TEXT = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
 _HUNYUAN = {
     "in_channels": 4,
     "out_channels": 4,
