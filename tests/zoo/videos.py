@@ -177,7 +177,7 @@ _COGVIDEOX = {
 
 
 def cogvideox(seed: int, cls: type[DiffusionPipeline] = CogVideoXPipeline, **others: Any) -> DiffusionPipeline:
-    """As CogVideoX-5b; with DDIM, as CogVideoX-2b."""
+    """Rotary positions, as of CogVideoX-5b."""
     vae = frozen(
         7,
         AutoencoderKLCogVideoX,
@@ -254,7 +254,7 @@ def cogview3(seed: int) -> CogView3PlusPipeline:
     return with_parts(
         CogView3PlusPipeline,
         cogvideox(seed),
-        # scheduler_config.json of CogView3-Plus-3B
+        # diffusers' convert_cogview3_to_diffusers.py
         scheduler=CogVideoXDDIMScheduler(
             beta_start=0.00085,
             beta_end=0.012,
@@ -281,7 +281,6 @@ def cogview4(seed: int, cls: type[DiffusionPipeline] = CogView4Pipeline, channel
     )
     transformer = _COGVIEW | {"in_channels": channels, "text_embed_dim": 16, "rope_axes_dim": (4, 4)}
     return cls(
-        # scheduler_config.json of CogView4-6B
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, time_shift_type="linear"
         ),
@@ -383,15 +382,14 @@ def hunyuan(
     cls: type[DiffusionPipeline] = HunyuanVideoPipeline,
     transformer: type[torch.nn.Module] = HunyuanVideoTransformer3DModel,
     parts: dict[str, Any] | None = None,
-    shift: dict[str, Any] | None = None,
     **others: Any,
 ) -> DiffusionPipeline:
     tokenizer = instructed(*before_prompt(pipeline_hunyuan_video))
     config = LlamaConfig(**_TEXT, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
     return cls(
         **{
-            # scheduler_config.json of HunyuanVideo
-            "scheduler": FlowMatchEulerDiscreteScheduler(**shift or {"shift": 7.0}),
+            # diffusers' convert_hunyuan_video_to_diffusers.py
+            "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0),
             "vae": hunyuan_vae(),
             "transformer": frozen(seed, transformer, **_HUNYUAN | others),
             **text((frozen(5, LlamaModel, config), tokenizer)),
@@ -448,8 +446,6 @@ def framepack(seed: int) -> HunyuanVideoFramepackPipeline:
         HunyuanVideoFramepackPipeline,
         HunyuanVideoFramepackTransformer3DModel,
         parts=siglip(16, 8),
-        # diffusers' docs of Framepack
-        shift={"shift": 7.0},
         has_image_proj=True,
         image_proj_dim=16,
         has_clean_x_embedder=True,
@@ -487,7 +483,7 @@ def hunyuan15(
         },
     )
     return cls(
-        # scheduler_config.json and guider_config.json of HunyuanVideo-1.5, 480p
+        # Guidance as in diffusers' docs of HunyuanVideo-1.5
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         guider=ClassifierFreeGuidance(guidance_scale=6.0),
         vae=frozen(7, AutoencoderKLHunyuanVideo15, **_FEW, latent_channels=4, block_out_channels=(16, 16, 16)),
@@ -502,7 +498,7 @@ def hunyuan_image(seed: int) -> HunyuanImagePipeline:
     template = inspect.signature(HunyuanImagePipeline._get_qwen_prompt_embeds).parameters["template"].default
     config = {name: value for name, value in _HUNYUAN.items() if name != "pooled_projection_dim"}
     return HunyuanImagePipeline(
-        # scheduler_config.json of HunyuanImage-2.1; its guidance changes its kind after the fifth step, here the first
+        # Its guidance changes its kind after the fifth step: here after the first
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         guider=AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1),
         ocr_guider=AdaptiveProjectedMixGuidance(guidance_scale=4.0, adaptive_projected_guidance_start_step=1),
@@ -532,7 +528,6 @@ def hunyuan_refiner(seed: int) -> HunyuanImageRefinerPipeline:
     )
     config = {name: value for name, value in _HUNYUAN.items() if name != "pooled_projection_dim"}
     return HunyuanImageRefinerPipeline(
-        # scheduler_config.json of HunyuanImage-2.1-Refiner
         scheduler=FlowMatchEulerDiscreteScheduler(shift=4.0),
         guider=AdaptiveProjectedMixGuidance(guidance_scale=2.0),
         vae=frozen(7, AutoencoderKLHunyuanImageRefiner, **_FEW, latent_channels=2, block_out_channels=(16, 16, 16)),
@@ -568,7 +563,7 @@ def mochi(seed: int) -> MochiPipeline:
         max_sequence_length=32,
     )
     return MochiPipeline(
-        # scheduler_config.json of mochi-1-preview
+        # diffusers' convert_mochi_to_diffusers.py: from 0, which is noise, to 1
         scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
         vae=vae,
         transformer=transformer,
@@ -601,7 +596,6 @@ def allegro(seed: int) -> AllegroPipeline:
         caption_channels=32,
     )
     return AllegroPipeline(
-        # scheduler_config.json of Allegro
         scheduler=EulerAncestralDiscreteScheduler(timestep_spacing="trailing"),
         vae=vae,
         transformer=transformer,
@@ -631,7 +625,6 @@ def latte(seed: int) -> LattePipeline:
         video_length=2,
     )
     return LattePipeline(
-        # scheduler_config.json of Latte-1
         scheduler=DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False),
         vae=kl_vae(latents=4, scaling=0.18215),
         transformer=transformer,
@@ -663,7 +656,6 @@ def easyanimate(seed: int, cls: type[DiffusionPipeline] = EasyAnimatePipeline, *
         mmdit_layers=1,
     )
     return cls(
-        # diffusers' docs of EasyAnimate: flow matching of defaults
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=vae,
         transformer=transformer,
@@ -751,7 +743,6 @@ def kandinsky5(
         visual_cond=visual_cond,
     )
     return cls(
-        # scheduler_config.json of Kandinsky 5.0 Lite
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         vae=hunyuan_vae() if is_video else kl_vae(latents=4, scaling=0.3611, shift=0.1159, blocks=4),
         transformer=transformer,
@@ -781,7 +772,6 @@ def kandinsky6(seed: int) -> Kandinsky6TI2VAPipeline:
     )
     template = pipeline_kandinsky6_ti2va._PROMPT_TEMPLATE.split("{}")[0]
     return Kandinsky6TI2VAPipeline(
-        # of the undistilled models
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         vae=hunyuan_vae(),
         transformer=transformer,
@@ -920,7 +910,7 @@ PIPELINES = {
     "LattePipeline": Tiny(latte, {"height": 8, "width": 8, "video_length": 2, "guidance_scale": 7.5}),
     "EasyAnimatePipeline": Tiny(easyanimate, _EASY),
     "EasyAnimateInpaintPipeline": Tiny(
-        # Of `True` each the pipeline takes no list of generators, and looks for a part of the VAE's config that is not
+        # With `True` the first fails for a list of generators, and the second for what the config of the VAE lacks
         partial(
             easyanimate,
             cls=EasyAnimateInpaintPipeline,
@@ -935,7 +925,7 @@ PIPELINES = {
         },
     ),
     "EasyAnimateControlPipeline": Tiny(
-        # Its `__call__` gives its `encode_prompt` an argument that it does not take: of diffusers 0.42 it does not run
+        # In diffusers 0.42 its `__call__` gives its `encode_prompt` an argument too many: it does not run
         partial(easyanimate, cls=EasyAnimateControlPipeline, in_channels=12),
         _EASY,
         {"control_video": [clip_of(5, 32, 1), clip_of(5, 32, 2)]},
