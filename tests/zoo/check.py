@@ -39,7 +39,7 @@ from diffusion_opd.inputs import sample_arguments
 from diffusion_opd.sampling import seed_of
 from tests.zoo import ZOO, Tiny
 
-STEPS = 3
+STEPS = 4
 GUIDANCE = ("guidance_scale", "true_cfg_scale", "cfg", "video_cfg_guidance_scale")
 
 
@@ -65,6 +65,7 @@ def plain_run(
     gradient: bool = False,
 ) -> list[Stepped]:
     """The unmodified pipeline under its own scheduler; `along` the states of another run, if there is one."""
+    arguments = copy.deepcopy(arguments)  # Z-Image writes into the lists that it is given
     seen: list[Stepped] = []
     visit, is_new = -1, True
 
@@ -82,14 +83,14 @@ def plain_run(
         visited = sample.detach().clone()
         with torch.no_grad():
             whole = kwargs | {"return_dict": False}
-            next_sample = own_step(self, model_output.detach(), timestep, sample.detach(), *args, **whole)[0]
+            next_sample, *rest = own_step(self, model_output.detach(), timestep, sample.detach(), *args, **whole)
         if along is not None:
             torch.testing.assert_close(visited, along[len(seen)].sample)
             next_sample = along[len(seen)].next_sample
         seen.append(Stepped(visit, visited, model_output if gradient else model_output.detach(), next_sample.clone()))
         if kwargs.get("return_dict", True):
             return SimpleNamespace(prev_sample=next_sample.clone())
-        return (next_sample.clone(),)
+        return (next_sample.clone(), *rest)
 
     hooks = [part.register_forward_pre_hook(called) for part in denoisers(pipe)]
     is_modular = isinstance(pipe, ModularPipeline)
