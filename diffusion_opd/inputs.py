@@ -87,8 +87,8 @@ def as_arguments(pipeline_class: Any, inputs: Inputs) -> dict[str, Any]:
 
 
 def read_picture(value: Any, is_mask: bool = False) -> Any:
-    """A picture as pipelines take it: a PIL image, upright, in RGB; of a list each. What is no picture (an array) stays
-    as it is.
+    """A picture as pipelines take it: a PIL image, upright, in RGB; of a list each. What is no picture stays as it is;
+    an array, which a dataset holds as lists of numbers (a waveform), is a tensor.
 
     Args:
         value (`Any`): A path, a PIL image, what `datasets.Image(decode=False)` gives, or a list of them.
@@ -97,6 +97,8 @@ def read_picture(value: Any, is_mask: bool = False) -> Any:
     Raises:
         ValueError: if there is no picture, or it cannot be read.
     """
+    if _is_array(value):
+        return torch.tensor(value)
     if _is_list(value):
         return [read_picture(one, is_mask) for one in value]
     with _opened(value) as image:
@@ -114,6 +116,8 @@ def size_of(value: Any) -> Any:
     Raises:
         ValueError: if there is no picture, or it cannot be read.
     """
+    if _is_array(value):
+        return np.shape(value)
     if _is_list(value):
         return tuple(size_of(one) for one in value)
     with _opened(value) as image:
@@ -123,11 +127,18 @@ def size_of(value: Any) -> Any:
 
 
 def _is_list(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        if not value:
-            raise ValueError("is an empty list")
-        return not isinstance(value[0], (int, float))
-    return False
+    if isinstance(value, (list, tuple)) and not value:
+        raise ValueError("is an empty list")
+    return isinstance(value, (list, tuple))
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is a list of numbers, or of such lists."""
+    if not isinstance(value, (list, tuple)):
+        return False
+    while isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    return isinstance(value, (int, float))
 
 
 @contextlib.contextmanager

@@ -119,10 +119,15 @@ def _class_with_call(cls: Any, blocks: Any) -> Any:
         )
 
     def whole_call(self: Any, state: Any = None, output: Any = None, **kwargs: Any) -> Any:
-        return cls.__call__(_guided(self, kwargs), state, output, **kwargs)
+        pipeline = copy.copy(self)
+        own_guiders(pipeline)
+        _set_guidance(pipeline, kwargs)
+        return cls.__call__(pipeline, state, output, **kwargs)
 
     def differentiable_call(self: Any, **kwargs: Any) -> tuple[Any, ...]:
-        return _run(_guided(self, kwargs), kwargs)
+        """Of a copy of the pipeline, with guiders of its own."""
+        _set_guidance(self, kwargs)
+        return _run(self, kwargs)
 
     whole_call.__wrapped__ = differentiable_call  # type: ignore[attr-defined]
     whole_call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -130,18 +135,33 @@ def _class_with_call(cls: Any, blocks: Any) -> Any:
     return type(cls.__name__, (cls,), {"__call__": whole_call, "__module__": cls.__module__})
 
 
-def _guided(pipeline: Any, kwargs: dict[str, Any]) -> Any:
-    """A copy of a pipeline with guiders of its own, which count steps; takes their guidance scale out of `kwargs`."""
-    pipeline = copy.copy(pipeline)
-    own = vars(pipeline)
-    takes_it = any(given.name == GUIDANCE for given in pipeline.blocks.inputs)
-    scale = None if takes_it else kwargs.pop(GUIDANCE, None)
-    for name, part in pipeline.components.items():
-        if isinstance(part, BaseGuidance):
-            own[name] = copy.deepcopy(part)
-            if scale is not None and hasattr(part, GUIDANCE):
-                setattr(own[name], GUIDANCE, scale)
-    return pipeline
+def own_guiders(pipeline: Any) -> list[BaseGuidance]:
+    """Gives a copy of a pipeline guiders of its own: they count steps, and some remember them."""
+    guiders = {name: part for name, part in pipeline.components.items() if isinstance(part, BaseGuidance)}
+    own = {name: copy.deepcopy(guider) for name, guider in guiders.items()}
+    vars(pipeline).update(own)  # past `DiffusionPipeline.__setattr__`, which writes into the config
+    return list(own.values())
+
+
+def forget_graph(part: Any) -> None:
+    """Detaches what a guider keeps of earlier predictions (the momentum of adaptive projected guidance): a gradient is
+    one of a single step."""
+    for name, value in vars(part).items():
+        if isinstance(value, torch.Tensor):
+            if value.requires_grad:
+                setattr(part, name, value.detach())
+        elif hasattr(value, "__dict__") and type(value).__module__.startswith("diffusers."):
+            forget_graph(value)
+
+
+def _set_guidance(pipeline: Any, kwargs: dict[str, Any]) -> None:
+    """Takes the guidance scale of a pipeline's guiders out of `kwargs`, and sets it."""
+    if any(given.name == GUIDANCE for given in pipeline.blocks.inputs):
+        return
+    scale = kwargs.pop(GUIDANCE, None)
+    for part in pipeline.components.values():
+        if scale is not None and isinstance(part, BaseGuidance) and hasattr(part, GUIDANCE):
+            setattr(part, GUIDANCE, scale)
 
 
 def _run(pipeline: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -33,6 +33,7 @@ from .denoisers import denoiser_of, denoisers_of
 from .encode_cache import EncodeCache, encoders_of, fresh_containers
 from .errors import brief, reason
 from .inputs import PICTURE, Inputs, as_arguments, signature
+from .modular import forget_graph, own_guiders
 from .paused import Paused
 from .scheduler_proxy import SchedulerStep, Step, Times, dissolve, own_scheduler, proxy
 
@@ -235,6 +236,7 @@ class Policy:
         own = vars(pipeline)
         for name, scheduler in self._schedulers.items():
             own[name] = proxy(scheduler, call)
+        call.guiders = own_guiders(pipeline)
         if callable(getattr(pipeline, "encode_prompt", None)):
             own["encode_prompt"] = functools.partial(self.cache.encode, pipeline, self._encoders)
         for name in _state_makers(_class(self.pipeline)):
@@ -353,6 +355,7 @@ class _Call:
         self.output: Any = None  # of the pipeline, at its end
         self.is_moving = False  # what others were asked within a step may raise
         self._computes, self._pauses, self._has_begun = True, True, False
+        self.guiders: list[Any] = []
 
     # Asked by the pipeline
 
@@ -382,6 +385,8 @@ class _Call:
             step = self._go(step, scheduler_step)
             self._steps.append(step)
         next_sample = step.sample if step.next_sample is None else step.next_sample
+        for guider in self.guiders:
+            forget_graph(guider)
         # What the pipeline goes on with is its own to write into
         return next_sample.to(step.sample.dtype, copy=True)
 

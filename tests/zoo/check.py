@@ -87,6 +87,10 @@ def plain_run(
         if along is not None:
             torch.testing.assert_close(visited, along[len(seen)].sample)
             next_sample = along[len(seen)].next_sample
+        for part in pipe.components.values():  # what a guider remembers has no gradient
+            average = getattr(getattr(part, "momentum_buffer", None), "running_average", None)
+            if isinstance(average, Tensor):
+                part.momentum_buffer.running_average = average.detach()
         seen.append(Stepped(visit, visited, model_output if gradient else model_output.detach(), next_sample.clone()))
         if kwargs.get("return_dict", True):
             return SimpleNamespace(prev_sample=next_sample.clone())
