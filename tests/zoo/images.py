@@ -273,7 +273,10 @@ PIPELINES = {
         partial(hunyuan_dit, HunyuanDiTPAGPipeline, pag_applied_layers="blocks.1"), {**_DIT_CALL, "pag_scale": 2.0}
     ),
     "HunyuanDiTControlNetPipeline": Tiny(hunyuan_control, _DIT_CALL, _CONTROL),
-    "LuminaPipeline": Tiny(lumina, {"height": 32, "width": 32, "guidance_scale": 4.0, "max_sequence_length": 32}),
+    "LuminaPipeline": Tiny(
+        lumina,
+        {"height": 32, "width": 32, "guidance_scale": 4.0, "max_sequence_length": 32, "negative_prompt": "a blur"},
+    ),
     "SanaPAGPipeline": Tiny(
         partial(sana_with, SanaPAGPipeline, pag_applied_layers=["blocks.0"]), {**_SANA, "pag_scale": 2.0}
     ),
