@@ -72,14 +72,17 @@ def inputs_of(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> 
     return {name: values for name, values in inputs.items() if any(value is not None for value in values)}
 
 
-def as_arguments(pipeline_class: Any, inputs: Inputs) -> dict[str, Any]:
+def as_arguments(pipeline_class: Any, inputs: Inputs, bare: bool = False) -> dict[str, Any]:
     """Inputs as `__call__` takes them: a list of one value a sample, but of a single sample its picture, or its list of
-    pictures, itself. Not every pipeline takes a list of one, and some take any list as several pictures of a sample."""
+    pictures, itself. Not every pipeline takes a list of one, and some take any list as several pictures of a sample.
+    With `bare` the texts of a single sample are themselves too: Wan VACE takes no list."""
     texts = sample_arguments(pipeline_class)
-    return {
-        name: values[0] if len(values) == 1 and not texts.get(name, isinstance(values[0], str)) else list(values)
-        for name, values in inputs.items()
-    }
+
+    def given(name: str, values: Sequence[Any]) -> Any:
+        is_text = texts.get(name, isinstance(values[0], str))
+        return values[0] if len(values) == 1 and (bare or not is_text) else list(values)
+
+    return {name: given(name, values) for name, values in inputs.items()}
 
 
 # Pictures: as `datasets.Image` has them undecoded (bytes or a path), PIL, paths; in lists, for videos, and for several

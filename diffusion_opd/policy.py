@@ -152,6 +152,7 @@ class Policy:
         self._begins: dict[tuple[int, int], int] = {}
         self._outputs: dict[Any, Any] = {}  # for the empty denoiser: what a real one answers, as meta tensors
         self.has_worked = False
+        self.takes_it_bare = False  # a single sample: its texts and its generator, and no lists of one
 
     @property
     def name(self) -> str:
@@ -246,17 +247,8 @@ class Policy:
             named = functools.partial(through, name) if len(self.denoisers) > 1 else through
             denoise = functools.partial(self._denoise, named)
             own[name] = Routed(module, functools.partial(call.forward, name, denoise))
-        method: Any = type(self.pipeline).__call__
         try:
-            output = method.__wrapped__(
-                pipeline,
-                **as_arguments(type(self.pipeline), call.inputs),
-                num_inference_steps=self.num_inference_steps,
-                generator=call.generators,
-                output_type=call.output_type,
-                return_dict=False,
-                **fresh_containers(self.call_kwargs),
-            )[0]
+            output = self._call(pipeline, call)
         except Exception as error:
             # Not the pipeline's, or not for how it is called
             if call.is_moving or self.has_worked or isinstance(error, Elsewhere):
@@ -268,6 +260,34 @@ class Policy:
             own.clear()
         self.has_worked = True
         return output
+
+    def _call(self, pipeline: DiffusionPipeline, call: "_Call") -> Any:
+        method: Any = type(self.pipeline).__call__
+
+        def called() -> Any:
+            return method.__wrapped__(
+                pipeline,
+                **as_arguments(type(self.pipeline), call.inputs, self.takes_it_bare),
+                num_inference_steps=self.num_inference_steps,
+                generator=call.generators[0] if self.takes_it_bare else call.generators,
+                output_type=call.output_type,
+                return_dict=False,
+                **fresh_containers(self.call_kwargs),
+            )[0]
+
+        try:
+            return called()
+        except (TypeError, ValueError):
+            if self.has_worked or call.has_begun or len(call.generators) > 1:
+                raise
+            self.takes_it_bare = True
+            try:
+                return called()
+            except Exception:
+                self.takes_it_bare = call.has_begun
+                if call.has_begun:
+                    raise
+            raise
 
     def _denoise(self, denoiser: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self._autocast():
@@ -354,7 +374,7 @@ class _Call:
         self.place = 0  # the index of the next visit
         self.output: Any = None  # of the pipeline, at its end
         self.is_moving = False  # what others were asked within a step may raise
-        self._computes, self._pauses, self._has_begun = True, True, False
+        self._computes, self._pauses, self.has_begun = True, True, False
         self.guiders: list[Any] = []
 
     # Asked by the pipeline
@@ -391,8 +411,8 @@ class _Call:
         return next_sample.to(step.sample.dtype, copy=True)
 
     def forward(self, name: str, denoise: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._pauses and (self._steps or not self._has_begun):
-            self._has_begun = True
+        if self._pauses and (self._steps or not self.has_begun):
+            self.has_begun = True
             self._pause()
         self._called.add(name)
         if not self._computes:
@@ -690,7 +710,8 @@ class Follower(_Call):
         times = self._walk.all_times.get((number, chunk))
         if times is None or times.timesteps.shape[0] < own.timesteps.shape[0]:
             self._not_there("it sets its timesteps otherwise")
-        return times
+        # Pipelines write into sigmas (Cosmos-Predict2), which the walk's graph may hold
+        return Times(times.timesteps, None if times.sigmas is None else times.sigmas.clone())
 
     def first_state(self, name: str, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         prepared = prepare(*args, **kwargs)

@@ -84,10 +84,13 @@ class Pictures(TrainerCallback):
             calls = self.trainer.calls([rows[index] for index in mine])
             with self.trainer.ema_weights():
                 for call in calls:
+                    inputs = inputs_of([rows[mine[own]] for own in call], data.columns)
+                    generators = [torch.Generator().manual_seed(seed_of(args.seed, mine[own])) for own in call]
+                    bare = self.trainer.student.policy.takes_it_bare
                     output = pipeline(
-                        **as_arguments(type(pipeline), inputs_of([rows[mine[own]] for own in call], data.columns)),
+                        **as_arguments(type(pipeline), inputs, bare),
                         num_inference_steps=args.image_num_inference_steps or args.num_inference_steps,
-                        generator=[torch.Generator().manual_seed(seed_of(args.seed, mine[own])) for own in call],
+                        generator=generators[0] if bare else generators,
                         output_type="pil",
                         **args.pipeline_kwargs,
                     )

@@ -111,11 +111,12 @@ def plain_run(
             no_no_grad() if is_modular and gradient else contextlib.nullcontext(),
         ):
             torch.manual_seed(seed)
+            generator = torch.Generator().manual_seed(seed)
             method(
                 pipe,
                 **arguments,
                 num_inference_steps=STEPS,
-                generator=[torch.Generator().manual_seed(seed)],
+                generator=generator if isinstance(arguments["prompt"], str) else [generator],
                 output_type="pil" if is_modular else "latent",  # not all modular ones know latents
             )
     finally:
@@ -147,7 +148,9 @@ def two_passes(student: Any, teacher: Any, rows: list[dict[str, Any]], tiny: Tin
     loss = torch.zeros(())
     for index, row in enumerate(rows):
         seed = seed_of(42, 0, 0, 0, index)
-        arguments = {"prompt": [row["prompt"]]} | {name: row[name] for name in tiny.inputs}
+        arguments = {"prompt": row["prompt"] if tiny.bare else [row["prompt"]]} | {
+            name: row[name] for name in tiny.inputs
+        }
         walked = plain_run(student, {**arguments, **call}, seed)
         targets = plain_run(teacher, {**arguments, **theirs}, seed, walked)
         own = plain_run(student, {**arguments, **call}, seed, walked, gradient=True)
@@ -240,7 +243,9 @@ def gradient_gap(tiny: Tiny, out: str, report: dict[str, Any]) -> Trainer:
 
 def predictions(pipe: DiffusionPipeline, tiny: Tiny) -> list[Tensor]:
     pipe.set_progress_bar_config(disable=True)
-    arguments = {"prompt": [tiny.prompts[0]]} | {name: values[0] for name, values in tiny.inputs.items()}
+    arguments = {"prompt": tiny.prompts[0] if tiny.bare else [tiny.prompts[0]]} | {
+        name: values[0] for name, values in tiny.inputs.items()
+    }
     return [stepped.prediction for stepped in plain_run(pipe, {**arguments, **tiny.call}, 7)]
 
 
@@ -253,7 +258,14 @@ def quiet() -> Iterator[None]:
 def reload_gap(trainer: Trainer, tiny: Tiny, folder: str, way: str) -> float:
     trainer.save_model(folder)
     if way == "full":
-        plain = type(trainer.pipeline).from_pretrained(folder)
+        others = {  # a guard of prompts has no files
+            name: part
+            for name, part in tiny.make(0).components.items()
+            if part is not None
+            and not isinstance(trainer.pipeline, ModularPipeline)
+            and not Path(folder, name).exists()
+        }
+        plain = type(trainer.pipeline).from_pretrained(folder, **others)
         if isinstance(plain, ModularPipeline):
             plain.load_components()
     else:

@@ -20,6 +20,7 @@ class Tiny:
         call (`dict`): Arguments of `pipe(...)` that hold for all samples: sizes, guidance ...
         inputs (`dict[str, list]`): What samples are made of besides their prompts: two values each.
         lora_targets (`list[str]` or `str`): Names of linear layers of the denoiser.
+        bare (`bool`): Whether it takes a prompt, and no list of one.
         prompts (`tuple[str, str]`): Two of them, of one length.
     """
 
@@ -27,4 +28,5 @@ class Tiny:
     call: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, list[Any]] = field(default_factory=dict)
     lora_targets: Any = field(default_factory=lambda: list(LORA_TARGETS))
+    bare: bool = False
     prompts: tuple[str, str] = ("a red fox on snow", "a tall oak in fog")

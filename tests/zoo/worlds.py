@@ -5,9 +5,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import (
-    AnyFlowFARTransformer3DModel,
     AnyFlowTransformer3DModel,
     AutoencoderKLCosmos,
     ChronoEditTransformer3DModel,
@@ -18,8 +18,10 @@ from diffusers import (
     WanAnimateTransformer3DModel,
     WanVACETransformer3DModel,
 )
+from diffusers.models.transformers import transformer_cosmos
 from diffusers.pipelines.anyflow import pipeline_anyflow, pipeline_anyflow_far
 from diffusers.pipelines.chronoedit import pipeline_chronoedit
+from diffusers.pipelines.cosmos import pipeline_cosmos2_5_predict
 from diffusers.pipelines.lucy import pipeline_lucy_edit
 from diffusers.pipelines.wan import pipeline_wan_animate, pipeline_wan_vace, pipeline_wan_video2video
 from torch import nn
@@ -43,6 +45,18 @@ for module in (
 ):
     if not hasattr(module, "ftfy"):  # mends broken Unicode; they need it, and nothing else here does
         module.ftfy = SimpleNamespace(fix_text=str)
+
+# torchvision has no build for this torch: what Cosmos takes of it, by other means
+if not hasattr(transformer_cosmos, "transforms"):
+    transformer_cosmos.transforms = SimpleNamespace(
+        functional=SimpleNamespace(
+            resize=lambda image, size, interpolation: nn.functional.interpolate(image, size=size, mode="nearest")
+        ),
+        InterpolationMode=SimpleNamespace(NEAREST="nearest"),
+    )
+if not hasattr(pipeline_cosmos2_5_predict, "torchvision"):
+    to_tensor = SimpleNamespace(to_tensor=lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
+    pipeline_cosmos2_5_predict.torchvision = SimpleNamespace(transforms=SimpleNamespace(functional=to_tensor))
 
 
 def of(name: str, base: Any, seed: int, make: Any = None, takes: dict[str, Any] | None = None, **others: Any) -> Any:
@@ -113,6 +127,9 @@ class Safe(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.dummy = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    device = property(lambda self: self.dummy.device)
+    dtype = property(lambda self: self.dummy.dtype)
 
     def check_text_safety(self, text: str) -> bool:
         return True
@@ -237,6 +254,7 @@ PIPELINES = {
         ),
         _WAN,
         {"video": videos(5), "mask": [[one] * 5 for one in masks()]},
+        bare=True,
     ),
     "WanAnimatePipeline": Tiny(
         animate,
@@ -287,25 +305,15 @@ PIPELINES = {
         _WAN,
         {"image": pictures()},
     ),
-    "LTXConditionPipeline": Tiny(partial(of, "LTXConditionPipeline", ltx), _LTX, {"image": pictures(32)}),
-    "LTX2ImageToVideoPipeline": Tiny(partial(of, "LTX2ImageToVideoPipeline", ltx2), _LTX2, {"image": pictures(32)}),
+    "LTXConditionPipeline": Tiny(
+        partial(of, "LTXConditionPipeline", ltx, scheduler=flow()), _LTX, {"image": pictures(32)}
+    ),
+    "LTX2ImageToVideoPipeline": Tiny(
+        partial(of, "LTX2ImageToVideoPipeline", ltx2), {**_LTX2, "image_crf": 0}, {"image": pictures(32)}
+    ),
     "LTX2ConditionPipeline": Tiny(partial(of, "LTX2ConditionPipeline", ltx2), _LTX2),
     "LTX2InContextPipeline": Tiny(partial(of, "LTX2InContextPipeline", ltx2), _LTX2),
-    "LTXI2VLongMultiPromptPipeline": Tiny(
-        partial(of, "LTXI2VLongMultiPromptPipeline", ltx), {**_LTX, "temporal_tile_size": 16, "temporal_overlap": 8}
-    ),
     "AnyFlowPipeline": Tiny(partial(any_flow, "AnyFlowPipeline", AnyFlowTransformer3DModel), _WAN),
-    "AnyFlowFARPipeline": Tiny(
-        partial(
-            any_flow,
-            "AnyFlowFARPipeline",
-            AnyFlowFARTransformer3DModel,
-            compressed_patch_size=(1, 4, 4),
-            full_chunk_limit=2,
-            chunk_partition=[1, 1],
-        ),
-        {**_WAN, "height": 32, "width": 32, "use_kv_cache": False},
-    ),
     "CosmosTextToWorldPipeline": Tiny(partial(cosmos1, "CosmosTextToWorldPipeline"), _COSMOS_VIDEO),
     "CosmosVideoToWorldPipeline": Tiny(
         partial(cosmos1, "CosmosVideoToWorldPipeline", channels=17), _COSMOS_VIDEO, {"image": pictures(32)}
