@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import torch
 from diffusers import DDIMScheduler
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from .transitions import Schedule
@@ -62,14 +61,15 @@ def own_scheduler(scheduler: Any) -> Any:
     return ddim
 
 
-def read_schedule(scheduler: Any) -> Schedule:
-    """The noise levels of a scheduler after `set_timesteps`.
+def read_schedule(scheduler: Any, is_clean: bool = False) -> Schedule:
+    """The noise levels of a scheduler after `set_timesteps`; `is_clean`: of an EDM model whose pipeline hands over the
+    clean sample.
 
     Raises:
         ValueError: if the levels are not strictly monotone (solvers of higher order) or the prediction type is unknown.
     """
     if is_flow(scheduler):
-        return _read_sigmas(scheduler)
+        return _read_sigmas(scheduler, is_clean)
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(
             f"{type(scheduler).__name__}: prediction type {scheduler.config.prediction_type!r} is not supported; "
@@ -84,7 +84,7 @@ def read_schedule(scheduler: Any) -> Schedule:
     return Schedule((*alphas, float(scheduler.final_alpha_cumprod)), scheduler.config.prediction_type)
 
 
-def _read_sigmas(scheduler: Any) -> Schedule:
+def _read_sigmas(scheduler: Any, is_clean: bool) -> Schedule:
     sigmas = tuple(float(sigma) for sigma in scheduler.sigmas)
     steps = [b - a for a, b in zip(sigmas, sigmas[1:], strict=False)]
     # The last step of some goes nowhere (`final_sigmas_type="sigma_min"`)
@@ -106,7 +106,9 @@ def _read_sigmas(scheduler: Any) -> Schedule:
     velocities = [(0.0, 1.0)] * len(sigmas)  # at 0 nothing is predicted
     for index, sigma in enumerate(sigmas):
         if sigma > 0:
-            of_x, of_prediction = _denoised_by_edm(scheduler, sigma) if is_edm else (1.0, -sigma)
+            of_x, of_prediction = (0.0, 1.0) if is_clean else (1.0, -sigma)
+            if is_edm and not is_clean:
+                of_x, of_prediction = _denoised_by_edm(scheduler, sigma)
             velocities[index] = (
                 scales[index] / sigma * (1 - scales[index] * of_x),
                 -scales[index] / sigma * of_prediction,
@@ -216,9 +218,17 @@ def proxy(scheduler: Any, call: Call) -> Any:
             own.sigmas = times.sigmas
 
     def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return _Output(
+            lambda: moved(model_output, timestep, sample, *args, **kwargs),
+            lambda: _at(own, index if schedule else None, timestep).step(
+                model_output, timestep, sample, *args, **kwargs | {"return_dict": False}
+            )[1],
+        )
+
+    def moved(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         nonlocal schedule, index
         if schedule is None:
-            schedule = read_schedule(own)
+            schedule = read_schedule(own, is_clean=kwargs.get("pred_original_sample") is not None)
             index = call.begin(number, chunk, lambda: _position(own, timestep))
         if index == len(own.timesteps):
             raise ValueError("The pipeline steps its scheduler more often than it has timesteps.")
@@ -230,13 +240,35 @@ def proxy(scheduler: Any, call: Call) -> Any:
         )
         index += 1
         own._step_index = index  # some schedulers' `scale_model_input` reads it
-        return SchedulerOutput(next_sample) if kwargs.get("return_dict", True) else (next_sample,)
+        return next_sample
 
     def deepcopy(memo: dict[int, Any]) -> Any:
         return proxy(copy.deepcopy(_plain(own), memo), call)
 
     vars(own).update(step=step, set_timesteps=set_timesteps, __deepcopy__=deepcopy)
     return own
+
+
+class _Output:
+    """What `step` returns, as a tuple or by names. Who asks for the clean sample alone does not move (Cosmos makes two
+    of its predictions clean samples before it guides them)."""
+
+    def __init__(self, move: Callable[[], Tensor], clean: Callable[[], Tensor]) -> None:
+        self._move, self._clean = move, clean
+
+    @functools.cached_property
+    def prev_sample(self) -> Tensor:
+        return self._move()
+
+    @property
+    def pred_original_sample(self) -> Tensor:
+        return self._clean()
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (lambda: self.prev_sample, lambda: self.pred_original_sample)[index]()
+
+    def __len__(self) -> int:
+        return 2
 
 
 def dissolve(own: Any) -> None:
@@ -262,11 +294,17 @@ def _position(own: Any, timestep: Any) -> int:
     return int(found[0])
 
 
-def _scheduler_step(own: Any, taken: Step, prediction: Tensor, *args: Any, **kwargs: Any) -> Answer:
-    """What the scheduler's own `step` answers to the very arguments (its first one, where it has a history)."""
+def _at(own: Any, index: int | None, timestep: Any) -> Any:
+    """A copy of the scheduler before its `index`-th step; of the first one before that has a number, by its time."""
     plain = copy.deepcopy(_plain(own))
     if hasattr(plain, "_step_index"):
-        plain._step_index = taken.index
+        plain._step_index = _position(own, timestep) if index is None else index
+    return plain
+
+
+def _scheduler_step(own: Any, taken: Step, prediction: Tensor, *args: Any, **kwargs: Any) -> Answer:
+    """What the scheduler's own `step` answers to the very arguments (its first one, where it has a history)."""
+    plain = _at(own, taken.index, None)
     if "algorithm_type" in plain.config and plain.config.algorithm_type.startswith("sde-"):
         plain.register_to_config(algorithm_type=plain.config.algorithm_type.removeprefix("sde-"))
     try:

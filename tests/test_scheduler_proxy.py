@@ -163,7 +163,7 @@ def exact_answer(scheduler: Any, x: Tensor, sigma: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "noise_level"), [(ode, 0.0), (flow_sde, 0.7), (dance_sde, 0.7)], ids=lambda value: str(value)
+    ("kernel", "noise_level"), [(ode, 0.0), (flow_sde, 0.7), (dance_sde, 0.7)], ids=["ode", "flow_sde", "dance_sde"]
 )
 @pytest.mark.parametrize("name", ["edm", "edm of velocities", "above 1", "rising"])
 def test_kernels_carry_marginals_in_other_coordinates(name: str, kernel: Any, noise_level: float):

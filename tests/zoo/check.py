@@ -29,7 +29,7 @@ import diffusers
 import torch
 import transformers
 from datasets import Dataset
-from diffusers import DDIMScheduler, DiffusionPipeline, ModularPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, EDMEulerScheduler, ModularPipeline
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -79,6 +79,12 @@ def plain_run(
 
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal is_new
+        if (
+            "Cosmos" in type(pipe).__name__
+            and isinstance(self, EDMEulerScheduler)
+            and "pred_original_sample" not in kwargs
+        ):
+            return own_step(self, model_output, timestep, sample, *args, **kwargs)  # for the clean sample
         is_new = True
         visited = sample.detach().clone()
         with torch.no_grad():
