@@ -147,7 +147,7 @@ class Policy:
             raise ValueError(f"the {self.denoiser_words} has no adapter {absent[0]!r}; it has {known}.")
         self._attention = [module for module in self.denoiser.modules() if hasattr(module, "set_processor")]
         self._encoders = encoders_of(pipeline)
-        parts: dict[str, Any] = pipeline.components
+        parts: dict[str, Any] = {"scheduler": pipeline.scheduler} | pipeline.components  # of which some lack it
         self._schedulers = {name: own_scheduler(part) for name, part in parts.items() if _is_scheduler(part)}
         self._begins: dict[tuple[int, int], int] = {}
         self._outputs: dict[Any, Any] = {}  # for the empty denoiser: what a real one answers, as meta tensors

@@ -20,7 +20,7 @@ from transformers.integrations import TensorBoardCallback
 
 from ..inputs import PROMPT, as_arguments, inputs_of
 from ..sampling import seed_of
-from .sounds import Sound, as_sound, sampling_rate
+from .sounds import Sound, as_sound, makes_sound, sampling_rate
 
 logger = get_logger(__name__)
 
@@ -91,7 +91,7 @@ class Pictures(TrainerCallback):
                         **as_arguments(type(pipeline), inputs, bare),
                         num_inference_steps=args.image_num_inference_steps or args.num_inference_steps,
                         generator=generators[0] if bare else generators,
-                        output_type="pil",
+                        output_type="np" if makes_sound(pipeline) else "pil",
                         **args.pipeline_kwargs,
                     )
                     for own, one in zip(call, _made(output, pipeline), strict=True):
