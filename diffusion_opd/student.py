@@ -44,6 +44,7 @@ from .files import (
     name_or_path,
 )
 from .fingerprint import take_fingerprint, write_fingerprint
+from .inputs import signature
 from .modular import is_pipeline, load_modular, save_pipeline, with_call
 from .policy import Policy, check_seams, tuner_layers
 from .shards import local_shards, reshard, shards_changed, zero3_unseen
@@ -218,8 +219,11 @@ def _state(state: Any, *args: Any, **kwargs: Any) -> Any:
 
 def has_lora_loader(pipeline: DiffusionPipeline) -> bool:
     """Whether plain diffusers can save and load a LoRA of a pipeline's denoisers."""
-    cls = type(pipeline)
-    return hasattr(cls, "lora_state_dict") and hasattr(cls, "save_lora_weights")
+    cls: Any = type(pipeline)
+    if not (hasattr(cls, "lora_state_dict") and hasattr(cls, "save_lora_weights")):
+        return False
+    layers = {f"{name.removesuffix('_2')}_lora_layers" for name in denoisers_of(pipeline)}
+    return layers <= signature(cls.save_lora_weights).parameters.keys()  # of some classes it takes nothing
 
 
 def _save_peft(folder: str | os.PathLike, config: LoraConfig, layers: dict[str, torch.Tensor], base: Any) -> None:

@@ -185,7 +185,8 @@ def as_ours(pipe: DiffusionPipeline) -> DiffusionPipeline:
     if hasattr(pipe.scheduler, "alphas_cumprod") and "flow" not in str(config.get("prediction_type")):
         if type(pipe.scheduler) is not DDIMScheduler and "CogVideoX" not in type(pipe.scheduler).__name__:
             clips = config.get("clip_sample", False)
-            pipe.register_modules(scheduler=DDIMScheduler.from_config(config, clip_sample=clips))
+            put = pipe.update_components if isinstance(pipe, ModularPipeline) else pipe.register_modules
+            put(scheduler=DDIMScheduler.from_config(config, clip_sample=clips))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -229,6 +230,8 @@ def gradient_gap(tiny: Tiny, out: str, report: dict[str, Any]) -> Trainer:
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     report["samples of a call"] = trainer.together or 2
+    report["one backward a walk"] = trainer.crosses
+    report["LoRA file"] = "diffusers" if trainer.student.has_lora_loader else "PEFT"
     report["guidance"] = guidance
     found = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Gradients)).seen
     after = {name: trainer.model.get_parameter(name).detach().clone() for name in before}
@@ -276,7 +279,7 @@ def reload_gap(trainer: Trainer, tiny: Tiny, folder: str, way: str) -> float:
             plain.load_components()
     else:
         plain = as_ours(tiny.make(0))
-        if hasattr(plain, "load_lora_weights"):
+        if Path(folder, "pytorch_lora_weights.safetensors").exists():
             plain.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
         else:
             PeftModel.from_pretrained(denoisers(plain)[0], folder)

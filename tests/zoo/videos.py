@@ -34,7 +34,6 @@ from diffusers import (
     ConsisIDTransformer3DModel,
     DDIMScheduler,
     DiffusionPipeline,
-    EasyAnimateControlPipeline,
     EasyAnimateInpaintPipeline,
     EasyAnimatePipeline,
     EasyAnimateTransformer3DModel,
@@ -57,9 +56,6 @@ from diffusers import (
     Kandinsky5T2IPipeline,
     Kandinsky5T2VPipeline,
     Kandinsky5Transformer3DModel,
-    Kandinsky6SRPipeline,
-    Kandinsky6SRTransformer3DModel,
-    Kandinsky6SRVAE,
     Kandinsky6TI2VAPipeline,
     Kandinsky6Transformer3DModel,
     LattePipeline,
@@ -791,32 +787,6 @@ def kandinsky6(seed: int) -> Kandinsky6TI2VAPipeline:
     )
 
 
-def kandinsky6_sr(seed: int) -> Kandinsky6SRPipeline:
-    """A video in tiles, of which each is denoised by itself; it takes no prompt and gives no latents."""
-    transformer = frozen(
-        seed,
-        Kandinsky6SRTransformer3DModel,
-        in_visual_dim=4,
-        out_visual_dim=4,
-        time_dim=16,
-        model_dim=32,
-        ff_dim=32,
-        num_visual_blocks=1,
-        axes_dims=(4, 6, 6),
-        tile_sizes=((32, 32),),
-    )
-    vae = frozen(
-        7,
-        Kandinsky6SRVAE,
-        latent_channels=4,
-        encoder_block_out_channels=(4, 4, 4),
-        decoder_block_out_channels=(4, 4, 4),
-        layers_per_block=1,
-        temporal_compression_start_level=0,
-    )
-    return Kandinsky6SRPipeline(transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0))
-
-
 _SYSTEM = "<|im_start|>system\nYou are a prompt engineer. "
 _PAINTED = (
     _SYSTEM
@@ -924,12 +894,6 @@ PIPELINES = {
             "mask_video": [255 * clip_of(5, 32, s, 1).round() for s in (3, 4)],
         },
     ),
-    "EasyAnimateControlPipeline": Tiny(
-        # In diffusers 0.42 its `__call__` gives its `encode_prompt` an argument too many: it does not run
-        partial(easyanimate, cls=EasyAnimateControlPipeline, in_channels=12),
-        _EASY,
-        {"control_video": [clip_of(5, 32, 1), clip_of(5, 32, 2)]},
-    ),
     "MotifVideoPipeline": Tiny(motif, _MOTIF),
     "MotifVideoImage2VideoPipeline": Tiny(
         partial(motif, cls=MotifVideoImage2VideoPipeline, image_embed_dim=16), _MOTIF, {"image": pictures(32)}
@@ -945,7 +909,4 @@ PIPELINES = {
         partial(kandinsky5, cls=Kandinsky5I2VPipeline), _VIDEO, {"image": pictures(16)}, lora_targets=_ATTENTION
     ),
     "Kandinsky6TI2VAPipeline": Tiny(kandinsky6, _VIDEO, {"image": pictures(16)}, lora_targets=_ATTENTION),
-    "Kandinsky6SRPipeline": Tiny(
-        kandinsky6_sr, {"resolution_scale": 2}, {"video": films(24, 5)}, lora_targets=_ATTENTION
-    ),
 }
