@@ -27,17 +27,32 @@ prompts = Dataset.from_dict({"prompt": ["a", "b", "c", "d"]})
 lora = LoraConfig(r=2, target_modules=LORA_TARGETS)
 DiffusionGRPOTrainer(BUILDERS["sd3"](0), dark, args, prompts, peft_config=lora).train()
 """
+SOUND = """
+import sys
+from datasets import Dataset
+from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
+from tests.zoo import ZOO
+
+tiny = ZOO["StableAudioPipeline"]
+args = DiffusionOPDConfig("out", max_steps=1, report_to=sys.argv[1], image_steps=1, num_inference_steps=3)
+args.per_device_train_batch_size, args.call_kwargs = 2, tiny.call
+DiffusionOPDTrainer(tiny.make(0), tiny.make(1), args, Dataset.from_dict({"prompt": ["rain", "a drum"]})).train()
+"""
 METRICS = {"train/reward", "train/reward_std", "train/rewards/dark/mean", "train/rewards/dark/std"}
+
+
+def start(script: str, tracker: str, folder: Path) -> None:
+    place = {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "TRACKIO_DIR": str(folder / "trackio")}
+    environment = os.environ | place | {"PYTHONPATH": str(Path(__file__).parent.parent), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, tracker], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def run(tracker: str, folder: Path) -> tuple[list[str], list[Image.Image]]:
     """The captions and sample images of a run, from its own folder."""
-    place = {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "TRACKIO_DIR": str(folder / "trackio")}
-    environment = os.environ | place | {"PYTHONPATH": str(Path(__file__).parent.parent), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, tracker], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    start(RUN, tracker, folder)
     images = folder / "out" / "images" / "step_000002"
     captions = json.loads((images / "captions.json").read_text())
     assert len(captions) == 4 and all(", dark 0." in caption for caption in captions)
@@ -68,3 +83,14 @@ def test_trackio(tmp_path):
     width = drawn[0].width
     tiles = [grid.crop((index * width, 0, (index + 1) * width, grid.height)) for index in range(len(drawn))]
     assert [tile.tobytes() for tile in tiles] == [image.tobytes() for image in drawn]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_sounds(tmp_path, tracker):
+    """The very files are played."""
+    start(SOUND, tracker, tmp_path)
+    drawn = {path.read_bytes() for path in (tmp_path / "out" / "images" / "step_000001").glob("*.wav")}
+    where = "wandb/offline-run-*/files/media/audio/*.wav" if tracker == "wandb" else "trackio/media/**/*.wav"
+    shown = {path.read_bytes() for path in tmp_path.glob(where)}
+    assert len(drawn) == 2 and shown == drawn

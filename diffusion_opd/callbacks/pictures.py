@@ -128,18 +128,26 @@ class Pictures(TrainerCallback):
     def _show(self, rows: Sequence[Mapping[str, Any]], drawn: list[Any]) -> None:
         folder = Path(self.trainer.args.output_dir, IMAGES_DIR, f"step_{self.trainer.state.global_step:06d}")
         folder.mkdir(parents=True, exist_ok=True)
+        paths = [
+            folder / f"{index:02d}.{'wav' if isinstance(one, Sound) else 'png'}" for index, one in enumerate(drawn)
+        ]
+        images = [middle_frame(one) for one in drawn]
+        for path, image in zip(paths, images, strict=True):
+            image.save(path)
+        sources = [self._sources(row) for row in rows]
+        if any(sources) and not isinstance(drawn[0], Sound):
+            images = [beside(own, image) for own, image in zip(sources, images, strict=True)]
+            for index, image in enumerate(images):
+                image.save(folder / f"{index:02d}{BESIDE}.png")
         captions = self.trainer.image_captions(drawn)
         (folder / "captions.json").write_text(json.dumps(captions, indent=2) + "\n")
         if isinstance(drawn[0], Sound):
-            self._play(folder, drawn, captions)
+            self._play(paths, drawn, captions)
         else:
-            self._hang(folder, rows, [middle_frame(one) for one in drawn], captions)
+            self._hang(images, captions)
 
-    def _play(self, folder: Path, sounds: Sequence[Sound], captions: Sequence[str]) -> None:
+    def _play(self, paths: Sequence[Path], sounds: Sequence[Sound], captions: Sequence[str]) -> None:
         args, step = self.trainer.args, self.trainer.state.global_step
-        paths = [folder / f"{index:02d}.wav" for index in range(len(sounds))]
-        for path, sound in zip(paths, sounds, strict=True):
-            sound.save(path)
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 for index, sound in enumerate(sounds):
@@ -156,16 +164,8 @@ class Pictures(TrainerCallback):
                     else {f"samples/{index:02d}": one for index, one in enumerate(shown)}
                 )
 
-    def _hang(
-        self, folder: Path, rows: Sequence[Mapping[str, Any]], images: list[Image.Image], captions: Sequence[str]
-    ) -> None:
+    def _hang(self, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
         args, step = self.trainer.args, self.trainer.state.global_step
-        for index, image in enumerate(images):
-            image.save(folder / f"{index:02d}.png")
-        if any(sources := [self._sources(row) for row in rows]):
-            images = [beside(own, image) for own, image in zip(sources, images, strict=True)]
-            for index, image in enumerate(images):
-                image.save(folder / f"{index:02d}{BESIDE}.png")
         size = max(image.width for image in images), max(image.height for image in images)
         grid = make_image_grid([beside([], image, size) for image in images], rows=1, cols=len(images))
         for callback in self.trainer.callback_handler.callbacks:
