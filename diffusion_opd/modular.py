@@ -29,6 +29,8 @@ from .files import MODULAR_INDEX_NAME
 # caught
 logging.getLogger("diffusers.modular_pipelines.modular_pipeline").addFilter(lambda _: getcurrent().parent is None)
 
+# Of a copy of a pipeline: what may replace the first state that a block has made, `(name, make) -> state`
+FIRST_STATE = "_first_state"
 GUIDANCE = "guidance_scale"  # an attribute of guiders, and no argument of their blocks
 
 _TEXT = re.compile(r"(negative_)?prompt(_\d+)?")
@@ -44,7 +46,7 @@ def with_call(pipeline: Any) -> Any:
     """A pipeline whose class has a `__call__` with a signature: any but a modular one is that already. A modular one
     stays itself, of a class of the same name."""
     if isinstance(pipeline, ModularPipeline) and not hasattr(type(pipeline).__call__, "__wrapped__"):
-        pipeline.__class__ = _class_with_call(type(pipeline), pipeline.blocks)
+        pipeline.__class__ = _class_with_call(type(pipeline), pipeline._blocks, has_guiders(pipeline))
     return pipeline
 
 
@@ -98,7 +100,7 @@ def save_pipeline(pipeline: Any, folder: str | os.PathLike, repo_id: str | None 
     index.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _class_with_call(cls: Any, blocks: Any) -> Any:
+def _class_with_call(cls: Any, blocks: Any, has_guider: bool) -> Any:
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
     for given in blocks.inputs:
         if given.name is not None and given.name not in {parameter.name for parameter in parameters}:
@@ -112,8 +114,7 @@ def _class_with_call(cls: Any, blocks: Any) -> Any:
                     annotation=inspect.Parameter.empty if hint is None else hint,
                 )
             )
-    names = {parameter.name for parameter in parameters}
-    if GUIDANCE not in names and any("guider" in spec.name for spec in blocks.expected_components):
+    if has_guider:
         parameters.append(
             inspect.Parameter(GUIDANCE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=float | None)
         )
@@ -135,10 +136,19 @@ def _class_with_call(cls: Any, blocks: Any) -> Any:
     return type(cls.__name__, (cls,), {"__call__": whole_call, "__module__": cls.__module__})
 
 
+def guiders_of(pipeline: Any) -> dict[str, BaseGuidance]:
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, BaseGuidance)}
+
+
+def has_guiders(pipeline: Any) -> bool:
+    """Whether the guidance scale of a pipeline is that of its guiders, and no argument of its call."""
+    takes_it = isinstance(pipeline, ModularPipeline) and GUIDANCE not in pipeline._blocks.input_names
+    return takes_it and any(hasattr(guider, GUIDANCE) for guider in guiders_of(pipeline).values())
+
+
 def own_guiders(pipeline: Any) -> list[BaseGuidance]:
     """Gives a copy of a pipeline guiders of its own: they count steps, and some remember them."""
-    guiders = {name: part for name, part in pipeline.components.items() if isinstance(part, BaseGuidance)}
-    own = {name: copy.deepcopy(guider) for name, guider in guiders.items()}
+    own = {name: copy.deepcopy(guider) for name, guider in guiders_of(pipeline).items()}
     vars(pipeline).update(own)  # past `DiffusionPipeline.__setattr__`, which writes into the config
     return list(own.values())
 
@@ -156,26 +166,26 @@ def forget_graph(part: Any) -> None:
 
 def _set_guidance(pipeline: Any, kwargs: dict[str, Any]) -> None:
     """Takes the guidance scale of a pipeline's guiders out of `kwargs`, and sets it."""
-    if any(given.name == GUIDANCE for given in pipeline.blocks.inputs):
+    if not has_guiders(pipeline):
         return
     scale = kwargs.pop(GUIDANCE, None)
-    for part in pipeline.components.values():
-        if scale is not None and isinstance(part, BaseGuidance) and hasattr(part, GUIDANCE):
-            setattr(part, GUIDANCE, scale)
+    for guider in guiders_of(pipeline).values():
+        if scale is not None and hasattr(guider, GUIDANCE):
+            setattr(guider, GUIDANCE, scale)
 
 
 def _run(pipeline: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """What the blocks make of the arguments, with gradient; with `output_type="latent"` the decoders are left out."""
     kwargs.pop("return_dict", None)
     is_latent = kwargs.get("output_type") == "latent"
-    blocks = _differentiable(pipeline.blocks)
+    blocks = _differentiable(pipeline._blocks)  # `blocks` is a copy, down to the last
     if is_latent:
         kept = {name: block for name, block in blocks.sub_blocks.items() if "decode" not in name}
         blocks.sub_blocks = type(blocks.sub_blocks)(kept)
     vars(pipeline)["_blocks"] = blocks
     pipeline.set_progress_bar_config(disable=True)
     state = PipelineState()
-    for given in pipeline.blocks.inputs:
+    for given in pipeline._blocks.inputs:
         if given.name in kwargs:
             state.set(given.name, kwargs[given.name], given.kwargs_type)
         elif given.name is not None and given.name not in state.values:
@@ -199,7 +209,18 @@ def _differentiable(block: Any) -> Any:
 
 @functools.cache
 def _without_no_grad(cls: Any) -> Any:
-    whole = getattr(cls.__call__, "__wrapped__", None)
-    if whole is None:
+    whole = getattr(cls.__call__, "__wrapped__", cls.__call__)
+    makes_states = re.search(r"Prepare\w*Latents", cls.__name__) is not None
+    if whole is cls.__call__ and not makes_states:
         return cls
-    return type(cls.__name__, (cls,), {"__call__": whole, "__module__": cls.__module__})
+
+    def call(self: Any, components: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+        components, state = whole(self, components, state, *args, **kwargs)
+        hand = vars(components).get(FIRST_STATE)
+        for name in {output.name for output in self.intermediate_outputs} if hand is not None else ():
+            if re.fullmatch(r"(\w+_)?latents", name) and isinstance(latents := state.get(name), torch.Tensor):
+                state.set(name, hand(f"prepare_{name}", lambda latents=latents: latents))
+        return components, state
+
+    own = {"__call__": call if makes_states else whole, "__module__": cls.__module__}
+    return type(cls.__name__, (cls,), own)

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import convert_to_fp32
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
@@ -33,7 +33,7 @@ from .denoisers import denoiser_of, denoisers_of
 from .encode_cache import EncodeCache, encoders_of, fresh_containers
 from .errors import brief, reason
 from .inputs import PICTURE, Inputs, as_arguments, signature
-from .modular import forget_graph, own_guiders
+from .modular import FIRST_STATE, forget_graph, own_guiders
 from .paused import Paused
 from .scheduler_proxy import SchedulerStep, Step, Times, dissolve, own_scheduler, proxy
 
@@ -240,6 +240,7 @@ class Policy:
         call.guiders = own_guiders(pipeline)
         if callable(getattr(pipeline, "encode_prompt", None)):
             own["encode_prompt"] = functools.partial(self.cache.encode, pipeline, self._encoders)
+        own[FIRST_STATE] = call.first_state
         for name in _state_makers(_class(self.pipeline)):
             own[name] = functools.partial(call.first_state, name, getattr(pipeline, name))
         through = self.denoiser if denoiser is None else denoiser
@@ -839,8 +840,9 @@ def _state_makers(cls: Any) -> list[str]:
 
 @functools.cache
 def _states_of(cls: Any) -> dict[str, int]:
-    """Of these methods those that do, and for which stream; walks find out more of them."""
-    return {"prepare_latents": 0}
+    """Of these methods those that do, and for which stream; walks find out more of them. Blocks of modular pipelines
+    may do more to a state before it is visited."""
+    return {} if issubclass(cls, ModularPipeline) else {"prepare_latents": 0}
 
 
 def _kind(args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from diffusers import ModularPipeline
 from huggingface_hub import ModelCard, ModelCardData
 from trl.trainer.base_trainer import _BaseTrainer
 
@@ -22,7 +23,7 @@ from .data import Data
 from .errors import brief, one_sentence
 from .files import INDEX_NAME, LORA_NAME, MODULAR_INDEX_NAME, name_or_path
 from .inputs import PROMPT, sample_arguments
-from .modular import save_pipeline
+from .modular import GUIDANCE, guiders_of, has_guiders, save_pipeline
 from .student import Student
 
 logger = get_logger(__name__)
@@ -143,6 +144,9 @@ class Publishing(_BaseTrainer):
         name = model_name or output_dir.name
         makes = "audio" if makes_sound(pipeline) else "video" if hasattr(pipeline, "video_processor") else "image"
         sources, arguments = self._call_in_words()
+        guiders = dict.fromkeys(guiders_of(pipeline), arguments.get(GUIDANCE)) if has_guiders(pipeline) else {}
+        if guiders:
+            arguments.pop(GUIDANCE, None)
         data = ModelCardData(
             library_name="diffusers",
             base_model=base,
@@ -177,6 +181,9 @@ class Publishing(_BaseTrainer):
             is_peft=trains_lora and not self.student.has_lora_loader,
             default_name=LORA_NAME,
             makes=makes,
+            loader="ModularPipeline" if isinstance(pipeline, ModularPipeline) else "DiffusionPipeline",
+            is_modular=isinstance(pipeline, ModularPipeline),
+            guiders=guiders,
             has_gallery=bool(pictures),
             loaders=[f"load_{source}" for source in sorted(sources - {"audio"})],
             arguments=arguments,

@@ -45,7 +45,12 @@ def start(script: str, tracker: str, folder: Path) -> None:
     place = {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "TRACKIO_DIR": str(folder / "trackio")}
     environment = os.environ | place | {"PYTHONPATH": str(Path(__file__).parent.parent), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", script, tracker], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", script, tracker],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
 

@@ -1,13 +1,13 @@
-"""Pipeline classes of diffusers, each of tiny parts: gradients equal those of two passes of the plain pipeline, and what
-is saved loads there (see zoo/check.py)."""
+"""Pipeline classes of diffusers, each of tiny parts: gradients equal those of two passes of the plain pipeline, and
+what is saved loads there (see zoo/check.py)."""
 
 import pytest
 
 from tests.zoo import ZOO
 from tests.zoo.check import check
 
-# In every run one of each kind: strength, masks, control, guidance by attention, two streams, chunks, caches, schedules of
-# other coordinates, one sample a call, sound, blocks; and of LoRA files both
+# In every run one of each kind: strength, masks, control, guidance by attention, two streams, chunks, caches, schedules
+# of other coordinates, one sample a call, sound, blocks; and of LoRA files both
 IN_EVERY_RUN = (
     "StableDiffusionXLInpaintPipeline",
     "StableDiffusionXLControlNetPipeline",
