@@ -340,6 +340,8 @@ def load_student(
             beside = next((part for key, part in parts.items() if "text_encoder" in key), parts.get("vae", denoiser))
             if {_dtype(beside), args.mixed_dtype} != {torch.float32}:
                 answer_beside(denoiser, beside, args.mixed_dtype)
+                if callable(getattr(vae := parts.get("vae"), "decode", None)):
+                    decode_in_its_dtype(vae)
         return pipeline
     if len(configs) > 1 and not has_lora_loader(pipeline):
         raise ValueError(
@@ -399,6 +401,17 @@ def answer_beside(denoiser: nn.Module, part: nn.Module, compute_dtype: torch.dty
         return output if mixed else _cast(output, _dtype(part))
 
     denoiser.forward = MethodType(forward, denoiser)
+
+
+def decode_in_its_dtype(vae: Any) -> None:
+    """Lets a VAE decode latents of another precision, which they have where a pipeline looks for it at a denoiser whose
+    weights are float32 (HunyuanDiT's)."""
+
+    @functools.wraps(type(vae).decode)
+    def decode(self: Any, z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return type(self).decode(self, z.to(_dtype(self)), *args, **kwargs)
+
+    vae.decode = MethodType(decode, vae)
 
 
 def _dtype(part: nn.Module) -> torch.dtype:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from PIL import Image
 from transformers import TrainerCallback
 
@@ -27,10 +27,12 @@ from tests.editing_pipelines import EDITING, EDITING_CALL, EDITING_INPUTS
 from tests.launched import serve
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS, denoiser
 from tests.two_denoisers import TWO, TWO_CALL, TWO_INPUTS
+from tests.zoo import ZOO
 
-MAKE = BUILDERS | EDITING | TWO
-CALLS = CALL | EDITING_CALL | TWO_CALL
-INPUTS = EDITING_INPUTS | TWO_INPUTS  # what samples are made of besides prompts
+MAKE = {name: tiny.make for name, tiny in ZOO.items()} | BUILDERS | EDITING | TWO
+CALLS = {name: tiny.call for name, tiny in ZOO.items()} | CALL | EDITING_CALL | TWO_CALL
+# What samples are made of besides prompts
+INPUTS = {name: tiny.inputs for name, tiny in ZOO.items()} | EDITING_INPUTS | TWO_INPUTS
 METHODS = {"opd": "DiffusionOPD", "nft": "DiffusionNFT", "grpo": "DiffusionGRPO"}
 STEPS, KILLED_AT = 4, 3
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,10 +51,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def data(family: str) -> dict[str, Dataset]:
-    columns = {name: [values[i % 4] for i in range(8)] for name, values in INPUTS.get(family, {}).items()}
+    columns = {name: [values[i % len(values)] for i in range(8)] for name, values in INPUTS.get(family, {}).items()}
     return {
         task: Dataset.from_dict({"prompt": [f"{task} number {i}" for i in range(8)], **columns}) for task in ("a", "b")
     }
+
+
+def targets(family: str) -> Any:
+    return ZOO[family].lora_targets if family in ZOO else LORA_TARGETS
 
 
 def call_of(family: str) -> dict[str, Any]:
@@ -64,7 +70,7 @@ def picture(pipeline: DiffusionPipeline, family: str) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     output = pipeline(prompt=["a fox"], num_inference_steps=4, generator=generator, output_type="np", **call_of(family))
-    return 255 * np.asarray(output.images if hasattr(output, "images") else output.frames)
+    return 255 * np.asarray(next(getattr(output, name) for name in ("images", "frames", "audios") if name in output))
 
 
 def latents(pipeline: DiffusionPipeline, family: str) -> torch.Tensor:
@@ -140,7 +146,7 @@ def make(options: argparse.Namespace, out: Path, *callbacks: TrainerCallback) ->
         train_dataset=data(options.family),
         eval_dataset=data(options.family),
         callbacks=list(callbacks),
-        peft_config=LoraConfig(r=4, lora_alpha=16, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+        peft_config=LoraConfig(r=4, lora_alpha=16, init_lora_weights="gaussian", target_modules=targets(options.family))
         if options.mode == "lora"
         else None,
     )
@@ -161,7 +167,7 @@ def tell(options: argparse.Namespace) -> None:
     family, out, dtype = options.family, options.out, DTYPES[options.precision]
     MAKE[family](0).save_pretrained(out / "base")
     MAKE[family](2).save_pretrained(out / "specialist")
-    save_peft(out / "lora", MAKE[family](0))
+    save_peft(out / "lora", MAKE[family](0), target_modules=targets(family))
     said = Said()
     logging.getLogger("diffusion_opd").addHandler(said)
 
@@ -181,9 +187,10 @@ def tell(options: argparse.Namespace) -> None:
     folders = [f"step_{step:06d}" for step in range(1, STEPS + 1)]
     for run in ("run", "undisturbed"):
         assert sorted(path.name for path in (out / run / "images").iterdir()) == folders
-    last = [sorted((out / run / "images" / folders[-1]).glob("*.png")) for run in ("run", "undisturbed")]
+    last = [sorted((out / run / "images" / folders[-1]).glob("*[0-9].*")) for run in ("run", "undisturbed")]
     assert last[0] and [path.read_bytes() for path in last[0]] == [path.read_bytes() for path in last[1]]
-    assert trainer.sample_images(trainer.image_examples)[0].tobytes() == Image.open(last[0][0]).tobytes()
+    if last[0][0].suffix == ".png":
+        assert trainer.sample_images(trainer.image_examples)[0].tobytes() == Image.open(last[0][0]).tobytes()
 
     student = denoiser(trainer.pipeline)
     assert "_original_forward" not in vars(student)
@@ -202,12 +209,14 @@ def tell(options: argparse.Namespace) -> None:
         if family in TWO:
             second = lora_name("transformer_2")
             loaded.load_lora_weights(trainer.hub_model_id, weight_name=second, load_into_transformer_2=True)
+    else:
+        PeftModel.from_pretrained(denoiser(loaded), trainer.hub_model_id)
     assert f", dtype={dtype})" in (out / "run" / "README.md").read_text()
     untrained, published = (picture(pipeline, family) for pipeline in (base, loaded))
     # The trained weights are float32 here and half there, which a random network makes much of
     learnt, rounded = np.abs(published - untrained).mean(), np.abs(published - drawn).mean()
     print(f"{family} {options.method} {options.mode}: learnt {learnt:.2f}, rounded {rounded:.2f}")
-    assert rounded < 1 and rounded < 0.5 * learnt, (rounded, learnt)
+    assert rounded < max(1, 0.3 * learnt) and rounded < 0.5 * learnt, (rounded, learnt)
     assert latents(trainer.pipeline, family).dtype == latents(loaded, family).dtype
 
 
