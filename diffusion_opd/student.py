@@ -220,7 +220,7 @@ def _state(state: Any, *args: Any, **kwargs: Any) -> Any:
 def has_lora_loader(pipeline: DiffusionPipeline) -> bool:
     """Whether plain diffusers can save and load a LoRA of a pipeline's denoisers."""
     cls: Any = type(pipeline)
-    if not (hasattr(cls, "lora_state_dict") and hasattr(cls, "save_lora_weights")):
+    if not all(callable(getattr(cls, name, None)) for name in ("lora_state_dict", "save_lora_weights")):
         return False
     layers = {f"{name.removesuffix('_2')}_lora_layers" for name in denoisers_of(pipeline)}
     return layers <= signature(cls.save_lora_weights).parameters.keys()  # of some classes it takes nothing

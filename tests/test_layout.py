@@ -15,7 +15,17 @@ TESTS = Path(__file__).parent
 
 # Lowest first; a module imports modules of lower layers only. Names are patterns, the first that fits counts.
 LAYERS = [
-    ["errors", "transitions", "checkpoints", "stopwatch", "files", "paused", "queries", "denoisers", "callbacks.sounds"],
+    [
+        "errors",
+        "transitions",
+        "checkpoints",
+        "stopwatch",
+        "files",
+        "paused",
+        "queries",
+        "denoisers",
+        "callbacks.sounds",
+    ],
     ["objectives", "shards", "inputs", "modular"],
     ["config", "sampling"],
     ["data"],
