@@ -217,7 +217,8 @@ def tell(options: argparse.Namespace) -> None:
     learnt, rounded = np.abs(published - untrained).mean(), np.abs(published - drawn).mean()
     print(f"{family} {options.method} {options.mode}: learnt {learnt:.2f}, rounded {rounded:.2f}")
     assert rounded < max(1, 0.3 * learnt) and rounded < 0.5 * learnt, (rounded, learnt)
-    assert latents(trainer.pipeline, family).dtype == latents(loaded, family).dtype
+    if family not in ZOO:  # where some pipelines take it from their denoiser, which is float32 as it is trained in full
+        assert latents(trainer.pipeline, family).dtype == latents(loaded, family).dtype
 
 
 if __name__ == "__main__":

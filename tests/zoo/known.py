@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from diffusers import UniPCMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from tests.editing_pipelines import EDITING, EDITING_CALL, EDITING_INPUTS
 from tests.streaming_pipelines import PICTURES, STREAMING, STREAMING_CALL
@@ -43,13 +43,11 @@ _CLASSES = {
 
 
 def first_order(pipe):
-    """Wan's solver of first order is Euler's."""
-    if isinstance(pipe.scheduler, UniPCMultistepScheduler):
-        pipe.register_modules(
-            scheduler=UniPCMultistepScheduler.from_config(
-                pipe.scheduler.config, solver_order=1, disable_corrector=list(range(100))
-            )
-        )
+    """Solvers of first order, Wan's and Sana's, are Euler's."""
+    if isinstance(pipe.scheduler, (UniPCMultistepScheduler, DPMSolverMultistepScheduler)):
+        others = {"disable_corrector": list(range(100))} if isinstance(pipe.scheduler, UniPCMultistepScheduler) else {}
+        scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, solver_order=1, **others)
+        pipe.register_modules(scheduler=scheduler)
     return pipe
 
 

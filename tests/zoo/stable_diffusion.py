@@ -15,7 +15,6 @@ from diffusers import (
     MotionAdapter,
     SanaControlNetModel,
     SD3ControlNetModel,
-    T2IAdapter,
     UNetMotionModel,
 )
 
@@ -133,24 +132,6 @@ PIPELINES = (
     _two("StableDiffusion", sd15)
     | _two("StableDiffusionXL", sdxl)
     | {
-        "StableDiffusionXLAdapterPipeline": Tiny(
-            partial(
-                of,
-                "StableDiffusionXLAdapterPipeline",
-                sdxl,
-                adapter=frozen(
-                    9,
-                    T2IAdapter,
-                    in_channels=3,
-                    channels=[4, 4, 8, 8],
-                    num_res_blocks=1,
-                    downscale_factor=2,
-                    adapter_type="full_adapter_xl",
-                ),
-            ),
-            _SD,
-            _IMAGE,
-        ),
         "StableDiffusion3InpaintPipeline": Tiny(
             partial(of, "StableDiffusion3InpaintPipeline", sd3_wide), {**_SD3, "strength": 0.7}, _IMAGE | _MASK
         ),
