@@ -60,9 +60,10 @@ With the sentence that says why.
 
 ## Not run here
 
-- `OmniGenPipeline` needs torchvision, `AnyFlowFARPipeline` and `Kandinsky6SRPipeline` a gradient of FlexAttention,
-  which is there on GPUs only.
-- `EasyAnimateControlPipeline` and `ChromaInpaintPipeline` fail in their own `__call__` in diffusers {diffusers}.
+- `AnyFlowFARPipeline` and `Kandinsky6SRPipeline` need a gradient of FlexAttention, which is there on GPUs only.
+- `EasyAnimateControlPipeline` and `ChromaInpaintPipeline` fail in their own `__call__` in diffusers {diffusers},
+  `QwenImageLayeredPipeline` where its latents are asked for; `PRXPipeline` and `ZImageOmniPipeline` do not load what
+  they save.
 """
 
 

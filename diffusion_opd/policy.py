@@ -73,6 +73,9 @@ class Routed:
     def __init__(self, module: nn.Module, wrapper: Callable[..., Any]):
         self._module, self._wrapper = module, wrapper
 
+    # Pipelines ask for it (ControlNet-XS)
+    __class__ = property(lambda self: type(self._module))
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._wrapper(*args, **kwargs)
 

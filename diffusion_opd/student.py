@@ -222,7 +222,10 @@ def has_lora_loader(pipeline: DiffusionPipeline) -> bool:
     cls: Any = type(pipeline)
     if not all(callable(getattr(cls, name, None)) for name in ("lora_state_dict", "save_lora_weights")):
         return False
-    layers = {f"{name.removesuffix('_2')}_lora_layers" for name in denoisers_of(pipeline)}
+    parts = denoisers_of(pipeline)
+    if not all(hasattr(part, "load_lora_adapter") for part in parts.values()):
+        return False
+    layers = {f"{name.removesuffix('_2')}_lora_layers" for name in parts}
     return layers <= signature(cls.save_lora_weights).parameters.keys()  # of some classes it takes nothing
 
 
