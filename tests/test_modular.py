@@ -103,6 +103,20 @@ def test_by_folder_from_the_first_step_to_plain_diffusers(tmp_path):
         assert 'output="images")[0]' in card
 
 
+@pytest.mark.parametrize("name", ["WanModularPipeline", "LTX2ModularPipeline", "FluxKontextModularPipeline"])
+def test_videos_and_pictures_are_drawn(tmp_path, name, caplog):
+    """In half precision, from a folder; of an edited picture with its source beside it."""
+    tiny = ZOO[name]
+    tiny.make(0).save_pretrained(str(tmp_path / "base"), overwrite_modular_index=True)
+    rows = Dataset.from_dict({"prompt": PROMPTS[:2], **tiny.inputs})
+    args = config(tmp_path / "run", max_steps=1, bf16=True, image_steps=1, call_kwargs=dict(tiny.call))
+    trainer = DiffusionOPDTrainer(str(tmp_path / "base"), tiny.make(1), args, rows, peft_config=lora())
+    trainer.train()
+    assert "could not be drawn" not in caplog.text
+    names = sorted(path.name for path in (tmp_path / "run" / "images" / "step_000001").glob("*.png"))
+    assert names == (["00.png", "00_beside.png", "01.png", "01_beside.png"] if tiny.inputs else ["00.png", "01.png"])
+
+
 def test_a_teacher_may_be_modular_or_not(tmp_path):
     """A plain FLUX.1 learns from a modular one as from a plain one of the same weights, and the other way round."""
     plain = [flux(seed, guidance_embeds=True) for seed in (0, 1)]

@@ -209,10 +209,10 @@ def beside(sources: Sequence[Image.Image], result: Image.Image, size: tuple[int,
 
 def _made(output: Any, pipeline: DiffusionPipeline) -> list[Any]:
     """What a pipeline's output holds for each sample: pictures, videos or, where it has neither, sounds."""
-    for name in ("images", "frames"):
-        if hasattr(output, name):
+    for name in ("images", "frames", "videos"):  # the last of modular pipelines
+        if getattr(output, name, None) is not None:
             return list(getattr(output, name))
-    audios = next(iter(output.values())) if isinstance(output, Mapping) else output
+    audios = next(iter(output.values())) if isinstance(output, Mapping) else output.audios
     return [as_sound(audio, sampling_rate(pipeline)) for audio in audios]
 
 
