@@ -267,12 +267,15 @@ class Policy:
 
     def _call(self, pipeline: DiffusionPipeline, call: "_Call") -> Any:
         method: Any = type(self.pipeline).__call__
+        # Of some it is another argument (HeliosPyramid's, one a stage), in `call_kwargs`
+        takes_steps = "num_inference_steps" in signature(method).parameters
+        steps = {"num_inference_steps": self.num_inference_steps} if takes_steps else {}
 
         def called() -> Any:
             return method.__wrapped__(
                 pipeline,
                 **as_arguments(type(self.pipeline), call.inputs, self.takes_it_bare),
-                num_inference_steps=self.num_inference_steps,
+                **steps,
                 generator=call.generators[0] if self.takes_it_bare else call.generators,
                 output_type=call.output_type,
                 return_dict=False,

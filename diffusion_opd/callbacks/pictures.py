@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback
 
-from ..inputs import PROMPT, as_arguments, inputs_of
+from ..inputs import PROMPT, as_arguments, inputs_of, signature
 from ..sampling import seed_of
 from .sounds import Sound, as_sound, makes_sound, sampling_rate
 
@@ -77,6 +77,9 @@ class Pictures(TrainerCallback):
             return []
         pipeline = copy.copy(self.trainer.pipeline)
         pipeline.set_progress_bar_config(disable=True)
+        takes_steps = "num_inference_steps" in signature(type(pipeline).__call__).parameters
+        count = args.image_num_inference_steps or args.num_inference_steps
+        steps = {"num_inference_steps": count} if takes_steps else {}
         self.trainer.model.eval()
         drawn: list[Any] = [None] * len(mine)
         error = None
@@ -89,7 +92,7 @@ class Pictures(TrainerCallback):
                     bare = self.trainer.student.policy.takes_it_bare
                     output = pipeline(
                         **as_arguments(type(pipeline), inputs, bare),
-                        num_inference_steps=args.image_num_inference_steps or args.num_inference_steps,
+                        **steps,
                         generator=generators[0] if bare else generators,
                         output_type="np" if makes_sound(pipeline) else "pil",
                         **args.pipeline_kwargs,

@@ -8,6 +8,7 @@ loads in plain diffusers.
 import argparse
 import contextlib
 import copy
+import inspect
 import json
 import logging
 import os
@@ -104,6 +105,7 @@ def plain_run(
 
     hooks = [part.register_forward_pre_hook(called) for part in denoisers(pipe)]
     is_modular = isinstance(pipe, ModularPipeline)
+    takes_steps = is_modular or "num_inference_steps" in inspect.signature(type(pipe).__call__).parameters
     method = type(pipe).__call__
     if is_modular:
         pipe, arguments = guided(pipe, arguments)
@@ -121,7 +123,7 @@ def plain_run(
             method(
                 pipe,
                 **arguments,
-                num_inference_steps=STEPS,
+                **({"num_inference_steps": STEPS} if takes_steps else {}),
                 generator=generator if isinstance(arguments["prompt"], str) else [generator],
                 output_type="pil" if is_modular else "latent",  # not all modular ones know latents
             )
