@@ -340,7 +340,7 @@ def test_the_check_knows_the_walk(family: str):
     student.denoiser.requires_grad_(True)
     calls = calls_of(student.denoiser)
     checked = check_student(student, inputs(family), 0.5)
-    assert len(calls) <= 20
+    assert len(calls) <= 22  # of one call a step: 9
     assert [(place.chunk, [level for _, level in place.levels]) for place in checked.plan] == [
         (chunk, list(levels.values())) for chunk, levels in PLANS[family]
     ]

@@ -479,8 +479,10 @@ def _check_groups(args: DiffusionRLConfig, num_tasks: int) -> None:
 
 
 def _rollout(schedule: Any, **fields: Any) -> Rollout:
-    levels, prediction_type = schedule
-    return Rollout(schedule=Schedule(tuple(levels), prediction_type), **fields)
+    levels, prediction_type, *coordinates = schedule  # lists in JSON; older checkpoints have no coordinates
+    scales, velocities = coordinates or ((), ())
+    pairs = tuple((float(of_x), float(of_prediction)) for of_x, of_prediction in velocities)
+    return Rollout(schedule=Schedule(tuple(levels), prediction_type, tuple(scales), pairs), **fields)
 
 
 def _move(kernel: BoundKernel, step: Step) -> Tensor:
