@@ -5,10 +5,12 @@ This file knows denoisers, and no files, trainer, loss or data.
 
 import copy
 import warnings
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .denoisers import put_denoiser
@@ -35,7 +37,7 @@ def with_denoiser(pipeline: DiffusionPipeline, denoiser: nn.Module) -> Diffusion
 
 def inject(denoiser: ModelMixin, config: LoraConfig, name: str) -> None:
     """Adds an adapter, active and trained."""
-    if hasattr(denoiser, "add_adapter"):
+    if isinstance(denoiser, ModelMixin) and hasattr(denoiser, "add_adapter"):
         denoiser.add_adapter(config, name)
     else:
         inject_adapter_in_model(config, denoiser, name)
@@ -57,6 +59,16 @@ def add_adapter(denoiser: ModelMixin, config: LoraConfig, name: str) -> None:
         layer.set_adapter(active)  # makes it train too, which the next lines undo
     for parameter in denoiser.parameters():
         parameter.requires_grad_(id(parameter) in trainable)
+
+
+def without_adapters(module: Any) -> Any:
+    """The module itself, without its adapters."""
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            module.set_submodule(name, layer.get_base_layer())
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        vars(module).pop(name, None)
+    return module
 
 
 def frozen_copy(denoiser: ModelMixin, dtype: torch.dtype) -> ModelMixin:

@@ -35,6 +35,7 @@ _KINDS = {
     dict: "a dict",
     dict[str, Any]: "a dict",
     dict[str, str]: "a dict of texts",
+    dict[str, float]: "a dict of numbers",
     list: "a list",
     list[int]: "a list of whole numbers",
     list[str]: "a list of texts",
@@ -70,8 +71,9 @@ def _is_a(kind: Any, value: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(_is_a(get_args(kind)[0], item) for item in value)
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    if kind == dict[str, str]:
-        return isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair)
+    if kind in (dict[str, str], dict[str, float]):
+        pairs = value.items() if isinstance(value, dict) else [(None, None)]
+        return all(_is_a(part, item) for pair in pairs for part, item in zip(get_args(kind), pair, strict=True))
     return isinstance(value, {list: (list, tuple), str: (str, os.PathLike)}.get(kind, get_origin(kind) or kind))
 
 

@@ -28,6 +28,7 @@ from diffusers import DiffusionPipeline, ModularPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
+from transformers import PreTrainedModel
 
 from .denoisers import denoiser_of, denoisers_of
 from .encode_cache import EncodeCache, encoders_of, fresh_containers
@@ -143,13 +144,16 @@ class Policy:
         self.pipeline, self.timing = pipeline, timing
         self._autocast = autocast
         self.denoiser = denoiser_of(pipeline)
-        self._layers = tuner_layers(self.denoiser) if adapter is not None else []
         named = adapter if isinstance(adapter, tuple) else (adapter,) if adapter else ()
         if absent := [name for name in named if name not in getattr(self.denoiser, "peft_config", {})]:
             known = sorted(getattr(self.denoiser, "peft_config", {}))
             raise ValueError(f"the {self.denoiser_words} has no adapter {absent[0]!r}; it has {known}.")
+        # LoRAs may adapt encoders too, which others share
+        encoders = [part for part in pipeline.components.values() if _has_adapter(part, named)]
+        adapted = [self.denoiser, *encoders] if adapter is not None else []
+        self._layers = [layer for part in adapted for layer in tuner_layers(part)]
         self._attention = [module for module in self.denoiser.modules() if hasattr(module, "set_processor")]
-        self._encoders = encoders_of(pipeline)
+        self._encoders = encoders_of(pipeline), named if encoders else ()
         parts: dict[str, Any] = {"scheduler": pipeline.scheduler} | pipeline.components  # of which some lack it
         self._schedulers = {name: own_scheduler(part) for name, part in parts.items() if _is_scheduler(part)}
         self._begins: dict[tuple[int, int], int] = {}
@@ -810,6 +814,10 @@ def check_seams(pipeline: DiffusionPipeline) -> None:
                 f"{cls.__name__} has a cache enabled on its {name}, which would mix up student and teacher; call its "
                 "`disable_cache()`."
             )
+
+
+def _has_adapter(part: Any, names: Sequence[str]) -> bool:
+    return isinstance(part, PreTrainedModel) and bool(set(names) & getattr(part, "peft_config", {}).keys())
 
 
 def _is_scheduler(part: Any) -> bool:

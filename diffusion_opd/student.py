@@ -272,6 +272,8 @@ def load_student(
         TypeError: if `model` or `peft_config` is none of the above.
     """
     lora = None if student_lora is None else as_lora(student_lora)
+    if lora is not None and lora.scale is not None:
+        raise ValueError("`student_lora` is trained at its own strength; leave its `scale` out.")
     if lora is not None and peft_config is not None:
         raise ValueError("`student_lora` brings its own rank, alpha and target modules; leave `peft_config` out.")
     given_configs = list(peft_config.values()) if isinstance(peft_config, Mapping) else [peft_config]

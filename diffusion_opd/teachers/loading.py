@@ -11,11 +11,12 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from ..adapters import frozen_copy, with_denoiser
+from ..adapters import frozen_copy, with_denoiser, without_adapters
 from ..denoisers import NAMES, denoiser_of, denoisers_of
 from ..errors import first_few, one_sentence
 from ..files import CONFIG_NAME, INDEX_NAME, MODULAR_INDEX_NAME, absent_parts
@@ -26,6 +27,8 @@ from .locating import locate, read_json, sole_lora
 from .lora import add_loras, load_lora, read_loras
 from .manifest import hash_tensors
 from .spec import LoadedTeacher, Teacher, as_lora
+
+logger = get_logger(__name__)
 
 
 def load_teachers(
@@ -73,18 +76,31 @@ def load_teachers(
                 pipeline = _load_denoiser(teacher, folder, commit, student, dtype)
             else:
                 loras = read_loras(teacher, folder, student)
-                if host is student and not trains_lora:
-                    host = with_denoiser(student, frozen_copy(denoiser_of(student), dtype))
-                pipeline, adapter, tensors = host, f"teacher_{index}", {}
+                adapter, tensors = f"teacher_{index}", {}
+                if changed := [name for name, lora in loras.items() if lora.changes_base]:
+                    logger.warning(
+                        f"Teacher {teacher.id!r} ({teacher.source}) does more to the {' and '.join(changed)} than "
+                        "adding a LoRA, so it gets a frozen copy of its own."
+                    )
+                    pipeline = _on_a_copy(student, dtype)
+                else:
+                    if host is student and not trains_lora:
+                        host = _on_a_copy(student, dtype)
+                    pipeline = host
+                if not trains_lora:  # whose encoders are saved with it
+                    for name in {name for lora in loras.values() for name in lora.adapters} - own.keys():
+                        if getattr(pipeline, name) is getattr(student, name):
+                            vars(pipeline)[name] = copy.deepcopy(getattr(student, name))
                 beneath: list[str] = []
                 if teacher.base_lora is not None:
                     base = as_lora(teacher.base_lora, f"the `base_lora` of teacher {key!r}")
                     beneath = [f"{adapter}_base"]
-                    tensors = {f"base.{name}": value for name, value in load_lora(base, host, beneath[0]).items()}
-                tensors |= add_loras(teacher, host, adapter, loras, beneath)
+                    tensors = {f"base.{name}": value for name, value in load_lora(base, pipeline, *beneath).items()}
+                tensors |= add_loras(teacher, pipeline, adapter, loras, beneath)
                 adapter = (adapter, *beneath) if beneath else adapter
-        if adapter is None and teacher.base_lora is not None:
-            raise ValueError(f"teacher {key!r}: {teacher.source!r} is no LoRA, and has no `base_lora`; leave it out.")
+        for name in ("base_lora", "scale") if adapter is None else ():
+            if getattr(teacher, name) is not None:
+                raise ValueError(f"teacher {key!r}: {teacher.source!r} is no LoRA, and has no `{name}`; leave it out.")
         if adapter is None:
             with one_sentence(f"teacher {teacher.id!r}"):
                 check_seams(pipeline)
@@ -98,6 +114,11 @@ def load_teachers(
                 part.requires_grad_(False).eval()
         loaded.append(LoadedTeacher(key, teacher, pipeline, adapter, sha256, commit))
     return loaded
+
+
+def _on_a_copy(student: DiffusionPipeline, dtype: torch.dtype) -> DiffusionPipeline:
+    """The student's pipeline with a frozen denoiser of its own, as it is without adapters."""
+    return with_denoiser(student, without_adapters(frozen_copy(denoiser_of(student), dtype)))
 
 
 def _load_module(

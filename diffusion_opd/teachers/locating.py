@@ -70,13 +70,18 @@ def sole_lora(teacher: Teacher | Lora, folder: Path, commit: str | None, denoise
 
 
 def read_json(teacher: Teacher | Lora, path: Path) -> dict[str, Any]:
+    return parse_json(teacher, path.read_bytes(), path.name)
+
+
+def parse_json(teacher: Teacher | Lora, text: str | bytes, name: str) -> dict[str, Any]:
+    """A JSON object of the file `name`."""
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:  # no JSON, no text
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:  # no JSON, no text
         content = error
     if not isinstance(content, dict):
         raise ValueError(
-            f"{teacher.who}: {path.name} of {teacher.source!r} is no JSON object; is it a git-lfs pointer, or "
-            "a download that broke off?"
+            f"{teacher.who}: {name} of {teacher.source!r} is no JSON object; is it a git-lfs pointer, or a download "
+            "that broke off?"
         )
     return content

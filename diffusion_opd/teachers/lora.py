@@ -1,9 +1,10 @@
-"""LoRA teachers: formats that are read, and how their tensors become an adapter of a denoiser.
+"""LoRA teachers: what their files hold, and how that becomes adapters of a denoiser, and of encoders.
 
 A tensor that is silently dropped makes a teacher that silently equals the base, so each one that is missing, unexpected
 or of another shape is refused.
 """
 
+import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -12,18 +13,21 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import convert_unet_state_dict_to_peft
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft import PeftConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..adapters import add_adapter, changes_base
 from ..denoisers import denoisers_of
-from ..errors import first_few, one_sentence
-from ..files import CONFIG_NAME, INDEX_NAME, PEFT_CONFIG_NAME, PEFT_PREFIX, PEFT_WEIGHTS_NAME
+from ..errors import first_few, one_sentence, reason
+from ..files import CONFIG_NAME, INDEX_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME
 from ..fingerprint import Fingerprint, contradictions, read_fingerprint
-from .locating import locate, lora_names, read_json, sole_lora
+from ..policy import tuner_layers
+from .locating import locate, lora_names, parse_json, read_json, sole_lora
+from .plain import Adapter, load_into_denoiser, plain_spelling, read_plainly
 from .spec import Lora, Teacher
 
 
@@ -36,13 +40,25 @@ def load_lora(
         `dict[str, Tensor]`: its tensors and scalings, of several denoisers under their names.
 
     Raises:
-        ValueError: if it cannot be read, does not fit, or was made for other weights.
+        ValueError: if it cannot be read, does not fit, was made for other weights, or is more than a LoRA of the
+            denoisers.
     """
     own = denoisers_of(pipeline)
     folder, commit = locate(lora, own)
     if lora.weight_name is None:
         lora = replace(lora, weight_name=sole_lora(lora, folder, commit, own))
-    return add_loras(lora, pipeline, adapter, read_loras(lora, folder, pipeline), dtype=dtype)
+    loras = read_loras(lora, folder, pipeline)
+    for name, read in loras.items():
+        if read.changes_base:
+            raise ValueError(
+                f"{lora.who}: {lora.source!r} does more to the {name} than adding a LoRA (other adapters, replaced "
+                f"layers or norms); load it in plain diffusers, fuse it, and give the {name}."
+            )
+        if others := sorted(read.adapters.keys() - own.keys()):
+            raise ValueError(
+                f"{lora.who}: {lora.source!r} adapts the {first_few(others)} too, and this may adapt the denoiser only."
+            )
+    return add_loras(lora, pipeline, adapter, loras, dtype=dtype)
 
 
 def add_loras(
@@ -57,27 +73,49 @@ def add_loras(
     denoisers = denoisers_of(pipeline)
     found: dict[str, Tensor] = {}
     for name, lora in loras.items():
-        part: Any = denoisers[name]
-        add_lora(teacher, part, adapter, lora.tensors, lora.config, dtype)
-        if contradictions(part, lora.fingerprint, beneath):
+        denoiser: Any = denoisers[name]
+        for key, read in lora.adapters.items():
+            part: Any = denoiser if key == name else getattr(pipeline, key)
+            if key == name and lora.changes_base:
+                with one_sentence(f"{teacher.who}: the LoRA {teacher.source!r} does not fit the student's {name}"):
+                    load_into_denoiser(pipeline, name, lora.file, lora.metadata, adapter)
+            else:
+                add_lora(teacher, part, adapter, read, dtype)
+            for layer in tuner_layers(part):
+                if adapter in layer.scaling:
+                    layer.scaling[adapter] *= _scale_of(teacher, name if key in denoisers else key)
+            prefix = f"{key}." if len(denoisers) > 1 or key != name else ""
+            own = read.tensors | scalings(part, adapter)
+            found |= {f"{prefix}{entry}": value for entry, value in own.items()}
+        if contradictions(denoiser, lora.fingerprint, beneath):
             hint = "" if beneath else "; as when another LoRA was fused into them: name that one by `base_lora`"
             raise ValueError(
                 f"{teacher.who}: the LoRA {teacher.source!r} was trained on other weights than those of the student's "
                 f"{name}{hint}."
             )
-        prefix = f"{name}." if len(denoisers) > 1 else ""
-        own = lora.tensors | scalings(part, adapter)
-        found |= {f"{prefix}{key}": value for key, value in own.items()}
     return found
 
 
-class ReadLora(NamedTuple):
-    """What a file holds: tensors (keys as in the denoiser, `lora_A` / `lora_B`), config, and values of the base that it
-    was made for, if it is one of ours."""
+def _scale_of(teacher: Teacher | Lora, part: str) -> float:
+    scale = teacher.scale
+    return scale.get(part, 1.0) if isinstance(scale, Mapping) else 1.0 if scale is None else scale
 
-    tensors: dict[str, Tensor]
-    config: LoraConfig
+
+class ReadLora(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        adapters (`dict[str, Adapter]`): By the parts of the pipeline: a denoiser, and encoders.
+        fingerprint (`dict`): Values of the base that it was made for, if it is one of ours.
+        changes_base (`bool`): Whether it does more to the denoiser than adding a LoRA, so that it needs one of its own.
+        file, metadata: What lies in it, as plain diffusers takes it.
+    """
+
+    adapters: dict[str, Adapter]
     fingerprint: Fingerprint
+    changes_base: bool = False
+    file: Mapping[str, Tensor] = {}
+    metadata: dict[str, Any] | None = None
 
 
 def read_loras(teacher: Teacher | Lora, folder: Path, student: DiffusionPipeline) -> dict[str, ReadLora]:
@@ -112,7 +150,7 @@ def read_lora(teacher: Teacher | Lora, folder: Path, student: DiffusionPipeline,
             f"{teacher.who}: {teacher.source!r} holds no pipeline ({INDEX_NAME}), no denoiser ({CONFIG_NAME}) "
             f"and no LoRA ({PEFT_CONFIG_NAME} or {weights.name}); check `path`, `subfolder` and `weight_name`."
         )
-    if not is_peft and not hasattr(type(student), "lora_state_dict"):
+    if not is_peft and not hasattr(student, "load_lora_weights"):
         raise ValueError(
             f"{teacher.who}: {type(student).__name__} cannot read a LoRA in diffusers format; give it in PEFT "
             f"format ({PEFT_CONFIG_NAME})."
@@ -121,22 +159,16 @@ def read_lora(teacher: Teacher | Lora, folder: Path, student: DiffusionPipeline,
         f"{teacher.who}: {weights.name} of {teacher.source!r} is no safetensors file (is it a pickle, a "
         "git-lfs pointer, or a download that broke off?)"
     ):
-        tensors = load_file(weights)
-    if is_peft:
-        kind = read_json(teacher, folder / PEFT_CONFIG_NAME).get("peft_type")
-        if kind != "LORA":
-            raise ValueError(f"{teacher.who}: {teacher.source!r} is of PEFT's type {kind!r}, not a LoRA.")
-        with one_sentence(f"{teacher.who}: {PEFT_CONFIG_NAME} of {teacher.source!r} cannot be read"):
-            config = PeftConfig.from_pretrained(str(folder))
-        tensors = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
-    elif scales := [key for key in tensors if "dora_scale" in key]:  # diffusers drops them with a warning
-        raise ValueError(
-            f"{teacher.who}: {teacher.source!r} is a DoRA in a format that diffusers cannot read, "
-            f"e.g. {first_few(scales)}."
-        )
-    else:
-        tensors, config = _read_diffusers_lora(teacher, weights, student, name, tensors)
-    if not _has_lora(tensors):
+        tensors, fingerprint = load_file(weights), read_fingerprint(weights)
+    if not is_peft:
+        return _read_diffusers_lora(teacher, weights, student, name, tensors, fingerprint)
+    kind = read_json(teacher, folder / PEFT_CONFIG_NAME).get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{teacher.who}: {teacher.source!r} is of PEFT's type {kind!r}, not a LoRA.")
+    with one_sentence(f"{teacher.who}: {PEFT_CONFIG_NAME} of {teacher.source!r} cannot be read"):
+        config: Any = PeftConfig.from_pretrained(str(folder))
+    tensors = plain_spelling(tensors, "", _modules(denoisers_of(student)[name]))
+    if not any(key.endswith("lora_B.weight") for key in tensors):
         raise ValueError(
             f"{teacher.who}: no LoRA tensors for a {name} in {teacher.source!r}, e.g. {first_few(tensors)}."
         )
@@ -146,78 +178,105 @@ def read_lora(teacher: Teacher | Lora, folder: Path, student: DiffusionPipeline,
             f"(bias={config.bias!r}, modules_to_save={config.modules_to_save}, "
             f"init_lora_weights={config.init_lora_weights!r}), which the student shares; merge it and give the {name}."
         )
-    config.init_lora_weights = config.inference_mode = False  # the weights are about to come
-    return ReadLora(tensors, config, read_fingerprint(weights))
+    return ReadLora({name: Adapter(tensors, config)}, fingerprint)
 
 
-def _has_lora(tensors: Iterable[str]) -> bool:
-    return any(key.endswith("lora_B.weight") for key in tensors)
+def _modules(denoiser: nn.Module) -> set[str]:
+    """Names as they are without adapters."""
+    return {name.removesuffix(".base_layer") for name, _ in denoiser.named_modules()}
 
 
 def _read_diffusers_lora(
-    teacher: Teacher | Lora, weights: Path, student: DiffusionPipeline, name: str, keys: Iterable[str]
-) -> tuple[dict[str, Tensor], LoraConfig]:
-    cls = type(student)
-    prefix = f"{name.removesuffix('_2')}."  # as if it were for the first
+    teacher: Teacher | Lora,
+    weights: Path,
+    student: DiffusionPipeline,
+    name: str,
+    tensors: dict[str, Tensor],
+    fingerprint: Fingerprint,
+) -> ReadLora:
+    """What plain diffusers makes of a file; if it does not read all of it, of one in its own spelling."""
+    metadata = _metadata_of(teacher, weights)
+    prefix, denoiser = f"{name.removesuffix('_2')}.", denoisers_of(student)[name]
+    spelt = plain_spelling(tensors, prefix, _modules(denoiser))
+    differs = spelt.keys() != tensors.keys() or any(spelt[key].dtype != tensors[key].dtype for key in spelt)
+    why = ""
+    for file in (tensors, spelt) if differs else (tensors,):
+        converted: dict[str, Tensor] = {}
+        try:
+            plain = read_plainly(student, name, file, metadata, converted)
+        except Exception as error:
+            why = why or _another_model(denoiser, prefix, converted) or f"{_unreadable(student, tensors)}: {reason(error)}"
+            continue
+        if not plain.unread and not plain.missing and name in plain.adapters:
+            for adapter in plain.adapters.values() if not (metadata or plain.changes_base) else ():
+                adapter.config.target_modules = _exactly(adapter.tensors)
+            return ReadLora(plain.adapters, fingerprint, plain.changes_base, file, metadata)
+        why = why or _another_model(denoiser, prefix, converted)
+        if any("dora_scale" in key for key in plain.unread):
+            scales = [key for key in plain.unread if "dora_scale" in key]
+            why = why or f"is a DoRA in a format that diffusers cannot read, e.g. {first_few(scales)}"
+        elif plain.unread and len(plain.unread) < len(tensors):
+            leaves = f"the `load_lora_weights` of {type(student).__name__} leaves out, e.g. {first_few(plain.unread)}"
+            why = why or f"holds {len(plain.unread)} tensors that {leaves}"
+        elif plain.missing:
+            why = why or f"lacks {len(plain.missing)} tensors of its layers, e.g. {first_few(plain.missing)}"
+        else:
+            why = why or _unreadable(student, tensors)
+    raise ValueError(f"{teacher.who}: the LoRA {_file(teacher, weights)!r} {why.rstrip('.')}.")
 
-    def check_read(unread: Sequence[str]) -> None:
-        if unread:
-            raise ValueError(
-                f"{teacher.who}: {len(unread)} keys of {teacher.source!r} are in a format that the "
-                f"`lora_state_dict` of {cls.__name__} does not read, e.g. {min(unread)}."
-            )
 
-    # As its `load_lora_weights`, which needs the config of a UNet to read names of other trainers
-    of_unet = {"unet_config": student.unet.config} if name == "unet" else {}
-    with one_sentence(
-        f"{teacher.who}: {weights.name} of {teacher.source!r} is in a format that the `lora_state_dict` of "
-        f"{cls.__name__} does not read, with keys as {min(keys)}"
-    ):
-        tensors, *rest = cls.lora_state_dict(
-            str(weights.parent), weight_name=weights.name, return_lora_metadata=True, **of_unet
-        )
-    alphas, metadata = (rest[0] if len(rest) == 2 else None), rest[-1]
-    foreign = [key for key in tensors if not key.startswith(prefix)]
-    check_read([key for key in foreign if key.partition(".")[0] not in {"transformer", "unet", *student.components}])
-    if foreign:
-        raise ValueError(
-            f"{teacher.who}: {len(foreign)} tensors of {teacher.source!r} are not for the student's {name}, "
-            f"e.g. {first_few(foreign)}; a teacher may adapt the denoiser only."
-        )
-    tensors, alphas, metadata = (
-        {key.removeprefix(prefix): value for key, value in (given or {}).items() if key.startswith(prefix)}
-        for given in (tensors, alphas, metadata)
+def _unreadable(student: DiffusionPipeline, tensors: Iterable[str]) -> str:
+    return (
+        f"is in a format that the `load_lora_weights` of {type(student).__name__} does not read, with keys as "
+        f"{min(tensors)}"
     )
-    if not any("lora_A" in key for key in tensors):  # down and up of other trainers
-        tensors, alphas = convert_unet_state_dict_to_peft(tensors), convert_unet_state_dict_to_peft(alphas)
-    check_read([] if _has_lora(tensors) else list(keys))
-    if metadata:
-        return tensors, LoraConfig(**metadata)
-    # Without metadata: ranks from the shapes, alphas from `.alpha` entries, alpha = rank where there are none
-    ranks = {key.split(".lora_B.")[0]: value.shape[1] for key, value in tensors.items() if ".lora_B.weight" in key}
-    alphas = {key.split(".lora_A.")[0].removesuffix(".alpha"): value for key, value in alphas.items()}
-    if stray := sorted(alphas.keys() - ranks.keys()):
-        raise ValueError(
-            f"{teacher.who}: {len(stray)} alphas of {teacher.source!r} belong to no LoRA tensor, "
-            f"e.g. {first_few(stray)}."
-        )
-    config = LoraConfig(
-        rank_pattern={f"^{re.escape(module)}": rank for module, rank in ranks.items()},
-        alpha_pattern={f"^{re.escape(module)}": alpha for module, alpha in (ranks | alphas).items()},
-        target_modules="|".join(re.escape(module) for module in ranks),
-    )
-    return tensors, config
+
+
+def _file(teacher: Teacher | Lora, weights: Path) -> str:
+    return teacher.source if teacher.weight_name is None else f"{teacher.source}/{weights.name}"
+
+
+def _exactly(tensors: Iterable[str]) -> str:
+    """A pattern of these modules alone: names in a list would also be those that end so."""
+    return "|".join(sorted({re.escape(_module_of(key)) for key in tensors}))
+
+
+def _metadata_of(teacher: Teacher | Lora, weights: Path) -> dict[str, Any] | None:
+    """What diffusers has written about a LoRA beside its tensors."""
+    with safe_open(weights, "pt") as file:
+        text = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+    return None if text is None else parse_json(teacher, text, f"the metadata of {weights.name}")
+
+
+def _another_model(denoiser: nn.Module, prefix: str, converted: Mapping[str, Tensor]) -> str | None:
+    """What of a LoRA, its names as diffusers has them, is for another model, in words."""
+    weights = {key.removesuffix(".base_layer"): getattr(m, "weight", None) for key, m in denoiser.named_modules()}
+    what = f"was made for another model than the student's {type(denoiser).__name__}"
+    names = {key: key.removeprefix(prefix).rpartition(".lora_")[0] for key in sorted(converted) if ".lora_" in key}
+    if names and not any(key.startswith(prefix) for key in names):  # in no format, or for another denoiser
+        return f"{what}: it adapts {min(names.values())}" if min(names).startswith(("unet.", "transformer.")) else None
+    for key, module in names.items():
+        if key.startswith(prefix) and module not in weights:
+            return f"{what}: it adapts {module}, which is not there by that name"
+        weight, shape = weights.get(module), tuple(converted[key].shape)
+        if key.startswith(prefix) and weight is not None and weight.ndim == len(shape) == 2:
+            rows, columns = weight.shape
+            needed = (shape[0], columns) if ".lora_A." in key else (rows, shape[1]) if ".lora_B." in key else shape
+            if shape != needed:
+                return f"{what}: its {key.removeprefix(prefix)} is of shape {shape} where {needed} is needed"
+    return None
 
 
 def add_lora(
     teacher: Teacher | Lora,
     denoiser: nn.Module,
     adapter: str,
-    tensors: dict[str, Tensor],
-    config: LoraConfig,
+    read: Adapter,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Adds a frozen adapter and refuses any tensor that is missing, unexpected or of another shape."""
+    tensors, config = read.tensors, copy.copy(read.config)
+    config.init_lora_weights, config.inference_mode = False, False  # the weights are about to come
     cls, modules = type(denoiser).__name__, {name for name, _ in denoiser.named_modules()}
     adapted, expected = {_module_of(key) for key in tensors}, {}
     if adapted & modules:
@@ -257,6 +316,9 @@ def add_lora(
     with torch.no_grad():
         for key, value in expected.items():
             value.copy_(tensors[key])
+    for module, scaling in read.scaling.items():
+        layer: Any = denoiser.get_submodule(module)
+        layer.scaling[adapter] = scaling
 
 
 def _module_of(key: str) -> str:
@@ -269,5 +331,5 @@ def _without_rank(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def scalings(denoiser: nn.Module, adapter: str) -> dict[str, Tensor]:
-    layers = {key: layer for key, layer in denoiser.named_modules() if isinstance(layer, LoraLayer)}
+    layers = {key: layer for key, layer in denoiser.named_modules() if isinstance(layer, BaseTunerLayer)}
     return {f"{k}.scaling": torch.tensor(v.scaling[adapter]) for k, v in layers.items() if adapter in v.scaling}

@@ -23,15 +23,17 @@ class Lora:
     A LoRA, as a user names it.
 
     Args:
-        path (`str`): Hub id or folder, in PEFT or diffusers format.
+        path (`str`): Hub id, folder or file, in any format that plain diffusers or PEFT loads.
         subfolder, revision (`str`, *optional*): Where in the repository, and which version of it.
         weight_name (`str` or `dict[str, str]`, *optional*): As of a [`Teacher`].
+        scale (`float` or `dict[str, float]`, *optional*): As of a [`Teacher`]; for a `base_lora` alone.
     """
 
     path: Any
     subfolder: str | None = None
     revision: str | None = None
     weight_name: str | dict[str, str] | None = None
+    scale: float | dict[str, float] | None = None
     who: str = field(default="`student_lora`", repr=False)  # in a sentence
 
     @property
@@ -48,9 +50,21 @@ def as_lora(value: Any, who: str = "`student_lora`") -> Lora:
     """
     lora = copy.copy(value) if isinstance(value, Lora) else Lora(value)
     if not isinstance(lora.path, (str, os.PathLike)):
-        raise TypeError(f"{who} is a Hub id, a folder or a `Lora`, got {brief(lora.path)}.")
+        raise TypeError(f"{who} is a Hub id, a folder, a file or a `Lora`, got {brief(lora.path)}.")
     lora.who = who
+    check_types(lora, f"{who}: ")
+    _take_file(lora)
     return lora
+
+
+def _take_file(given: Any) -> None:
+    """The path of a LoRA's file as its folder and its name, as plain diffusers takes it."""
+    if isinstance(given.path, (str, os.PathLike)) and os.path.isfile(given.path):
+        for name in ("subfolder", "revision", "weight_name"):
+            if (value := getattr(given, name)) is not None:
+                raise ValueError(f"{given.who}: the file {str(given.path)!r} has no `{name}`, got {value!r}; leave it out.")
+        path = Path(given.path)
+        given.path, given.weight_name = path.parent, path.name
 
 
 @dataclass
@@ -60,17 +74,24 @@ class Teacher:
 
     Args:
         path (`str` or [`~diffusers.DiffusionPipeline`]):
-            Hub id or folder of a LoRA (PEFT or diffusers format), a denoiser or a pipeline; or a loaded pipeline.
+            Hub id or folder of a LoRA (in any format that plain diffusers or PEFT loads), a denoiser or a pipeline; the
+            file of a LoRA; or a loaded pipeline.
         id (`str`, *optional*):
             What the `teacher_id` column calls it. Defaults to the last part of `path` and `subfolder` that is not
             `"lora"`, `"transformer"` or `"unet"`.
         subfolder, revision (`str`, *optional*):
             Where in the repository, and which version of it.
         weight_name (`str` or `dict[str, str]`, *optional*):
-            File name of a LoRA in diffusers format. Defaults to `pytorch_lora_weights.safetensors`, or to the only
+            File name of a LoRA. Defaults to `pytorch_lora_weights.safetensors`, or to the only
             safetensors file of a folder that holds nothing else of a teacher. Given, nothing else in the folder is
             looked at. For a student of several denoisers a file for each, by its name (`{"transformer":
             "high.safetensors", "transformer_2": "low.safetensors"}`); a single name is that of the first.
+        variant (`str`, *optional*):
+            Of the weights of a denoiser or a pipeline: `"fp16"`, for example. Defaults to none, or in a folder to the
+            only one that there is.
+        scale (`float` or `dict[str, float]`, *optional*):
+            Strength of a LoRA, as `set_adapters` of plain diffusers takes it: a factor on what its alpha says, for all
+            parts that it adapts or by their names (`{"unet": 0.8, "text_encoder": 1.0}`). Defaults to 1.
         guidance_scale (`float`, *optional*):
             Its own guidance scale. Defaults to the student's.
         call_kwargs (`dict`, *optional*):
@@ -88,6 +109,8 @@ class Teacher:
     subfolder: str | None = None
     revision: str | None = None
     weight_name: str | dict[str, str] | None = None
+    variant: str | None = None
+    scale: float | dict[str, float] | None = None
     guidance_scale: float | None = None
     call_kwargs: dict[str, Any] = field(default_factory=dict)
     columns: dict[str, str] = field(default_factory=dict)
@@ -157,9 +180,11 @@ def name_teachers(teachers: Any) -> dict[str, Teacher]:
         if teacher.id is None:
             parts = Path(teacher.source).parts if isinstance(teacher.path, (str, os.PathLike)) else ("teacher",)
             teacher.id = next((p for p in reversed(parts) if p not in ("lora", "transformer", "unet")), "teacher")
+            teacher.id = teacher.id.removesuffix(".safetensors")
         check_types(teacher, f"teacher {teacher.id!r}: ")
+        _take_file(teacher)
         if is_pipeline(teacher.path):
-            what, unread = "a loaded pipeline", ["subfolder", "revision", "weight_name"]
+            what, unread = "a loaded pipeline", ["subfolder", "revision", "weight_name", "variant", "scale"]
         else:
             what, unread = f"the folder {str(teacher.path)!r}", ["revision"] if os.path.isdir(teacher.path) else []
         for name in unread:
