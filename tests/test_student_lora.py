@@ -262,7 +262,7 @@ def test_refusals(tmp_path, make, words):
 
 
 def test_a_loaded_pipeline_is_no_lora(tmp_path):
-    with pytest.raises(TypeError, match="^`student_lora` is a Hub id, a folder or a `Lora`, got"):
+    with pytest.raises(TypeError, match="^`student_lora` is a Hub id, a folder, a file or a `Lora`, got"):
         trainer_of(tmp_path, BUILDERS["sd3"](1))
 
 

@@ -205,7 +205,11 @@ def _read_diffusers_lora(
         try:
             plain = read_plainly(student, name, file, metadata, converted)
         except Exception as error:
-            why = why or _another_model(denoiser, prefix, converted) or f"{_unreadable(student, tensors)}: {reason(error)}"
+            why = (
+                why
+                or _another_model(denoiser, prefix, converted)
+                or f"{_unreadable(student, tensors)}: {reason(error)}"
+            )
             continue
         if not plain.unread and not plain.missing and name in plain.adapters:
             for adapter in plain.adapters.values() if not (metadata or plain.changes_base) else ():
@@ -226,10 +230,8 @@ def _read_diffusers_lora(
 
 
 def _unreadable(student: DiffusionPipeline, tensors: Iterable[str]) -> str:
-    return (
-        f"is in a format that the `load_lora_weights` of {type(student).__name__} does not read, with keys as "
-        f"{min(tensors)}"
-    )
+    odd = [key for key in tensors if "lora" not in key] or list(tensors)
+    return f"is in a format that the `load_lora_weights` of {type(student).__name__} does not read, with keys as {min(odd)}"
 
 
 def _file(teacher: Teacher | Lora, weights: Path) -> str:

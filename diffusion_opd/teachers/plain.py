@@ -116,7 +116,9 @@ def read_plainly(
     changed |= config is not None and (type(config) is not LoraConfig or changes_base(config))
     # What is loaded into empty layers leaves those of which there is nothing without data
     missing = [entry for adapter in adapters.values() for entry, value in adapter.tensors.items() if value.is_meta]
-    return Plain(adapters, changed, sorted(tensors.keys() - reached), missing)
+    # Differences of norms and biases, which files of few-step LoRAs hold for the sake of form
+    zeros = {key for key, value in tensors.items() if key.endswith((".diff", ".diff_b")) and not value.any()}
+    return Plain(adapters, changed, sorted(tensors.keys() - reached - zeros), missing)
 
 
 def load_into_denoiser(
@@ -178,9 +180,7 @@ def plain_spelling(tensors: Mapping[str, Tensor], prefix: str, modules: Iterable
         is_ours = re.split(r"\.(?:lora_|alpha$)", bare)[0] in known
         return f"{prefix}{bare}" if is_ours else found
 
-    return {
-        plain(key): value if value.is_floating_point() else value.float() for key, value in tensors.items()
-    }
+    return {plain(key): value if value.is_floating_point() else value.float() for key, value in tensors.items()}
 
 
 def _layers(part: nn.Module) -> dict[str, Any]:
@@ -217,11 +217,11 @@ def _empty(module: nn.Module) -> Any:
 
 
 def _nothing_like(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape and dtype, that takes no memory if it is a matrix. A quantised one, of which PEFT asks
-    more, is itself."""
+    """A float32 tensor of the same shape, that takes no memory if it is a matrix: what is loaded beside it is not
+    rounded. A quantised one, of which PEFT asks more, is itself."""
     if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_floating_point():
         return tensor
-    zero = torch.zeros((), dtype=tensor.dtype)
+    zero = torch.zeros((), dtype=torch.float32)
     nothing = zero.expand(tensor.shape) if tensor.ndim > 1 else zero.expand(tensor.shape).clone()
     return nn.Parameter(nothing, requires_grad=False) if isinstance(tensor, nn.Parameter) else nothing
 

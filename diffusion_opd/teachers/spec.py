@@ -62,7 +62,9 @@ def _take_file(given: Any) -> None:
     if isinstance(given.path, (str, os.PathLike)) and os.path.isfile(given.path):
         for name in ("subfolder", "revision", "weight_name"):
             if (value := getattr(given, name)) is not None:
-                raise ValueError(f"{given.who}: the file {str(given.path)!r} has no `{name}`, got {value!r}; leave it out.")
+                raise ValueError(
+                    f"{given.who}: the file {str(given.path)!r} has no `{name}`, got {value!r}; leave it out."
+                )
         path = Path(given.path)
         given.path, given.weight_name = path.parent, path.name
 
