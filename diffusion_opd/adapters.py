@@ -61,6 +61,12 @@ def add_adapter(denoiser: ModelMixin, config: LoraConfig, name: str) -> None:
         parameter.requires_grad_(id(parameter) in trainable)
 
 
+def adapted_layers(module: nn.Module, adapter: str) -> dict[str, Any]:
+    """The layers that an adapter has, by their names in a module."""
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
+    return {name: layer for name, layer in layers.items() if adapter in getattr(layer, "scaling", {})}
+
+
 def without_adapters(module: Any) -> Any:
     """The module itself, without its adapters."""
     for name, layer in list(module.named_modules()):

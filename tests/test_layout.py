@@ -34,6 +34,7 @@ LAYERS = [
     ["startup", "adapters", "fingerprint"],
     ["teachers.spec"],
     ["teachers.locating", "teachers.compatible", "teachers.manifest"],
+    ["teachers.plain"],
     ["teachers.lora"],
     ["teachers.loading", "teachers.teachers"],
     ["teachers.__init__"],

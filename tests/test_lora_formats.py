@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model_state_dict, inject_adapter_in_model
 from datasets import Dataset
+from peft import get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -18,18 +18,16 @@ from diffusers import (
 )
 from peft import (
     LoHaConfig,
-    PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
-    inject_adapter_in_model,
 )
 from safetensors.torch import load_file, save_file
 
 from diffusion_opd import Teacher
 from diffusion_opd.adapters import STUDENT_ADAPTER, frozen_copy
 from diffusion_opd.denoisers import denoisers_of
-from diffusion_opd.policy import active_adapter, tuner_layers
-from diffusion_opd.teachers import check_manifest, load_teachers, manifest_of, name_teachers
+from diffusion_opd.policy import tuner_layers
+from diffusion_opd.teachers import check_manifest, manifest_of, name_teachers
 from tests.adapters import (
     LORA_FILE,
     assert_teaches,
@@ -43,7 +41,7 @@ from tests.adapters import (
     student_with_lora,
     with_lora,
 )
-from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS, clip, clip_tokenizer, denoiser, frozen
+from tests.tiny_pipelines import BUILDERS, LORA_TARGETS, clip, clip_tokenizer, denoiser, frozen
 
 PEFT_FILES = "adapter_config.json", "adapter_model.safetensors"
 

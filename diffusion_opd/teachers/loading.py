@@ -14,7 +14,8 @@ import transformers
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 
 from ..adapters import frozen_copy, with_denoiser, without_adapters
 from ..denoisers import NAMES, denoiser_of, denoisers_of
@@ -23,7 +24,7 @@ from ..files import CONFIG_NAME, INDEX_NAME, MODULAR_INDEX_NAME, absent_parts
 from ..modular import is_pipeline, load_modular, with_call
 from ..policy import check_seams
 from .compatible import check_compatible, share_parts
-from .locating import locate, read_json, sole_lora
+from .locating import locate, read_json, sole_lora, variant_in
 from .lora import add_loras, load_lora, read_loras
 from .manifest import hash_tensors
 from .spec import LoadedTeacher, Teacher, as_lora
@@ -95,7 +96,7 @@ def load_teachers(
                 if teacher.base_lora is not None:
                     base = as_lora(teacher.base_lora, f"the `base_lora` of teacher {key!r}")
                     beneath = [f"{adapter}_base"]
-                    tensors = {f"base.{name}": value for name, value in load_lora(base, pipeline, *beneath).items()}
+                    tensors = {f"base.{name}": value for name, value in load_lora(base, pipeline, beneath[0]).items()}
                 tensors |= add_loras(teacher, pipeline, adapter, loras, beneath)
                 adapter = (adapter, *beneath) if beneath else adapter
         for name in ("base_lora", "scale") if adapter is None else ():
@@ -106,7 +107,7 @@ def load_teachers(
                 check_seams(pipeline)
             check_compatible(teacher, pipeline, student)
             share_parts(pipeline, student)
-            sha256 = hash_tensors(denoiser_of(pipeline).state_dict())
+            sha256 = hash_tensors(_all_weights(pipeline, student))
         else:
             sha256 = hash_tensors(tensors)
         for part in pipeline.components.values():
@@ -114,6 +115,28 @@ def load_teachers(
                 part.requires_grad_(False).eval()
         loaded.append(LoadedTeacher(key, teacher, pipeline, adapter, sha256, commit))
     return loaded
+
+
+def _all_weights(pipeline: DiffusionPipeline, student: DiffusionPipeline) -> dict[str, Tensor]:
+    """What makes a teacher's predictions: its denoiser, all that it does not share with the student, and how strong
+    which adapters in them are."""
+    denoisers = denoisers_of(pipeline)
+    parts: dict[str, Any] = {"": denoiser_of(pipeline)} | {
+        f"{key}.": part
+        for key, part in pipeline.components.items()
+        if isinstance(part, nn.Module) and key not in denoisers and part is not getattr(student, key, None)
+    }
+    found: dict[str, Tensor] = {}
+    for prefix, part in parts.items():
+        found |= {f"{prefix}{key}": value for key, value in part.state_dict().items() if isinstance(value, Tensor)}
+        for name, layer in part.named_modules():
+            if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters:
+                found |= {
+                    f"{prefix}{name}.{adapter}.scaling": torch.tensor(float(scaling))
+                    for adapter, scaling in getattr(layer, "scaling", {}).items()
+                    if adapter in layer.active_adapters
+                }
+    return found
 
 
 def _on_a_copy(student: DiffusionPipeline, dtype: torch.dtype) -> DiffusionPipeline:
@@ -164,15 +187,15 @@ def _load_pipeline(teacher: Teacher, located: Path, commit: str | None, dtype: t
                 f"teacher {teacher.id!r}: the {name} of {teacher.source!r} is a {index[name][1]}, which this version "
                 "of diffusers has not; if it is custom code that you trust, load the pipeline yourself and give that."
             )
-        parts[name] = _load_module(teacher, cls, dtype, folder, subfolder=name, revision=commit)
+        variant = variant_in(teacher, located, commit, name)
+        parts[name] = _load_module(teacher, cls, dtype, folder, subfolder=name, revision=commit, variant=variant)
     for key, entry in index.items():
         library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
         part = getattr({"diffusers": diffusers, "transformers": transformers}.get(str(library)), str(class_name), None)
         if key not in names and isinstance(part, type) and issubclass(part, nn.Module):
             # Whole checkpoints of CLIP and T5 hold more than their encoders
-            parts[key] = _load_module(
-                teacher, part, dtype, folder, refused=["missing_keys"], subfolder=key, revision=commit
-            )
+            where: Any = {"subfolder": key, "revision": commit, "variant": variant_in(teacher, located, commit, key)}
+            parts[key] = _load_module(teacher, part, dtype, folder, refused=["missing_keys"], **where)
     with one_sentence(f"teacher {teacher.id!r}: {teacher.source!r} cannot be loaded as a pipeline"):
         return DiffusionPipeline.from_pretrained(folder, revision=commit, dtype=dtype, use_safetensors=True, **parts)
 
@@ -205,5 +228,6 @@ def _load_denoiser(
             f"teacher {teacher.id!r}: {teacher.source!r} is a {class_name}, but the student's {type(student).__name__} "
             f"runs a {expected.__name__}; give a whole pipeline instead."
         )
-    denoiser = _load_module(teacher, expected, dtype, str(teacher.path), subfolder=teacher.subfolder, revision=commit)
+    where = {"subfolder": teacher.subfolder, "revision": commit, "variant": variant_in(teacher, folder, commit)}
+    denoiser = _load_module(teacher, expected, dtype, str(teacher.path), **where)
     return with_denoiser(student, denoiser)

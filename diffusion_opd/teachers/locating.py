@@ -6,6 +6,7 @@ Of a repository, what tells what a teacher is comes first; weights are fetched w
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -51,22 +52,42 @@ def sole_lora(teacher: Teacher | Lora, folder: Path, commit: str | None, denoise
     """The only safetensors file, where there is nothing by the names that tell what a teacher is."""
     if any((folder / name).is_file() for name in [*NAMES, *map(lora_name, denoisers)]):
         return None
-    found = sorted(file.name for file in folder.glob("*.safetensors"))
-    if commit is not None:
-        inside = PurePosixPath(teacher.subfolder or "")
-        download: Any = partial(snapshot_download, str(teacher.path), revision=commit)
+    found = weights_in(teacher, folder, commit)
+    if len(found) == 1 and commit is not None:
         with contextlib.suppress(OSError):  # offline it is what the cache holds
-            listed = download(allow_patterns=str(inside / "*.safetensors"), dry_run=True)
-            paths = [PurePosixPath(file.filename) for file in listed]
-            found = sorted(path.name for path in paths if path.parent == inside)
-            if len(found) == 1:
-                download(allow_patterns=str(inside / found[0]))
+            pattern = str(PurePosixPath(teacher.subfolder or "", found[0]))
+            snapshot_download(str(teacher.path), revision=commit, allow_patterns=pattern)
     if len(found) > 1:
         raise ValueError(
             f"{teacher.who}: {teacher.source!r} holds {len(found)} safetensors files ({first_few(found)}); "
             "name the LoRA among them by `weight_name`."
         )
     return found[0] if found else None
+
+
+def weights_in(teacher: Teacher | Lora, folder: Path, commit: str | None, inside: str = "") -> list[str]:
+    """The safetensors files of a folder, or of one in it, in order."""
+    found = [file.name for file in (folder / inside).glob("*.safetensors")]
+    if commit is not None:
+        where = PurePosixPath(teacher.subfolder or "", inside)
+        download: Any = partial(snapshot_download, str(teacher.path), revision=commit)
+        with contextlib.suppress(OSError):  # offline it is what the cache holds
+            listed = download(allow_patterns=str(where / "*.safetensors"), dry_run=True)
+            paths = [PurePosixPath(file.filename) for file in listed]
+            found = [path.name for path in paths if path.parent == where]
+    return sorted(found)
+
+
+def variant_in(teacher: Teacher, folder: Path, commit: str | None, inside: str = "") -> str | None:
+    """The variant of a model's weights: the teacher's own if it is there, else none, or the only one that there is."""
+    named = (
+        re.match(r"(?:diffusion_pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors", name)
+        for name in weights_in(teacher, folder, commit, inside)
+    )
+    variants = {match[1] for match in named if match}
+    if teacher.variant is not None:
+        return teacher.variant if teacher.variant in variants or None not in variants else None
+    return variants.pop() if len(variants) == 1 else None
 
 
 def read_json(teacher: Teacher | Lora, path: Path) -> dict[str, Any]:

@@ -15,19 +15,17 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import PeftConfig, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..adapters import add_adapter, changes_base
+from ..adapters import adapted_layers, add_adapter, changes_base
 from ..denoisers import denoisers_of
 from ..errors import first_few, one_sentence, reason
 from ..files import CONFIG_NAME, INDEX_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME
 from ..fingerprint import Fingerprint, contradictions, read_fingerprint
-from ..policy import tuner_layers
 from .locating import locate, lora_names, parse_json, read_json, sole_lora
-from .plain import Adapter, load_into_denoiser, plain_spelling, read_plainly
+from .plain import Adapter, Plain, load_into_denoiser, plain_spelling, read_plainly
 from .spec import Lora, Teacher
 
 
@@ -81,9 +79,8 @@ def add_loras(
                     load_into_denoiser(pipeline, name, lora.file, lora.metadata, adapter)
             else:
                 add_lora(teacher, part, adapter, read, dtype)
-            for layer in tuner_layers(part):
-                if adapter in layer.scaling:
-                    layer.scaling[adapter] *= _scale_of(teacher, name if key in denoisers else key)
+            for layer in adapted_layers(part, adapter).values():
+                layer.scaling[adapter] *= _scale_of(teacher, key)
             prefix = f"{key}." if len(denoisers) > 1 or key != name else ""
             own = read.tensors | scalings(part, adapter)
             found |= {f"{prefix}{entry}": value for entry, value in own.items()}
@@ -199,43 +196,41 @@ def _read_diffusers_lora(
     prefix, denoiser = f"{name.removesuffix('_2')}.", denoisers_of(student)[name]
     spelt = plain_spelling(tensors, prefix, _modules(denoiser))
     differs = spelt.keys() != tensors.keys() or any(spelt[key].dtype != tensors[key].dtype for key in spelt)
-    why = ""
+    failures = []
     for file in (tensors, spelt) if differs else (tensors,):
         converted: dict[str, Tensor] = {}
         try:
             plain = read_plainly(student, name, file, metadata, converted)
         except Exception as error:
-            why = (
-                why
-                or _another_model(denoiser, prefix, converted)
-                or f"{_unreadable(student, tensors)}: {reason(error)}"
-            )
-            continue
-        if not plain.unread and not plain.missing and name in plain.adapters:
-            for adapter in plain.adapters.values() if not (metadata or plain.changes_base) else ():
-                adapter.config.target_modules = _exactly(adapter.tensors)
-            return ReadLora(plain.adapters, fingerprint, plain.changes_base, file, metadata)
-        why = why or _another_model(denoiser, prefix, converted)
-        if any("dora_scale" in key for key in plain.unread):
-            scales = [key for key in plain.unread if "dora_scale" in key]
-            why = why or f"is a DoRA in a format that diffusers cannot read, e.g. {first_few(scales)}"
-        elif plain.unread and len(plain.unread) < len(tensors):
-            leaves = f"the `load_lora_weights` of {type(student).__name__} leaves out, e.g. {first_few(plain.unread)}"
-            why = why or f"holds {len(plain.unread)} tensors that {leaves}"
-        elif plain.missing:
-            why = why or f"lacks {len(plain.missing)} tensors of its layers, e.g. {first_few(plain.missing)}"
+            why = f"{_unreadable(student, tensors)}: {reason(error).rstrip('.')}"
         else:
-            why = why or _unreadable(student, tensors)
-    raise ValueError(f"{teacher.who}: the LoRA {_file(teacher, weights)!r} {why.rstrip('.')}.")
+            if not plain.unread and not plain.missing and name in plain.adapters:
+                for adapter in plain.adapters.values() if not (metadata or plain.changes_base) else ():
+                    adapter.config.target_modules = _exactly(adapter.tensors)
+                return ReadLora(plain.adapters, fingerprint, plain.changes_base, file, metadata)
+            why = _what_is_left(student, tensors, plain)
+        failures.append(_another_model(denoiser, prefix, converted) or why)
+    what = teacher.source if teacher.weight_name is None else f"{teacher.source}/{weights.name}"
+    raise ValueError(f"{teacher.who}: the LoRA {what!r} {failures[0]}.")
+
+
+def _what_is_left(student: DiffusionPipeline, tensors: Mapping[str, Tensor], plain: Plain) -> str:
+    """What of a file reaches nothing, or what it lacks, in words."""
+    if scales := [key for key in plain.unread if "dora_scale" in key]:
+        return f"is a DoRA in a format that diffusers cannot read, e.g. {first_few(scales)}"
+    if plain.unread and len(plain.unread) < len(tensors):
+        return (
+            f"holds {len(plain.unread)} tensors that the `load_lora_weights` of {type(student).__name__} leaves out, "
+            f"e.g. {first_few(plain.unread)}"
+        )
+    if plain.missing:
+        return f"lacks {len(plain.missing)} tensors of its layers, e.g. {first_few(plain.missing)}"
+    return _unreadable(student, tensors)
 
 
 def _unreadable(student: DiffusionPipeline, tensors: Iterable[str]) -> str:
-    odd = [key for key in tensors if "lora" not in key] or list(tensors)
-    return f"is in a format that the `load_lora_weights` of {type(student).__name__} does not read, with keys as {min(odd)}"
-
-
-def _file(teacher: Teacher | Lora, weights: Path) -> str:
-    return teacher.source if teacher.weight_name is None else f"{teacher.source}/{weights.name}"
+    key = min([key for key in tensors if "lora" not in key] or tensors)
+    return f"is in a format that the `load_lora_weights` of {type(student).__name__} does not read, with keys as {key}"
 
 
 def _exactly(tensors: Iterable[str]) -> str:
@@ -333,5 +328,5 @@ def _without_rank(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def scalings(denoiser: nn.Module, adapter: str) -> dict[str, Tensor]:
-    layers = {key: layer for key, layer in denoiser.named_modules() if isinstance(layer, BaseTunerLayer)}
-    return {f"{k}.scaling": torch.tensor(v.scaling[adapter]) for k, v in layers.items() if adapter in v.scaling}
+    layers = adapted_layers(denoiser, adapter)
+    return {f"{name}.scaling": torch.tensor(layer.scaling[adapter]) for name, layer in layers.items()}

@@ -20,18 +20,17 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from ..adapters import changes_base, without_adapters
+from ..adapters import adapted_layers, changes_base, without_adapters
 from ..denoisers import denoisers_of
 
 ADAPTER = "read"
 
-# What wraps a denoiser leaves its name in those of its tensors, ComfyUI its own word for it, and PEFT the adapter's name
+# What wraps a denoiser leaves its name in those of its tensors, ComfyUI its word for a denoiser, and PEFT the adapter's
 _WRAPPERS = re.compile(
     r"^(?:base_model\.model\.|module\.|(?:model\.)?diffusion_model\.)+"
     r"|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\."
@@ -101,13 +100,14 @@ def read_plainly(
     for key, part in twin.components.items():
         if not isinstance(part, nn.Module) or ADAPTER not in (getattr(part, "peft_config", None) or {}):
             continue
-        layers = _layers(part)
+        layers = adapted_layers(part, ADAPTER)
         state = get_peft_model_state_dict(part, adapter_name=ADAPTER)
         scaling = {module: layer.scaling[ADAPTER] for module, layer in layers.items()}
         arrived = [p for layer in layers.values() for p in [*layer.parameters(), *layer.buffers()]]
         reached |= origins.of([*arrived, *scaling.values()])
         numbers = {module: float(value) for module, value in scaling.items()}
-        adapters[name if key == first else key] = Adapter(state, part.peft_config[ADAPTER], numbers)
+        configs: Any = part.peft_config
+        adapters[name if key == first else key] = Adapter(state, configs[ADAPTER], numbers)
     reached |= origins.of(denoiser.parameters())
     changed = base.keys() != base.keys() & {id(p) for p in denoiser.parameters()} or any(
         parameter._version for parameter in base.values()
@@ -181,14 +181,6 @@ def plain_spelling(tensors: Mapping[str, Tensor], prefix: str, modules: Iterable
         return f"{prefix}{bare}" if is_ours else found
 
     return {plain(key): value if value.is_floating_point() else value.float() for key, value in tensors.items()}
-
-
-def _layers(part: nn.Module) -> dict[str, Any]:
-    return {
-        key: layer
-        for key, layer in part.named_modules()
-        if isinstance(layer, BaseTunerLayer) and ADAPTER in getattr(layer, "scaling", {})
-    }
 
 
 def _twin(pipeline: DiffusionPipeline, name: str, denoiser: nn.Module) -> DiffusionPipeline:
