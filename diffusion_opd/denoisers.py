@@ -6,6 +6,7 @@ Several are trained as one module, [`Denoisers`]; one is itself. This file knows
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate.utils import extract_model_from_parallel
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
@@ -53,9 +54,9 @@ class Denoisers(nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         return any(part.is_gradient_checkpointing for part in parts_of(self).values())
 
-    def enable_gradient_checkpointing(self) -> None:
+    def enable_gradient_checkpointing(self, checkpoint: Any = None) -> None:
         for part in parts_of(self).values():
-            part.enable_gradient_checkpointing()
+            part.enable_gradient_checkpointing(checkpoint)
 
     @property
     def _repeated_blocks(self) -> list[str]:
@@ -88,6 +89,30 @@ def denoisers_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
             f"`transformer_2`) or a `unet`; got {sorted(pipeline.components)}."
         )
     return found
+
+
+def take_wrappers_off(pipeline: DiffusionPipeline) -> list[str]:
+    """Puts modules in the place of what wraps them (`torch.compile(module)`, DDP), which would leave its name in the
+    keys of all that is saved. Returns of which parts."""
+    found = []
+    for key, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and (inner := _unwrapped(part)) is not part:
+            vars(pipeline)[key] = inner  # past `DiffusionPipeline.__setattr__`, which writes into the config
+            found.append(key)
+    return found
+
+
+def unwrap_blocks(module: nn.Module) -> bool:
+    """Does so within a module. Returns whether anything was wrapped."""
+    found = {name: inner for name, part in module.named_modules() if (inner := _unwrapped(part)) is not part}
+    for name, inner in found.items():
+        if not any(name.startswith(f"{outer}.") for outer in found):
+            module.set_submodule(name, inner)
+    return bool(found)
+
+
+def _unwrapped(module: nn.Module) -> Any:
+    return extract_model_from_parallel(module, keep_torch_compile=False)
 
 
 def denoiser_of(pipeline: DiffusionPipeline) -> Any:

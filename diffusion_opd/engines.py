@@ -13,14 +13,35 @@ from accelerate.utils import DistributedType, DynamoBackend, FullyShardedDataPar
 from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .config import DiffusionConfig
 from .denoisers import Denoisers, parts_of
+from .policy import tuner_layers
 
 logger = get_logger(__name__)
 
 GRAPHS_PER_PARTY = 8  # with and without gradient, and for a few shapes
+
+
+def checkpoint_block(block: Any, *args: Any) -> Any:
+    """A block whose activations are computed again in the backward pass, with its LoRAs as strong as they were:
+    diffusers scales them (`scale` of `joint_attention_kwargs`) for the duration of the denoiser's forward alone."""
+    layers: list[Any] = tuner_layers(block) if isinstance(block, nn.Module) else []
+    strengths = [dict(layer.scaling) for layer in layers]
+
+    def run(*args: Any) -> Any:
+        before = [layer.scaling for layer in layers]
+        for layer, strength in zip(layers, strengths, strict=True):
+            layer.scaling = strength
+        try:
+            return block(*args)
+        finally:
+            for layer, strength in zip(layers, before, strict=True):
+                layer.scaling = strength
+
+    return checkpoint(run, *args, use_reentrant=False)
 
 
 def settle_arguments(args: DiffusionConfig, denoiser: ModelMixin) -> None:
@@ -38,7 +59,7 @@ def settle_arguments(args: DiffusionConfig, denoiser: ModelMixin) -> None:
             )
         # Trainer would call methods that no diffusers model has. Enabled the diffusers way, then hidden from
         # Trainer: `activation_checkpointing` is transformers' other name of the same flag
-        denoiser.enable_gradient_checkpointing()
+        denoiser.enable_gradient_checkpointing(checkpoint_block)
         args.gradient_checkpointing = args.activation_checkpointing = False
     if isinstance(denoiser, Denoisers) and is_deepspeed_zero3_enabled():
         # Its first backward pass of a step overwrites the gradients of the step before; to those of a denoiser that has

@@ -1,11 +1,14 @@
 """What is wrong, in one sentence: for the errors of libraries, and for values that are shown in a message."""
 
 import contextlib
+import logging
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import diffusers
+import transformers.utils.logging
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -73,3 +76,21 @@ def one_sentence(what: str, without_safetensors: str = "") -> Iterator[None]:
         if MISSING_SAFETENSORS.search(str(error)):
             what += without_safetensors
         raise ValueError(f"{what}: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def without_reports() -> Iterator[None]:
+    """Without what diffusers and transformers tell about a loading, which is looked at here, and without their bars."""
+    loggings = diffusers.logging, transformers.utils.logging
+    before = [each.get_verbosity() for each in loggings]
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    for each in loggings:
+        each.set_verbosity(logging.CRITICAL)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for each, verbosity in zip(loggings, before, strict=True):
+            each.set_verbosity(verbosity)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

@@ -14,6 +14,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import transformers
 from accelerate.logging import get_logger
 from accelerate.utils import disable_fsdp_ram_efficient_loading
 from diffusers import DiffusionPipeline, ModelMixin
@@ -31,8 +32,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from .adapters import STUDENT_ADAPTER, changes_base, inject
 from .checkpoints import give_ordinary_mode, is_checkpoint
 from .config import DiffusionConfig
-from .denoisers import NAMES, denoiser_of, denoisers_of
-from .errors import brief, one_sentence, why_not
+from .denoisers import NAMES, denoiser_of, denoisers_of, take_wrappers_off, unwrap_blocks
+from .errors import brief, listed, one_sentence, why_not, without_reports
 from .files import (
     INDEX_NAME,
     MODULAR_INDEX_NAME,
@@ -299,14 +300,15 @@ def load_student(
         hub = {key: init_kwargs[key] for key in HUB_KWARGS & init_kwargs.keys()}
         index, is_modular = _read_index(str(model), hub)
         init_kwargs = absent_parts(index) | init_kwargs
-        if isinstance(word := init_kwargs.get("dtype"), str):  # from YAML or a flag
-            init_kwargs["dtype"] = getattr(torch, word, word)
-        if not isinstance(init_kwargs.get("dtype"), (torch.dtype, dict, type(None))):
-            raise ValueError(f"`model_init_kwargs`: dtype {word!r} is none of torch's, e.g. 'bfloat16'.")
-        if "dtype" not in init_kwargs and "torch_dtype" not in init_kwargs:
+        if "torch_dtype" in init_kwargs:  # what it was called before
+            init_kwargs.setdefault("dtype", init_kwargs.pop("torch_dtype"))
+        if init_kwargs.get("dtype") is not None:
+            init_kwargs["dtype"] = _as_dtypes(init_kwargs["dtype"])
+        else:
             names = [name for name in NAMES if index.get(name, [None])[0]] or ["transformer"]
             denoiser_dtype = torch.float32 if peft_config is None and lora is None else args.mixed_dtype
             init_kwargs["dtype"] = dict.fromkeys(names, denoiser_dtype) | {"default": args.mixed_dtype}
+        _check_encoders(str(model), index, init_kwargs)
         unsafe = " from safetensors (`model_init_kwargs={'use_safetensors': False}` reads pickles that you trust)"
         unsafe = unsafe if init_kwargs["use_safetensors"] else ""
         with whole_modules(), one_sentence(f"the student {str(model)!r} cannot be loaded", unsafe):
@@ -314,10 +316,22 @@ def load_student(
                 pipeline = load_modular(str(model), hub, **{k: v for k, v in init_kwargs.items() if k not in hub})
             else:
                 pipeline = DiffusionPipeline.from_pretrained(model, **init_kwargs)
+    wrapped = take_wrappers_off(pipeline)
+    denoisers: dict[str, Any] = denoisers_of(pipeline)
+    wrapped += [name for name, denoiser in denoisers.items() if unwrap_blocks(denoiser)]
+    if wrapped:
+        logger.warning(
+            f"The student's {listed(wrapped, 'and')} came compiled, or wrapped for several processes, and is trained "
+            "without; `torch_compile=True` compiles what is trained."
+        )
     check_seams(pipeline)
     check(pipeline)
-    denoisers: dict[str, Any] = denoisers_of(pipeline)
     for name, denoiser in denoisers.items():
+        if any(getattr(module, "fused_projections", False) for module in denoiser.modules()):
+            raise ValueError(
+                f"the student's {name} has fused projections, whose weights are copies of those that are saved; load "
+                "the pipeline anew, without `fuse_qkv_projections()`."
+            )
         if tuner_layers(denoiser):
             raise ValueError(
                 f"the student's {name} carries adapters already; call `pipeline.fuse_lora()` and "
@@ -338,6 +352,12 @@ def load_student(
                 )
             part.requires_grad_(False).eval()
     if peft_config is None and lora is None:
+        for name, denoiser in denoisers.items():
+            if _is_quantised(denoiser):
+                raise ValueError(
+                    f"the student's {name} is quantised, and cannot be trained in full; train a LoRA of it by "
+                    "`peft_config`, or load it without `quantization_config`."
+                )
         parts = {key: part for key, part in pipeline.components.items() if isinstance(part, nn.Module)}
         for denoiser in denoisers.values():
             # Not by its own `to`, which warns of modules that diffusers keeps in float32
@@ -364,9 +384,50 @@ def load_student(
     return pipeline
 
 
+def _as_dtypes(value: Any) -> Any:
+    """A dtype, or one for each part, by itself or by its name (from YAML or a flag)."""
+    if isinstance(value, Mapping):
+        return {key: _as_dtypes(one) for key, one in value.items()}
+    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"`model_init_kwargs`: dtype {value!r} is none of torch's, e.g. 'bfloat16'.")
+    return dtype
+
+
+def _check_encoders(model: str, index: Mapping[str, Any], init_kwargs: Mapping[str, Any]) -> None:
+    """Refuses encoders whose files lack tensors: transformers makes random ones in their place. Read without their
+    data."""
+    where = {key: init_kwargs[key] for key in ("variant", "use_safetensors", *HUB_KWARGS) if key in init_kwargs}
+    for key, entry in index.items():
+        library, name = entry[:2] if isinstance(entry, (list, tuple)) and len(entry) > 1 else ("", "")
+        cls: Any = getattr(transformers, str(name), None) if library == "transformers" else None
+        if key in init_kwargs or not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+            continue
+        encoder: Any = cls
+        try:
+            with whole_modules(), without_reports():
+                _, info = encoder.from_pretrained(
+                    model, subfolder=key, output_loading_info=True, device_map="meta", **where
+                )
+        except Exception:  # why it cannot be loaded is said when it is loaded
+            continue
+        if missing := info["missing_keys"]:
+            raise ValueError(
+                f"the student {model!r} lacks {len(missing)} tensors of its {key}, e.g. {min(missing)}; are its files "
+                "complete?"
+            )
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    return any(
+        type(p.data) is not torch.Tensor or not p.is_floating_point() or p.itemsize == 1 for p in module.parameters()
+    )
+
+
 def _add_lora(name: str, denoiser: Any, config: Any) -> None:
     """Adds a denoiser's LoRA, to be trained."""
-    if not config.target_modules and not config.target_parameters:  # PEFT would look for `model_type`
+    config = _by_modules(name, denoiser, config)
+    if not config.target_modules:  # PEFT would look for `model_type`
         raise ValueError(
             "`peft_config` names no `target_modules`; give some, e.g. ['to_q', 'to_k', 'to_v', 'to_out.0']."
         )
@@ -384,6 +445,24 @@ def _add_lora(name: str, denoiser: Any, config: Any) -> None:
     with one_sentence(f"`peft_config` does not fit {type(denoiser).__name__}"):
         inject(denoiser, config, STUDENT_ADAPTER)
     cast_training_params(denoiser)
+
+
+def _by_modules(name: str, denoiser: nn.Module, config: LoraConfig) -> LoraConfig:
+    """A config whose `target_parameters`, which plain diffusers loads none of, are named by their layers."""
+    if not config.target_parameters:
+        return config
+    layers = {key for key, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
+    found = {key for key in layers for wanted in config.target_parameters if f".{key}.weight".endswith(f".{wanted}")}
+    known = {wanted for wanted in config.target_parameters for key in found if f".{key}.weight".endswith(f".{wanted}")}
+    targets = config.target_modules or []
+    if (unknown := sorted(set(config.target_parameters) - known)) or isinstance(targets, str):
+        raise ValueError(
+            f"`peft_config`: `target_parameters` {unknown or sorted(known)} of the {name} cannot be loaded by plain "
+            "diffusers; name linear layers in a list of `target_modules`."
+        )
+    config = copy.copy(config)
+    config.target_modules, config.target_parameters = [*targets, *sorted(found)], None
+    return config
 
 
 def answer_beside(denoiser: nn.Module, part: nn.Module, compute_dtype: torch.dtype) -> None:

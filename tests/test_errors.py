@@ -453,7 +453,7 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
     "a file for a folder": (
         lambda w: w.opd(teachers=str(w.folder / "file")),
         ValueError,
-        "teacher 'file' ... /file' is a file ... `weight_name`",
+        "teacher 'file': file of ... is no safetensors file",
     ),
     "an empty folder": (
         lambda w: w.opd(teachers=str(w.folder / "empty")),

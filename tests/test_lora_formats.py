@@ -199,7 +199,7 @@ READ: dict[str, Callable[[], dict]] = {
         f"{family}: biases": partial(
             lambda f: with_biases(f, in_diffusers(f, updates(f)), lambda key: key.replace("weight", "bias")), family
         )
-        for family in ("sd15", "sd3", "flux", "wan")
+        for family in ("sd15", "sdxl", "sd3", "flux", "wan")
     },
 }
 
@@ -232,7 +232,7 @@ LEFT = {
 }
 
 
-@pytest.mark.parametrize("family", ["sd3", "sdxl", "flux", "flux2_klein", "qwenimage", "zimage", "wan", "ltx"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "flux2_klein", "qwenimage", "zimage", "wan", "ltx"])
 def test_names_of_wrappers(family: str, tmp_path):
     update = updates(family)
     plain = save(tmp_path / "plain", in_diffusers(family, update))
@@ -342,21 +342,27 @@ def test_scales_of_parts(tmp_path):
     torch.testing.assert_close(draw(loaded.pipeline, "sd15", loaded.adapter), draw(pipe, "sd15"))
 
 
-def test_kohyas_names_of_the_encoder(tmp_path):
-    tensors = spelt(updates("sd15"), flat("lora_unet_"), *KOHYA, alpha=ALPHA)
+@pytest.mark.parametrize(
+    ("family", "encoders"),
+    [("sd15", {"te": "text_encoder"}), ("sdxl", {"te1": "text_encoder", "te2": "text_encoder_2"})],
+)
+def test_kohyas_names_of_the_encoders(family: str, encoders: dict[str, str], tmp_path):
+    unet = spelt(updates(family), flat("lora_unet_"), *KOHYA, alpha=ALPHA)
     generator = torch.Generator().manual_seed(2)
-    for layer, part in [(0, "q"), (0, "out"), (1, "q"), (1, "out")]:  # diffusers knows the format by `out`
-        name = f"lora_te_text_model_encoder_layers_{layer}_self_attn_{part}_proj"
-        width = BUILDERS["sd15"](0).text_encoder.config.hidden_size
-        tensors |= {
-            f"{name}.lora_down.weight": torch.randn(4, width, generator=generator),
-            f"{name}.lora_up.weight": torch.randn(width, 4, generator=generator),
-            f"{name}.alpha": torch.tensor(2.0),
-        }
-    folder = save(tmp_path, tensors)
-    unet = save(tmp_path / "unet", {key: value for key, value in tensors.items() if "lora_te" not in key})
-    assert not torch.allclose(by_diffusers(folder, "sd15"), by_diffusers(unet, "sd15"), rtol=1e-2)
-    assert_teaches(folder, "sd15", by_diffusers(folder, "sd15"))
+    both = dict(unet)
+    for short, name in encoders.items():
+        width = getattr(BUILDERS[family](0), name).config.hidden_size
+        for layer, part in [(0, "q"), (0, "out"), (1, "q"), (1, "out")]:  # diffusers knows the format by `out`
+            key = f"lora_{short}_text_model_encoder_layers_{layer}_self_attn_{part}_proj"
+            both |= {
+                f"{key}.lora_down.weight": torch.randn(4, width, generator=generator),
+                f"{key}.lora_up.weight": torch.randn(width, 4, generator=generator),
+                f"{key}.alpha": torch.tensor(2.0),
+            }
+    folder = save(tmp_path / "both", both)
+    alone = by_diffusers(save(tmp_path / "unet", unet), family)
+    assert not torch.allclose(by_diffusers(folder, family), alone, rtol=1e-2)
+    assert_teaches(folder, family, by_diffusers(folder, family))
 
 
 def test_prompts_are_encoded_with_the_teachers_own_encoders(tmp_path):
@@ -440,6 +446,8 @@ def test_norms_that_a_control_lora_replaces(tmp_path):
     [
         ("wan", {"diffusion_model.blocks.0.self_attn.norm_q.diff": torch.ones(24)}),
         ("sd3", {"transformer.transformer_blocks.0.attn.to_q.alpha": torch.tensor(1.0)}),
+        ("sdxl", {"unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.alpha": torch.tensor(1.0)}),
+        ("sd15", {"unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.dora_scale": torch.ones(32)}),
         ("sd3", {"text_encoder_3.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight": torch.ones(4, 32)}),
         ("sdxl", {"text_encoder_7.layers.0.q_proj.lora_A.weight": torch.ones(4, 32)}),
         ("qwenimage", {"anything": torch.ones(3)}),
@@ -456,6 +464,16 @@ def test_a_tensor_that_reaches_nothing_is_named(family: str, more: dict, tmp_pat
     sentence = str(refused.value)
     assert sentence.startswith("teacher 't': ") and "\n" not in sentence and len(sentence) < 700
     assert next(iter(more)) in sentence, sentence
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+@pytest.mark.parametrize("kind", ["hada_w1_a", "lokr_w1"])
+def test_adapters_of_other_kinds_are_refused(family: str, kind: str, tmp_path):
+    name = flat("lora_unet_") if family == "sdxl" else dotted("transformer.")
+    folder = save(tmp_path, {f"{name(module)}.{kind}": a for module, (a, _) in updates(family).items()})
+    with pytest.raises(ValueError, match=r"^teacher 't': the LoRA .* does not read, with keys as") as refused:
+        load(Teacher(folder, id="t"), BUILDERS[family](0))
+    assert "\n" not in str(refused.value) and kind in str(refused.value)
 
 
 def test_reading_leaves_the_student_as_it_was(tmp_path):

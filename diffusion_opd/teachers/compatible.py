@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from ..denoisers import denoisers_of
 from ..files import name_or_path
 from ..scheduler_proxy import is_flow, own_scheduler
+from .manifest import plain_tensors
 from .spec import Teacher
 
 
@@ -61,7 +62,8 @@ def same_weights(a: nn.Module, b: nn.Module, besides: tuple[str, ...] = ()) -> b
     if a is b:
         return True
     mine, theirs = (
-        {key: value for key, value in module.state_dict().items() if not key.startswith(besides)} for module in (a, b)
+        {key: value for key, value in plain_tensors(module.state_dict()).items() if not key.startswith(besides)}
+        for module in (a, b)
     )
     if mine.keys() != theirs.keys():
         return False

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..adapters import frozen_copy, with_denoiser, without_adapters
-from ..denoisers import NAMES, denoiser_of, denoisers_of
+from ..denoisers import NAMES, denoiser_of, denoisers_of, take_wrappers_off
 from ..errors import first_few, one_sentence
 from ..files import CONFIG_NAME, INDEX_NAME, MODULAR_INDEX_NAME, absent_parts
 from ..modular import is_pipeline, load_modular, with_call
@@ -59,6 +59,7 @@ def load_teachers(
         commit = None
         if is_pipeline(teacher.path):
             pipeline = copy.copy(with_call(teacher.path))
+            take_wrappers_off(pipeline)
             for name, part in denoisers_of(pipeline).items():
                 if part in own.values():
                     raise ValueError(
@@ -228,6 +229,6 @@ def _load_denoiser(
             f"teacher {teacher.id!r}: {teacher.source!r} is a {class_name}, but the student's {type(student).__name__} "
             f"runs a {expected.__name__}; give a whole pipeline instead."
         )
-    where = {"subfolder": teacher.subfolder, "revision": commit, "variant": variant_in(teacher, folder, commit)}
+    where: Any = {"subfolder": teacher.subfolder, "revision": commit, "variant": variant_in(teacher, folder, commit)}
     denoiser = _load_module(teacher, expected, dtype, str(teacher.path), **where)
     return with_denoiser(student, denoiser)

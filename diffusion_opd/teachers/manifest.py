@@ -64,9 +64,22 @@ def check_manifest(checkpoint: str | os.PathLike, teachers: Iterable[LoadedTeach
             )
 
 
+def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same in ordinary tensors: quantised ones are made of several."""
+    found: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        if hasattr(value, "__tensor_flatten__"):
+            parts = {f"{key}.{name}": getattr(value, name) for name in value.__tensor_flatten__()[0]}
+            found |= plain_tensors(parts)
+        else:
+            found[key] = value
+    return found
+
+
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
+    tensors = plain_tensors(tensors)
     for key in sorted(tensors):
         value = tensors[key].detach().cpu().contiguous()
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())

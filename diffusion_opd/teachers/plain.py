@@ -7,26 +7,23 @@ it arrives.
 This file knows pipelines and the files of LoRAs, and no trainer, loss or data.
 """
 
-import contextlib
 import copy
 import functools
-import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from ..adapters import adapted_layers, changes_base, without_adapters
 from ..denoisers import denoisers_of
+from ..errors import without_reports
 
 ADAPTER = "read"
 
@@ -148,24 +145,10 @@ def load_plainly(
     own = vars(pipeline)
     own["lora_state_dict"] = lora_state_dict
     try:
-        with _quiet():
+        with without_reports():
             pipeline.load_lora_weights(tensors, adapter_name=adapter)
     finally:
         del own["lora_state_dict"]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings of diffusers about what it leaves out, which is looked at here, and without bars."""
-    before, bars = diffusers.logging.get_verbosity(), is_progress_bar_enabled()
-    diffusers.logging.set_verbosity(logging.CRITICAL)
-    disable_progress_bar()
-    try:
-        yield
-    finally:
-        diffusers.logging.set_verbosity(before)
-        if bars:
-            enable_progress_bar()
 
 
 def plain_spelling(tensors: Mapping[str, Tensor], prefix: str, modules: Iterable[str]) -> dict[str, Tensor]:
