@@ -13,6 +13,7 @@ import torch
 from accelerate.logging import get_logger
 from diffusers import ModularPipeline
 from huggingface_hub import ModelCard, ModelCardData
+from transformers.utils import hf_api
 from trl.trainer.base_trainer import _BaseTrainer
 
 from .adapters import STUDENT_ADAPTER
@@ -56,6 +57,19 @@ class Publishing(_BaseTrainer):
         ):
             super().init_hf_repo(token=token, private=private)
         self.student.repo_id = self.hub_model_id
+        self._make_branch(self.args.hub_revision, token)
+
+    # An upload to a branch that is not there fails, after the training
+    def _make_branch(self, revision: str | None, token: str | None) -> None:
+        if revision is None or revision.startswith("refs/") or not self.is_world_process_zero():
+            return
+        with one_sentence(
+            f"the repository {self.hub_model_id!r} has no branch {revision!r}, and it cannot be made (a `hub_token` that "
+            "may write, or another `hub_revision`)"
+        ):
+            hf_api().create_branch(
+                self.hub_model_id, branch=revision, token=token or self.args.hub_token, exist_ok=True
+            )
 
     # With `save_total_limit=1` it may delete the last checkpoint, and `on_train_end` comes after that
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
