@@ -7,6 +7,7 @@ callbacks/, what is published is publishing.py's, and the weights are the studen
 """
 
 import contextlib
+import copy
 import json
 import os
 import textwrap
@@ -46,6 +47,7 @@ from .checks import check_helpers
 from .config import DiffusionConfig, computes_in_bf16
 from .data import Data
 from .denoisers import Denoisers, denoiser_of
+from .disclosure import disclosed
 from .encode_cache import EncodeCache
 from .engines import all_touched, compile_blocks, settle_arguments, settle_fsdp, take_compilation
 from .errors import listed, reason
@@ -67,7 +69,10 @@ CHECK_PROMPTS = ["a cat", "a dog"]  # a batch, and short enough for any tokenize
 
 
 class _Config(FrozenDict):
-    """A denoiser's config as transformers' tracker callbacks read it."""
+    """A denoiser's config as transformers' tracker callbacks read it, and tell others."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__({key: disclosed(one) if key == "_name_or_path" else one for key, one in config.items()})
 
     def to_json_string(self) -> str:
         return json.dumps(self, indent=2, default=str)
@@ -124,7 +129,7 @@ class DiffusionTrainer(Publishing):
         start: Any = None,
         **kwargs: Any,
     ):
-        self._named, self._start = named, None if start is None else as_lora(start).source
+        self._named, self._start = named, None if start is None else as_lora(start).origin
         self.student, self.data, self.tasks = Student(pipeline), data, data.tasks
         self.pipeline = pipeline
         self.trains_lora, model = self.student.trains_lora, self.student.denoiser
@@ -626,7 +631,9 @@ class DiffusionTrainer(Publishing):
             return
         output_dir = output_dir or self.args.output_dir
         self.student.save(output_dir, state_dict)
-        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+        settings = copy.copy(self.args)  # as others may read them: a checkpoint may be pushed
+        settings.__dict__ = {name: disclosed(getattr(settings, name), name) for name in settings.__dataclass_fields__}
+        torch.save(settings, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     # The card is among what it pushes, and what it overwrites is unsealed first; `on_save` comes after
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -13,6 +13,7 @@ from accelerate.utils import DynamoBackend
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
+from .disclosure import disclosed
 from .errors import listed
 from .objectives import OBJECTIVES
 from .transitions import TRANSITIONS, Kernel
@@ -307,6 +308,10 @@ class DiffusionConfig(_BaseConfig):
                 )
         if self.image_steps is not None and self.image_steps < 0:
             raise ValueError(f"`image_steps` must be at least 0 (never) or None (at the end), got {self.image_steps}.")
+
+    # What trackers are told, and some of them publish
+    def to_dict(self) -> dict[str, Any]:
+        return disclosed(super().to_dict())
 
     @property
     def num_learnt_steps(self) -> int:

@@ -25,7 +25,8 @@ def absent_parts(index: Mapping[str, Any]) -> dict[str, Any]:
 def name_or_path(pipeline: DiffusionPipeline) -> str | None:
     """The folder or repository that a pipeline was loaded from."""
     # diffusers has no public name for it
-    return pipeline.config.get("_name_or_path") or getattr(pipeline, "_pretrained_model_name_or_path", None)
+    found = pipeline.config.get("_name_or_path") or getattr(pipeline, "_pretrained_model_name_or_path", None)
+    return None if found is None else str(found)  # it may be a `Path`
 
 
 def lora_name(denoiser: str) -> str:

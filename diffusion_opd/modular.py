@@ -23,7 +23,8 @@ from diffusers.guiders import BaseGuidance
 from diffusers.modular_pipelines import PipelineState
 from greenlet import getcurrent
 
-from .files import MODULAR_INDEX_NAME
+from .disclosure import forget_places
+from .files import CONFIG_NAME, INDEX_NAME, MODULAR_INDEX_NAME
 
 # Each block around the one that fails logs the whole traceback of what is raised anyway; within a paused call it may be
 # caught
@@ -86,8 +87,10 @@ def save_pipeline(pipeline: Any, folder: str | os.PathLike, repo_id: str | None 
         repo_id (`str`, *optional*): Where it will be on the Hub. The index of a modular pipeline says where each
             component is: there, or in the folder.
     """
+    configs = [Path(folder, INDEX_NAME), *(Path(folder, name, CONFIG_NAME) for name in pipeline.components)]
     if not isinstance(pipeline, ModularPipeline):
         pipeline.save_pretrained(folder)
+        forget_places(configs)
         return
     config = copy.deepcopy(dict(pipeline.config))
     pipeline.save_pretrained(os.fspath(folder), overwrite_modular_index=True)
@@ -98,6 +101,7 @@ def save_pipeline(pipeline: Any, folder: str | os.PathLike, repo_id: str | None 
         if repo_id is not None and isinstance(entry, list) and len(entry) == 3 and Path(folder, name).is_dir():
             entry[2]["pretrained_model_name_or_path"] = repo_id
     index.write_text(json.dumps(content, indent=2) + "\n")
+    forget_places(configs if repo_id is None else [*configs, index])  # where it is read from here, unless it goes up
 
 
 def _class_with_call(cls: Any, blocks: Any, has_guider: bool) -> Any:

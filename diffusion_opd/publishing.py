@@ -4,16 +4,18 @@ transformers' Trainer uploads its own file names, i.e. no weights of a denoiser,
 its library and shows a chat.
 """
 
-import os
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from diffusers import ModularPipeline
-from huggingface_hub import ModelCard, ModelCardData
-from transformers.utils import hf_api
+from huggingface_hub import CommitInfo, CommitOperationAdd, ModelCard, ModelCardData
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import PushInProgress, hf_api
 from trl.trainer.base_trainer import _BaseTrainer
 
 from .adapters import STUDENT_ADAPTER
@@ -21,6 +23,7 @@ from .callbacks.pictures import BESIDE, IMAGES_DIR
 from .callbacks.sounds import makes_sound
 from .config import DiffusionConfig
 from .data import Data
+from .disclosure import disclosed, is_repository
 from .errors import brief, one_sentence
 from .files import INDEX_NAME, LORA_NAME, MODULAR_INDEX_NAME, name_or_path
 from .inputs import PROMPT, sample_arguments
@@ -37,6 +40,8 @@ class Publishing(_BaseTrainer):
     args: DiffusionConfig
     student: Student
     data: Data
+    hub_model_id: Any  # what Trainer sets
+    push_in_progress: Any
 
     _tag_names = ["trl", "diffusion-opd"]
     _has_card = False  # of this run
@@ -64,8 +69,8 @@ class Publishing(_BaseTrainer):
         if revision is None or revision.startswith("refs/") or not self.is_world_process_zero():
             return
         with one_sentence(
-            f"the repository {self.hub_model_id!r} has no branch {revision!r}, and it cannot be made (a `hub_token` that "
-            "may write, or another `hub_revision`)"
+            f"the repository {self.hub_model_id!r} has no branch {revision!r}, and it cannot be made (a `hub_token` "
+            "that may, or another `hub_revision`)"
         ):
             hf_api().create_branch(
                 self.hub_model_id, branch=revision, token=token or self.args.hub_token, exist_ok=True
@@ -91,8 +96,35 @@ class Publishing(_BaseTrainer):
                 )
                 job.jobs = [other for other in job.jobs if other is not upload]
 
-    # It copies what is pushed into `output_dir`, and pushes it, within one call; `on_push_begin` knows no folder, and
-    # `on_save` comes when the upload runs
+    # transformers' own uploads whatever lies in `output_dir`
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Saves the student and uploads it with what [`published`] says.
+
+        Args:
+            commit_message, blocking, token, revision, private: As for [`~transformers.Trainer`].
+            kwargs: For [`create_model_card`].
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self._make_branch(revision or self.args.hub_revision, token)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**({"model_name": self._card_name} | kwargs))
+        self._finish_current_push()
+        upload = self._upload, self._published(), commit_message, token, revision
+        return upload[0](*upload[1:]) if blocking else hf_api().run_as_future(*upload)
+
+    # Likewise; and the weights that it copies from the checkpoint are a language model's
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # An upload that still runs reads these very files: the next one waits for it, or is left out as Trainer does,
         # unless the files may be deleted in a moment
@@ -102,25 +134,56 @@ class Publishing(_BaseTrainer):
         else:
             self._warn_of_failed_pushes()
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if self.is_world_process_zero() and self.args.hub_strategy != "end" and not busy:
-            output_dir = Path(self.args.output_dir)
-            has_index = any((output_dir / name).is_file() for name in (INDEX_NAME, MODULAR_INDEX_NAME))
-            if not self.student.trains_lora and not has_index:
-                # Its denoiser, which may be sharded, is copied from the checkpoint
+        if not self.is_world_process_zero() or self.args.hub_strategy == "end" or busy:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        output_dir = Path(self.args.output_dir)
+        has_index = any((output_dir / name).is_file() for name in (INDEX_NAME, MODULAR_INDEX_NAME))
+        if not self.student.trains_lora and not has_index:
+            # Its denoiser, which may be sharded, is copied from the checkpoint
+            for part in self.student.trained.values():
+                part.save_pretrained = lambda *args, **kwargs: None
+            try:
+                save_pipeline(self.student.pipeline, output_dir, self.student.repo_id)
+            finally:
                 for part in self.student.trained.values():
-                    part.save_pretrained = lambda *args, **kwargs: None
-                try:
-                    save_pipeline(self.student.pipeline, output_dir, self.student.repo_id)
-                finally:
-                    for part in self.student.trained.values():
-                        del part.save_pretrained
-            for source in Path(checkpoint_folder).iterdir():
-                if source.name in self._published_names:
-                    if source.is_dir():
-                        shutil.copytree(source, output_dir / source.name, dirs_exist_ok=True)
-                    else:
-                        shutil.copy(source, output_dir / source.name)
-        super()._push_from_checkpoint(checkpoint_folder)
+                    del part.save_pretrained
+        for source in Path(checkpoint_folder).iterdir():
+            if source.name in self._published_names:
+                if source.is_dir():
+                    shutil.copytree(source, output_dir / source.name, dirs_exist_ok=True)
+                else:
+                    shutil.copy(source, output_dir / source.name)
+        by_steps, epoch = self.args.save_strategy == "steps", int(self.state.epoch or 0)
+        message = f"Training in progress, {f'step {self.state.global_step}' if by_steps else f'epoch {epoch}'}"
+        jobs = [hf_api().run_as_future(self._upload, self._published(), message)]
+        if with_checkpoint:
+            folder = Path(checkpoint_folder)
+            place = "last-checkpoint" if self.args.hub_strategy == "checkpoint" else folder.name
+            files = _with_state(folder, place)
+            jobs.append(hf_api().run_as_future(self._upload, files, f"{message}, checkpoint"))
+        self.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]  # it holds a list
+
+    def _published(self) -> dict[str, Path | bytes]:
+        """What goes up, by its place in the repository: of `output_dir` what the run has made, and its metrics."""
+        output_dir, names = Path(self.args.output_dir), {"README.md", *self._published_names}
+        if not self.student.trains_lora:
+            names |= {INDEX_NAME, MODULAR_INDEX_NAME, *self.student.pipeline.components}
+        made = [path for name in names for path in _files(output_dir / name)]
+        made += [path for path in output_dir.glob(f"{IMAGES_DIR}/step_*/*") if path.suffix in (".png", ".wav", ".json")]
+        metrics = json.dumps(self.state.log_history, indent=2) + "\n"
+        return {path.relative_to(output_dir).as_posix(): path for path in made} | {"metrics.json": metrics.encode()}
+
+    def _upload(
+        self, files: Mapping[str, Path | bytes], message: str | None, token: str | None = None, revision: Any = None
+    ) -> CommitInfo:
+        return hf_api().create_commit(
+            self.hub_model_id,
+            [CommitOperationAdd(place, content) for place, content in files.items()],
+            commit_message=message or "",
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+        )
 
     @property
     def _published_names(self) -> set[str]:
@@ -148,8 +211,8 @@ class Publishing(_BaseTrainer):
         if not self.is_world_process_zero():
             return
         pipeline, trains_lora = self.student.pipeline, self.student.trains_lora
-        base = name_or_path(pipeline)
-        base = None if not base or os.path.isdir(base) else base
+        source = name_or_path(pipeline)
+        base = source if source and is_repository(source) else None
         output_dir = Path(self.args.output_dir)
         gallery = sorted(output_dir.glob(f"{IMAGES_DIR}/step_*"))[-1:]
         pictures = sorted([*gallery[0].glob("*.png"), *gallery[0].glob("*.wav")]) if gallery else []
@@ -167,7 +230,7 @@ class Publishing(_BaseTrainer):
             # A tag of the Hub's, which else guesses from the files
             base_model_relation=None if base is None else "adapter" if trains_lora else "finetune",
             model_name=name,
-            datasets=dataset_name,
+            datasets=dataset_name if dataset_name and is_repository(dataset_name) else None,
             pipeline_tag=f"{min(sources, default='text')}-to-{makes}",
             tags=[
                 *self._tag_names,
@@ -184,9 +247,9 @@ class Publishing(_BaseTrainer):
             data,
             template_path=str(Path(__file__).with_name("model_card.md")),
             name=name,
-            repo_id=self.hub_model_id or self.args.hub_model_id or str(output_dir),
+            repo_id=self.hub_model_id or self.args.hub_model_id or disclosed(str(output_dir)),
             base_model=base,
-            base_folder=name_or_path(pipeline) or "folder of the base model",
+            base_folder=disclosed(source) if source else "folder of the base model",
             pipeline_class=type(pipeline).__name__,
             dtype=None if self.args.mixed_dtype == torch.float32 else str(self.args.mixed_dtype),
             trains_lora=trains_lora,
@@ -243,3 +306,17 @@ class Publishing(_BaseTrainer):
         if self._start is not None:
             settings["student_lora"] = self._start
         return settings
+
+
+def _files(path: Path) -> list[Path]:
+    """A file, or those in a folder but for hidden ones."""
+    if not path.is_dir():
+        return [path] if path.is_file() else []
+    return [file for inside in path.iterdir() if not inside.name.startswith(".") for file in _files(inside)]
+
+
+def _with_state(checkpoint: Path, place: str) -> dict[str, Path | bytes]:
+    """The files of a checkpoint by their place in the repository; its state without where the best one lies."""
+    files: dict[str, Path | bytes] = {f"{place}/{f.relative_to(checkpoint).as_posix()}": f for f in _files(checkpoint)}
+    state = disclosed(json.loads((checkpoint / TRAINER_STATE_NAME).read_text()))
+    return files | {f"{place}/{TRAINER_STATE_NAME}": (json.dumps(state, indent=2) + "\n").encode()}

@@ -33,8 +33,10 @@ from .adapters import STUDENT_ADAPTER, changes_base, inject
 from .checkpoints import give_ordinary_mode, is_checkpoint
 from .config import DiffusionConfig
 from .denoisers import NAMES, denoiser_of, denoisers_of, take_wrappers_off, unwrap_blocks
+from .disclosure import disclosed, forget_places
 from .errors import brief, listed, one_sentence, why_not, without_reports
 from .files import (
+    CONFIG_NAME,
     INDEX_NAME,
     MODULAR_INDEX_NAME,
     PEFT_CONFIG_NAME,
@@ -147,6 +149,7 @@ class Student:
                 if is_checkpoint(folder):
                     for name, part in self.trained.items():
                         part.save_pretrained(os.path.join(folder, name))
+                    forget_places(Path(folder, name, CONFIG_NAME) for name in self.trained)
                 else:
                     save_pipeline(self.pipeline, folder, self.repo_id)
             finally:
@@ -233,7 +236,7 @@ def has_lora_loader(pipeline: DiffusionPipeline) -> bool:
 def _save_peft(folder: str | os.PathLike, config: LoraConfig, layers: dict[str, torch.Tensor], base: Any) -> None:
     """Saves a LoRA as `PeftModel.save_pretrained` does, which takes no denoiser that has its layers already."""
     config = copy.copy(config)
-    config.base_model_name_or_path, config.inference_mode = base, True
+    config.base_model_name_or_path, config.inference_mode = disclosed(base), True
     config.save_pretrained(str(folder))
     tensors = {f"{PEFT_PREFIX}{key}": value.detach().cpu().contiguous() for key, value in layers.items()}
     save_file(tensors, Path(folder, PEFT_WEIGHTS_NAME), metadata={"format": "pt"})

@@ -542,7 +542,7 @@ def pushed(hub: HubServer, home: Path) -> dict:
 
 @pytest.mark.slow
 def test_what_lies_on_the_hub_after_each_strategy(hub: HubServer, pushed: dict):
-    student = {"pytorch_lora_weights.safetensors", "README.md", "teacher_manifest.json", "training_args.bin"}
+    student = {"pytorch_lora_weights.safetensors", "README.md", "teacher_manifest.json", "metrics.json"}
     state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "checkpoint_files.json"}
     checkpoint = {"pytorch_lora_weights.safetensors", "teacher_manifest.json", "training_args.bin"} | state
     folders = {"end": [], "every_save": [], "checkpoint": ["last-checkpoint"]}
@@ -620,7 +620,7 @@ def test_an_upload_that_breaks_off_is_told_of_and_finished_by_the_next(hub: HubS
     assert hub.breaks_off_after is None
     assert warnings.count("An upload to me/broken-off failed (") == 1
     files = hub.repositories["models/me/broken-off"].at("main").files
-    for name in ("pytorch_lora_weights.safetensors", "README.md", "teacher_manifest.json", "training_args.bin"):
+    for name in ("pytorch_lora_weights.safetensors", "README.md", "teacher_manifest.json"):
         assert files[name].data == (home / "broken-off" / name).read_bytes()
     uploads = [request for request in hub.requests[asked:] if request.startswith("PUT")]
     assert [request for request in uploads if request.endswith("400")]

@@ -17,6 +17,7 @@ TESTS = Path(__file__).parent
 LAYERS = [
     [
         "errors",
+        "disclosure",
         "transitions",
         "checkpoints",
         "stopwatch",

@@ -21,7 +21,7 @@ def manifest_of(teachers: Iterable[LoadedTeacher]) -> dict[str, Any]:
     entries = [
         {
             "id": teacher.id,
-            "source": teacher.spec.source,
+            "source": teacher.spec.origin,
             "revision": teacher.spec.revision,
             "commit": teacher.commit,
             "dtype": str(next(teacher.denoiser.parameters()).dtype),

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from ..config import check_types
 from ..denoisers import denoiser_of
+from ..disclosure import origin
 from ..errors import brief
 from ..files import name_or_path
 from ..modular import is_pipeline
@@ -40,6 +41,11 @@ class Lora:
     def source(self) -> str:
         """Where it comes from, in words."""
         return "/".join(str(part) for part in (self.path, self.subfolder) if part)
+
+    @property
+    def origin(self) -> str:
+        """The same, as others may read it."""
+        return origin(self.path, self.subfolder)
 
 
 def as_lora(value: Any, who: str = "`student_lora`") -> Lora:
@@ -129,6 +135,12 @@ class Teacher:
         if not isinstance(self.path, (str, os.PathLike)):
             return name_or_path(self.path) or f"a loaded {type(self.path).__name__}"
         return "/".join(str(part) for part in (self.path, self.subfolder) if part)
+
+    @property
+    def origin(self) -> str:
+        """The same, as others may read it."""
+        path = name_or_path(self.path) if is_pipeline(self.path) else self.path
+        return self.source if path is None else origin(path, self.subfolder)
 
     @property
     def overrides(self) -> dict[str, Any]:

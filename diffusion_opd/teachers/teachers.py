@@ -134,7 +134,7 @@ class Teachers(Mapping[str, Policy]):
         return [
             {
                 "id": key,
-                "source": teacher.spec.source,
+                "source": teacher.spec.origin,
                 "revision": teacher.commit or teacher.spec.revision,
                 "guidance_scale": self[key].call_kwargs.get("guidance_scale", "the pipeline's own"),
             }
