@@ -26,8 +26,8 @@ def disclosed(value: Any, name: str = "") -> Any:
         return f"<{name.upper()}>"
     if isinstance(value, Mapping):
         return {key: disclosed(one, str(key)) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [disclosed(one) for one in value]
+    if type(value) in (list, tuple):
+        return type(value)(map(disclosed, value))
     if isinstance(value, (str, os.PathLike)) and os.path.isabs(value):
         return Path(value).name
     if isinstance(value, str) and _PASSWORD.search(value):

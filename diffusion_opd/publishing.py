@@ -5,6 +5,7 @@ its library and shows a chat.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -246,6 +247,9 @@ class Publishing(_BaseTrainer):
         card = ModelCard.from_template(
             data,
             template_path=str(Path(__file__).with_name("model_card.md")),
+            plain=plain,
+            code=code,
+            quoted=json.dumps,
             name=name,
             repo_id=self.hub_model_id or self.args.hub_model_id or disclosed(str(output_dir)),
             base_model=base,
@@ -285,7 +289,7 @@ class Publishing(_BaseTrainer):
         words = {  # diffusers loads no audio
             name: f'load_{sources[name]}("...")'
             if sources.get(name) in ("image", "video")
-            else repr(given.get(name, "..."))
+            else repr(disclosed(given.get(name, "...")))
             for name in names
         }
         return set(sources.values()), words
@@ -306,6 +310,23 @@ class Publishing(_BaseTrainer):
         if self._start is not None:
             settings["student_lora"] = self._start
         return settings
+
+
+# What users call their teachers, rewards and folders may hold anything
+
+
+def plain(value: Any) -> str:
+    """Text in one line of Markdown that shows it as it is."""
+    special = r"[\\`*{}\[\]<>#|&~$!]|(?<![^\W_])_|_(?![^\W_])"  # within a word `_` means nothing
+    return re.sub(special, lambda found: f"&#{ord(found[0])};", " ".join(str(value).split()))
+
+
+def code(value: Any) -> str:
+    """The same as code, in a cell of a table."""
+    text = " ".join(str(value).split()).replace("|", r"\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in (text[:1], text[-1:]) else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def _files(path: Path) -> list[Path]:

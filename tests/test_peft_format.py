@@ -52,8 +52,9 @@ def trainer_of(out: Path, student=None, teacher=None, **kwargs) -> DiffusionOPDT
     )
 
 
-def test_trained_killed_resumed_and_loaded(tmp_path):
-    """The lines of the card load it, in place."""
+def test_trained_killed_resumed_and_loaded(tmp_path, monkeypatch):
+    """The lines of the card, where its folders lie, load it, in place."""
+    monkeypatch.chdir(tmp_path)
     base = tmp_path / "base"
     BUILDERS["pixart_sigma"](0).save_pretrained(base)
     whole = trainer_of(tmp_path / "run", str(base))
@@ -68,7 +69,7 @@ def test_trained_killed_resumed_and_loaded(tmp_path):
 
     whole.save_model()
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
-    assert config["lora_alpha"] == 16 and config["base_model_name_or_path"] == str(base)
+    assert config["lora_alpha"] == 16 and config["base_model_name_or_path"] == base.name
     card = ModelCard.load(tmp_path / "run" / "README.md").text
     code = re.search(r"```python\n(.*?)```", card, re.S).group(1)
     assert "from peft import PeftModel\n" in code and "load_lora_weights" not in code

@@ -760,14 +760,15 @@ def test_another_vae_is_fine_for_a_denoiser_alone(tmp_path):
 
 
 def test_manifest_content(saved, tmp_path):
-    folder = save_peft(tmp_path / "AesTeacher" / "lora")
+    save_peft(tmp_path / "AesTeacher" / "lora")
     teachers = [Teacher(tmp_path, subfolder="AesTeacher/lora"), Teacher(saved, id="ocr")]
     content = manifest_of(load([*teachers, Teacher(BUILDERS["sd3"](2), id="own")], student_with_lora()))
     json.dumps(content)
     assert content["version"] == 1
     entries = content["teachers"]
     assert [entry["id"] for entry in entries] == ["AesTeacher", "ocr", "own"]
-    assert [entry["source"] for entry in entries] == [str(folder), str(saved), "a loaded StableDiffusion3Pipeline"]
+    sources = [f"{tmp_path.name}/AesTeacher/lora (local)", f"{saved.name} (local)", "a loaded StableDiffusion3Pipeline"]
+    assert [entry["source"] for entry in entries] == sources
     assert [entry["revision"] for entry in entries] == [None, None, None]
     assert [entry["commit"] for entry in entries] == [None, None, None]  # of the Hub
     hashes = [entry["sha256"] for entry in entries]
