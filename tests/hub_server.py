@@ -103,6 +103,7 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.breaks_off_after: int | None = None  # so many uploads, once
         self.seconds_an_upload = 0.0
+        self.makes_branches = True
 
     def __enter__(self) -> "HubServer":
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -223,6 +224,8 @@ def repository_info(call: Call, revision: str | None) -> dict:
 def create_branch(call: Call, branch: str) -> dict:
     if unquote(branch) in call.repository.branches:
         raise HubError(409, "", f"Reference already exists: {branch}")
+    if not call.hub.makes_branches:
+        raise HubError(403, "", "your token may not write")
     call.repository.branches[unquote(branch)] = call.repository.at(call.json.get("startingPoint") or "main")
     return {}
 

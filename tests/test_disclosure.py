@@ -90,7 +90,7 @@ RUNS = {
 LORA, PEFT = {"pytorch_lora_weights.safetensors"}, {"adapter_model.safetensors", "adapter_config.json"}
 WHOLE = {"model_index.json", "scheduler", "transformer", "vae"}
 WHOLE |= {f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")}
-PARTS = {"modular_model_index.json", "scheduler", "transformer", "vae"}
+PARTS = {"modular_model_index.json", *(WHOLE - {"model_index.json", "text_encoder_3", "tokenizer_3"})}
 CHECKPOINTS = {"checkpoint-1", "checkpoint-2"}
 
 

@@ -654,6 +654,41 @@ def test_a_checkpoint_is_deleted_after_its_upload(hub: HubServer, tmp_path):
             assert {f"{checkpoint}/{file}" for file in of_one} <= files.keys(), checkpoint
 
 
+BRANCHES = """
+trainer = make("branchy", hub_revision="study/1")
+trainer.train()
+trainer.push_to_hub()
+trainer.push_to_hub(revision="study-2")
+make("branchy", hub_revision="study/1")
+make("branchy", hub_revision="main")
+result = {}
+"""
+
+NO_BRANCH = """
+try:
+    make("branchless", hub_revision="study")
+except ValueError as error:
+    result = str(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_branch_that_is_not_there_is_made_at_the_start(hub: HubServer, tmp_path):
+    client(hub, tmp_path, COMMON + MAKE + BRANCHES)
+    repository = hub.repositories["models/me/branchy"]
+    assert repository.branches.keys() == {"main", "study/1", "study-2"}
+    assert [path for path in repository.at("main").files] == [".gitattributes"]
+    for branch in ("study/1", "study-2"):
+        assert "pytorch_lora_weights.safetensors" in repository.at(branch).files
+    hub.makes_branches = False
+    try:
+        sentence = client(hub, tmp_path, COMMON + MAKE + NO_BRANCH)
+    finally:
+        hub.makes_branches = True
+    assert sentence.startswith("the repository 'me/branchless' has no branch 'study', and it cannot be made (")
+    assert "\n" not in sentence
+
+
 STUDENTS_AND_TOKENS = """
 result = {}
 for key, more in {
