@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import TrainerState
 
+from diffusion_opd.rl.objectives import combine, nanstd
 from diffusion_opd.rl.rewards import Rewards
 
 IMAGES = [Image.new("RGB", (4, 4), (shade, shade, shade)) for shade in (0, 51, 255)]
@@ -191,6 +192,27 @@ def test_another_result_is_refused_with_the_functions_name(result, sentence, is_
         scores([constant(0.0), later if is_async else judge])
 
 
+@pytest.mark.parametrize(
+    ("result", "weight"),
+    [(1e38, 1.0), (-1e300, 1.0), (10**400, 1.0), (np.float32(1e16), 0.5), (1.0, 1e20), (2e14, -10)],
+)
+def test_numbers_whose_std_overflows_are_refused(result, weight):
+    """Silently, a group whose std is infinite would have no advantages."""
+    assert not nanstd(torch.tensor([1e20, 0.0])).isfinite()
+    rewards = Rewards([constant(0.0), lambda images: [None, result, 0.5]], [1.0, weight])
+    with pytest.raises(
+        ValueError, match=r"^the reward function 'lambda' must return numbers of at most 1e[-+]\d+ with"
+    ):
+        rewards("a", EXAMPLES, IMAGES)
+
+
+@pytest.mark.parametrize(("largest", "weight"), [(1e15, 0.5), (1e14, 10.0), (-1e12, 1e3)])
+def test_the_largest_rewards_have_a_finite_std(largest, weight):
+    table = Rewards(lambda images: [largest, -largest, None], weight)("a", EXAMPLES, IMAGES)
+    total = combine(table, torch.tensor([weight])).repeat(10_000)
+    assert nanstd(total).item() == pytest.approx(1e15 * (1 if weight > 1 else 0.5), rel=1e-3)
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 def test_an_error_of_the_function_is_the_users_to_see(is_async):
     def broken(images):
@@ -231,6 +253,52 @@ def test_a_function_is_given_what_it_takes():
         "target": [f"target {i}" for i in range(3)],
         "trainer_state": state,
     }
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_what_a_function_writes_into_is_its_own(is_async):
+    """Pictures, videos, arrays and whatever a column holds: the next function and the caller have them as they were."""
+
+    def spoil(prompts, images, source, video, waveform, boxes):
+        for picture in (*images, *source, *video[0]):
+            picture.paste(0, (0, 0, 4, 4))
+        for array in waveform:
+            array[:] = 0
+        boxes[0]["corners"].append(9)
+        for values in (prompts, images, source, video, waveform, boxes):
+            values.clear()
+        return [0.0] * 3
+
+    async def spoil_later(prompts, images, source, video, waveform, boxes):
+        return spoil(prompts, images, source, video, waveform, boxes)
+
+    def made():
+        return [
+            {
+                "prompt": f"prompt {index}",
+                "source": Image.new("RGB", (4, 4), (200, 0, index)),
+                "video": [Image.new("RGB", (4, 4), (0, 200, frame)) for frame in range(2)],
+                "waveform": [np.ones(3), torch.ones(3)][index % 2],
+                "boxes": {"corners": [index, 1]},
+            }
+            for index in range(3)
+        ]
+
+    def as_they_were(prompts, images, source, video, waveform, boxes):
+        expected = made()
+        assert images == IMAGES and prompts == [row["prompt"] for row in expected]
+        assert source == [row["source"] for row in expected] and video == [row["video"] for row in expected]
+        assert all(array.sum() == 3 for array in waveform) and boxes == [row["boxes"] for row in expected]
+        return [1.0] * 3
+
+    rows, images = made(), [image.copy() for image in IMAGES]
+    rewards = Rewards([spoil_later if is_async else spoil, as_they_were])
+    assert rewards("a", rows, images).tolist() == [[0.0, 1.0]] * 3
+    as_they_were(
+        images=images,
+        prompts=[row["prompt"] for row in rows],
+        **{name: [row[name] for row in rows] for name in ("source", "video", "waveform", "boxes")},
+    )
 
 
 def test_a_column_that_is_missing_is_named():

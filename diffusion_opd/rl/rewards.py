@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from ..errors import brief
@@ -22,6 +24,8 @@ from ..inputs import PROMPT
 RewardFunc = Callable[..., Any]
 
 _GIVEN = {"prompts", "images", "trainer_state"}  # besides the dataset's columns
+# Of a reward times its weight: the squares of all rewards of a step have a sum in float32
+_LARGEST = 1e15
 
 
 class Rewards:
@@ -109,17 +113,18 @@ class Rewards:
 
         Raises:
             ValueError: if a function needs a column that the dataset lacks, or returns anything but a finite number or
-                `None` for each sample.
+                `None` for each sample, or a number whose square float32 does not hold.
         """
         columns = {key: [example[key] for example in examples] for key in examples[0] if key != PROMPT}
         offered = {**columns, "prompts": [example[PROMPT] for example in examples], "images": list(images)}
         offered["trainer_state"] = trainer_state
-        funcs, names = self._funcs[self._key(task)], self.names(task)
-        results = [func(**_accepted(func, name, offered)) for func, name in zip(funcs, names, strict=True)]
+        funcs, names, weights = self._funcs[self._key(task)], self.names(task), self.weights(task)
+        results = [func(**_own(_accepted(func, name, offered))) for func, name in zip(funcs, names, strict=True)]
         waiting = {index: result for index, result in enumerate(results) if inspect.isawaitable(result)}
         for index, result in zip(waiting, _await_all(list(waiting.values())), strict=True):
             results[index] = result
-        scores = [_checked(result, name, len(images)) for result, name in zip(results, names, strict=True)]
+        judged = zip(results, names, weights, strict=True)
+        scores = [_checked(result, name, weight, len(images)) for result, name, weight in judged]
         return torch.tensor(scores, dtype=torch.float32).T
 
 
@@ -172,6 +177,17 @@ def _accepted(func: RewardFunc, name: str, offered: Mapping[str, Any]) -> dict[s
     return {p.name: offered[p.name] for p in by_name if p.name in offered}
 
 
+def _own(value: Any) -> Any:
+    """A copy, as deep as pictures and numbers go: a function that writes into what it is given does so for itself."""
+    if isinstance(value, Mapping):
+        return {key: _own(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_own, value))
+    if isinstance(value, Tensor):
+        return value.clone()
+    return value.copy() if isinstance(value, (Image, np.ndarray)) else value
+
+
 def _await_all(awaitables: Sequence[Any]) -> list[Any]:
     """Runs them at the same time, in a thread of its own: a notebook has a running loop already."""
     if not awaitables:
@@ -184,16 +200,21 @@ def _await_all(awaitables: Sequence[Any]) -> list[Any]:
         return pool.submit(asyncio.run, gather()).result()
 
 
-def _checked(result: Any, name: str, count: int) -> list[float]:
+def _checked(result: Any, name: str, weight: float, count: int) -> list[float]:
     values = result.tolist() if hasattr(result, "tolist") else result
     if not isinstance(values, (list, tuple)) or len(values) != count:
         got = f"{len(values)} values" if isinstance(values, (list, tuple)) else brief(result)
         raise ValueError(f"the reward function {name!r} must return a list of {count} rewards, got {got}.")
     values = [value.item() if isinstance(value, Tensor) and value.dim() == 0 else value for value in values]
     for value in values:
-        if value is not None and (not isinstance(value, numbers.Real) or math.isinf(value)):
+        if value is not None and (not isinstance(value, numbers.Real) or abs(value) == math.inf):
             raise ValueError(
                 f"the reward function {name!r} must return finite numbers, or `None` where it does not apply; got "
                 f"{value!r}."
+            )
+        if value is not None and abs(value) > (largest := _LARGEST / max(1.0, abs(weight))):
+            raise ValueError(
+                f"the reward function {name!r} must return numbers of at most {largest:.0e} with its weight of "
+                f"{weight}, or their std overflows; got {brief(value)}."
             )
     return [math.nan if value is None else float(value) for value in values]
