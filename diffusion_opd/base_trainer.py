@@ -12,6 +12,7 @@ import json
 import os
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -51,7 +52,7 @@ from .disclosure import disclosed
 from .encode_cache import EncodeCache
 from .engines import all_touched, compile_blocks, settle_arguments, settle_fsdp, take_compilation
 from .errors import listed, reason
-from .inputs import PROMPT, inputs_of, is_prompt, signature
+from .inputs import PROMPT, content_key, inputs_of, is_prompt, signature
 from .policy import Policy
 from .publishing import Publishing
 from .sampling import SEED_EVAL, TaskCycleSampler, TaskCycleStream, seed_of
@@ -519,13 +520,13 @@ class DiffusionTrainer(Publishing):
         self.callback_handler.eval_dataloader = dataloader
         if callable(getattr(self.optimizer, "eval", None)):  # schedule-free optimizers
             self.optimizer.eval()
-        rows = []
-        for number, batch in enumerate(dataloader):
+        rows, seen = [], Counter[int]()
+        for batch in dataloader:
             for example in batch:  # of a stream, which nobody has looked at yet
                 if example.get(self.data.task_column) not in self.tasks or not is_prompt(example.get(PROMPT)):
                     whose = self.data.task_column.removesuffix("_id")
                     raise ValueError(f"eval_dataset: {example} is no prompt for one of the {whose}s {self.tasks}.")
-            generators = self._generators(len(batch), SEED_EVAL, number, 0, 0)
+            generators = self._evaluation_generators(batch, seen)
             rows.append(self.accelerator.gather_for_metrics(self._evaluate_batch(batch, generators)))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         if not rows:
@@ -535,6 +536,18 @@ class DiffusionTrainer(Publishing):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         nothing: Any = None  # as Trainer's own loop has it without predictions, whatever the annotation says
         return EvalLoopOutput(predictions=nothing, label_ids=None, metrics=metrics, num_samples=len(table))
+
+    def _evaluation_generators(self, batch: Sequence[Mapping[str, Any]], seen: Counter[int]) -> list[torch.Generator]:
+        """One generator a row, by its content and, among equal rows, by how many of them were `seen` before: the same
+        in whatever order, batches and processes the rows come."""
+        keys = gather_object([[content_key(row) for row in batch]])
+        seeds: list[list[int]] = []
+        for own in keys:
+            seeds.append([])
+            for key in own:
+                seeds[-1].append(seed_of(self.args.seed, SEED_EVAL, key, seen[key]))
+                seen[key] += 1
+        return [torch.Generator().manual_seed(seed) for seed in seeds[self.accelerator.process_index]]
 
     def _evaluate_batch(self, batch: Sequence[dict[str, Any]], generators: list[torch.Generator]) -> Tensor:
         """A row of numbers for each sample of a batch, the first of them its task's index."""

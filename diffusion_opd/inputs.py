@@ -5,7 +5,9 @@ This file knows signatures and pictures, and no dataset, policy or trainer.
 """
 
 import contextlib
+import datetime
 import functools
+import hashlib
 import inspect
 import io
 import os
@@ -25,6 +27,8 @@ Inputs = Mapping[str, Sequence[Any]]  # arguments of `__call__`, one value a sam
 PROMPT = "prompt"
 # Pictures of an IP adapter are one for each adapter, masks of a prompt belong to its embeddings
 PICTURE = re.compile(r"^(?!.*(ip_adapter|prompt|attention))(\w+_)?(images?|videos?|masks?|audio)$")
+
+_PLAIN = (str, bytes, int, float, datetime.date, datetime.time, datetime.timedelta, type(None))
 
 _ORIENTATION = 0x0112  # in EXIF; from 5 on, width and height change places
 
@@ -83,6 +87,39 @@ def as_arguments(pipeline_class: Any, inputs: Inputs, bare: bool = False) -> dic
         return values[0] if len(values) == 1 and (bare or not is_text) else list(values)
 
     return {name: given(name, values) for name, values in inputs.items()}
+
+
+def content_key(row: Mapping[str, Any]) -> int:
+    """A number of 64 bits that rows of the same content share, in any process and whatever else is beside them. A
+    column without a value is as one that is not there; of objects of other kinds than datasets hold their class alone
+    counts."""
+    digest = hashlib.blake2b(digest_size=8)
+    _add(digest, {name: value for name, value in row.items() if value is not None})
+    return int.from_bytes(digest.digest())
+
+
+def _add(digest: Any, value: Any) -> None:
+    def say(*words: Any) -> None:
+        digest.update(repr(words).encode("utf-8", "surrogatepass"))
+
+    if isinstance(value, Mapping):
+        say("dict", len(value))
+        for name in sorted(value, key=str):
+            say(name)
+            _add(digest, value[name])
+    elif isinstance(value, (list, tuple)):
+        say("list", len(value))
+        for one in value:
+            _add(digest, one)
+    elif isinstance(value, Image.Image):
+        say("picture", value.mode, value.size)
+        digest.update(value.tobytes())
+    elif isinstance(value, (np.ndarray, np.generic, Tensor)):
+        array = np.ascontiguousarray(value.cpu() if isinstance(value, Tensor) else value)
+        say("array", array.dtype.str, array.shape)
+        digest.update(array.tobytes())
+    else:
+        say(value if isinstance(value, _PLAIN) else type(value).__name__)
 
 
 # Pictures: as `datasets.Image` has them undecoded (bytes or a path), PIL, paths; in lists, for videos, and for several

@@ -111,7 +111,7 @@ def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
         student = str(folder)
     settings = dict(
         per_device_train_batch_size=options.batch,
-        per_device_eval_batch_size=options.batch,
+        per_device_eval_batch_size=5,  # other batches in two processes, and some of their rows padding
         max_steps=3,
         logging_steps=1,
         save_steps=1,
@@ -212,6 +212,10 @@ def picture_gap(options: argparse.Namespace, trainer: DiffusionTrainer) -> float
 
 def report(options: argparse.Namespace, trainer: DiffusionTrainer, counted: Count) -> None:
     gap = picture_gap(options, trainer) if options.bf16 else None
+    streamed = None
+    if options.images and options.method == "opd":
+        rows = trainer.eval_dataset.shuffle(seed=0).to_iterable_dataset()
+        streamed = trainer.evaluate(rows)["eval_kl"]
     weights = torch.cat([whole(p).float().flatten() for p in trainer.trainable_parameters])
     everyone = trainer.accelerator.gather(weights[None])
     if not trainer.is_world_process_zero():
@@ -226,6 +230,7 @@ def report(options: argparse.Namespace, trainer: DiffusionTrainer, counted: Coun
         "losses": [entry["loss"] for entry in history],
         "judged": [entry[judged] for entry in history if judged in entry],
         "evaluated": [entry["eval_kl"] for entry in trainer.state.log_history if "eval_kl" in entry],
+        "streamed": streamed,
         "grad_norms": [entry["grad_norm"] for entry in history],
         "weights": weights.tolist(),
         "names": [name for name, p in trainer.model.named_parameters() if p.requires_grad],

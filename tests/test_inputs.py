@@ -1,5 +1,7 @@
 """What a sample is made of: which columns reach a pipeline, how pictures are read, and what is refused."""
 
+import copy
+import datetime
 import io
 import json
 from pathlib import Path
@@ -26,7 +28,7 @@ from safetensors.torch import load, save
 
 from diffusion_opd import DiffusionOPDTrainer, Teacher
 from diffusion_opd.data import Data
-from diffusion_opd.inputs import as_arguments, packed, read_picture, sample_arguments, size_of, unpacked
+from diffusion_opd.inputs import as_arguments, content_key, packed, read_picture, sample_arguments, size_of, unpacked
 from tests.editing_pipelines import EDITING, EDITING_CALL
 from tests.streaming_pipelines import picture
 from tests.training import config, lora
@@ -134,6 +136,31 @@ def test_arguments_of_one_sample_and_of_several():
     assert as_arguments(cls, {"prompt": ["x"], "image": [a]}) == {"prompt": ["x"], "image": a}
     assert as_arguments(cls, {"prompt": ["x"], "image": [[a, b]]}) == {"prompt": ["x"], "image": [a, b]}
     assert as_arguments(cls, {"negative_prompt": ["x"]}) == {"negative_prompt": ["x"]}
+
+
+def test_the_key_of_a_row_is_its_contents():
+    """In another process, too, which salts the hashes of texts anew."""
+    rows = [
+        {"prompt": "a"},
+        {"prompt": "a", "target": "a"},
+        {"prompt": "a", "target": ["a"]},
+        {"prompt": "a", "target": ["a", "a"]},
+        {"prompt": "a", "target": {"a": "a"}},
+        {"prompt": "a", "target": 1},
+        {"prompt": "a", "target": "1"},
+        {"prompt": "a", "target": np.ones(2)},
+        {"prompt": "a", "target": np.ones(2, np.float32)},
+        {"prompt": "a", "target": torch.ones(2, 1)},
+        {"prompt": "a", "target": Image.new("RGB", (2, 3))},
+        {"prompt": "a", "target": Image.new("RGB", (3, 2))},
+        {"prompt": "a", "target": Image.new("L", (2, 3))},
+        {"prompt": "a", "target": Image.new("RGB", (2, 3), "red")},
+        {"prompt": "a", "target": datetime.date(2026, 1, 2)},
+    ]
+    keys = [content_key(row) for row in rows]
+    assert len(set(keys)) == len(rows) and keys == [content_key(copy.deepcopy(row)) for row in rows]
+    assert content_key({"target": "a", "nothing": None, "prompt": "a"}) == keys[1] == 851843771976445503
+    assert content_key({"prompt": "a", "target": object()}) == content_key({"prompt": "a", "target": object()})
 
 
 def test_inputs_are_kept_as_json_and_tensors():

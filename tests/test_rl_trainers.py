@@ -54,7 +54,8 @@ class Record(TrainerCallback):
 
 
 def seeds_seen(cls) -> tuple[type, dict]:
-    """The trainer, noting the seeds that it draws with: `{(domain, task, place, ...): seeds}` of the last step."""
+    """The trainer, noting the seeds that it draws with: `{(domain, task, place, ...): seeds}` of the last step, and
+    `{prompt: seed}` of an evaluation."""
     seen = {}
 
     class Seen(cls):
@@ -63,6 +64,11 @@ def seeds_seen(cls) -> tuple[type, dict]:
         def _generators(self, count, domain, step, task, cycle):
             generators = super()._generators(count, domain, step, task, cycle)
             seen[domain, task, cycle] = [generator.initial_seed() for generator in generators]
+            return generators
+
+        def _evaluation_generators(self, batch, *args):
+            generators = super()._evaluation_generators(batch, *args)
+            seen.update({row["prompt"]: own.initial_seed() for row, own in zip(batch, generators, strict=True)})
             return generators
 
     CONFIGS[Seen] = CONFIGS[cls]
@@ -612,8 +618,7 @@ def test_evaluation_is_the_plain_pipelines(tmp_path, cls):
     judged = []
     for start in (0, 3):
         rows = TASKS.select(range(start, min(start + 3, 5)))
-        seeded = [seed_of(trainer.args.seed, 1, start // 3, 0, index) for index in range(len(rows))]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeded]
+        generators = [torch.Generator().manual_seed(seeds[prompt]) for prompt in rows["prompt"]]
         images = plain(list(rows["prompt"]), num_inference_steps=3, generator=generators, **CALL["sd3"]).images
         for task, red, bright in zip(rows["task"], redness(images), brightness(images), strict=True):
             numbers[task].append(red + 2 * bright if task == "a" else 3 * bright)
@@ -624,6 +629,22 @@ def test_evaluation_is_the_plain_pipelines(tmp_path, cls):
     assert first["eval_reward"] == pytest.approx(every.mean().item(), abs=1e-6)
     assert first["eval_reward_std"] == pytest.approx(every.std().item(), rel=1e-4)
     assert first["eval_rewards/brightness/mean"] == pytest.approx(sum(judged) / 5, abs=1e-6)
+
+
+@BOTH
+def test_evaluation_does_not_depend_on_how_it_is_cut(tmp_path, cls):
+    """Rows that are equal have noise of their own, and which of them is which does not matter."""
+    data = DATA.select([0, 1, 1, 2, 3])
+    trainer = trainer_of(cls, tmp_path, rewards=[redness, brightness], eval_dataset=data)
+    forms = [data, data.select([4, 2, 0, 1, 3]), data.to_iterable_dataset()]
+    results = []
+    for batch, form in [(1, 0), (2, 0), (5, 0), (3, 1), (2, 2)]:
+        trainer.args.per_device_eval_batch_size = batch
+        results.append(trainer.evaluate(forms[form]))
+    for name in ("reward", "reward_std", "rewards/redness/mean", "rewards/brightness/std"):
+        values = [result[f"eval_{name}"] for result in results]
+        assert values == pytest.approx([values[0]] * len(values), abs=5e-5), name  # a pixel that rounds otherwise
+    assert trainer.evaluate(data.select([1, 1]))["eval_reward_std"] > 1e-3
 
 
 def test_evaluation_leaves_out_what_was_not_judged(tmp_path):

@@ -733,6 +733,22 @@ def test_evaluation_is_repeatable_and_leaves_no_trace(tmp_path):
     assert all(p.grad is None for p in trainer.model.parameters())
 
 
+def test_evaluation_does_not_depend_on_how_it_is_cut(tmp_path):
+    """Nor on the order of its rows: rows that are equal have noise of their own, whichever is which."""
+    data = DATA.select([0, 1, 0, 2, 5])
+    trainer = trainer_of(tmp_path, eval_dataset=data, transition="flow_sde")
+    forms = [data, data.select([4, 2, 0, 1, 3]), data.to_iterable_dataset()]
+    results = []
+    for batch, form in [(1, 0), (2, 0), (5, 0), (3, 1), (2, 2)]:
+        trainer.args.per_device_eval_batch_size = batch
+        results.append(trainer.evaluate(forms[form]))
+    for name in ("eval_loss", "eval_kl", "eval_kl/a", "eval_kl/b"):
+        values = [result[name] for result in results]
+        assert values == pytest.approx([values[0]] * len(values), rel=1e-5), name
+    once, twice = (trainer.evaluate(data.select(rows))["eval_kl"] for rows in ([0], [0, 0]))
+    assert once != pytest.approx(twice, rel=1e-4)
+
+
 def test_another_evaluation_dataset_is_routed_as_the_first(tmp_path):
     own = {key: DATA.select(range(i, 6, 2)).select_columns("prompt") for i, key in enumerate("ab")}
     trainer = trainer_of(tmp_path, eval_dataset=own)
