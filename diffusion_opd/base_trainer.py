@@ -9,6 +9,7 @@ callbacks/, what is published is publishing.py's, and the weights are the studen
 import contextlib
 import copy
 import json
+import math
 import os
 import textwrap
 import time
@@ -22,7 +23,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.training_utils import EMAModel
@@ -55,7 +56,7 @@ from .errors import listed, reason
 from .inputs import PROMPT, content_key, inputs_of, is_prompt, signature
 from .policy import Policy
 from .publishing import Publishing
-from .sampling import SEED_EVAL, TaskCycleSampler, TaskCycleStream, seed_of
+from .sampling import ROW, SEED_EVAL, NumberedStream, TaskCycleSampler, TaskCycleStream, seed_of
 from .scheduler_proxy import is_flow
 from .shards import ShardFiles
 from .startup import Checked, check_student, sees_the_end
@@ -93,6 +94,13 @@ class _EveryStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.after_optimizer_step()
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint is None:
+            logger.warning(
+                f"No evaluation has given a number as `{args.metric_for_best_model}`, so no checkpoint is the best one; "
+                "the weights are those of the last step."
+            )
 
 
 class DiffusionTrainer(Publishing):
@@ -439,11 +447,17 @@ class DiffusionTrainer(Publishing):
     # The columns that reach a batch; Trainer would take them from the denoiser's forward and drop the prompts. As in
     # TRL's own trainers: `remove_unused_columns` is the user's, and says what reward functions are given
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = self.data.names
+        self._signature_columns = [*self.data.names, ROW]
 
     # Data: one task a micro-batch, tasks in turn
 
     _repetition: dict[str, int] = {}  # of rows, for the two samplers
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return super().get_eval_dataloader(
+            NumberedStream(dataset) if isinstance(dataset, IterableDataset) else eval_dataset  # type: ignore[arg-type]
+        )
 
     def get_train_dataloader(self) -> Any:
         if self.train_dataset is None or isinstance(self.train_dataset, Dataset):
@@ -520,20 +534,32 @@ class DiffusionTrainer(Publishing):
         self.callback_handler.eval_dataloader = dataloader
         if callable(getattr(self.optimizer, "eval", None)):  # schedule-free optimizers
             self.optimizer.eval()
-        rows, seen = [], Counter[int]()
+        rows, seen, numbers = [], Counter[int](), set[int]()
         for batch in dataloader:
+            own = [example.pop(ROW, None) for example in batch]
             for example in batch:  # of a stream, which nobody has looked at yet
                 if example.get(self.data.task_column) not in self.tasks or not is_prompt(example.get(PROMPT)):
                     whose = self.data.task_column.removesuffix("_id")
                     raise ValueError(f"eval_dataset: {example} is no prompt for one of the {whose}s {self.tasks}.")
-            generators = self._evaluation_generators(batch, seen)
-            rows.append(self.accelerator.gather_for_metrics(self._evaluate_batch(batch, generators)))
+            evaluated = self._evaluate_batch(batch, self._evaluation_generators(batch, seen))
+            evaluated = self.accelerator.gather_for_metrics(evaluated)
+            if None not in own:
+                places: dict[int, int] = {}
+                for place, number in enumerate(gather_object(own)):
+                    places.setdefault(number, place)
+                evaluated = evaluated[[place for number, place in places.items() if number not in numbers]]
+                numbers |= places.keys()
+            rows.append(evaluated)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         if not rows:
             raise ValueError("eval_dataset is empty.")
         table = torch.cat(rows)
-        found = {name: value.item() for name, value in self._evaluation_metrics(table).items()}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        metrics = {
+            f"{metric_key_prefix}_{name}": value.item() for name, value in self._evaluation_metrics(table).items()
+        }
+        if (found := self.nan_policy.agree()[0]) is not None:
+            self.nan_policy.raise_or_warn(found, self.state.global_step)
+            metrics = dict.fromkeys(metrics, math.nan)
         nothing: Any = None  # as Trainer's own loop has it without predictions, whatever the annotation says
         return EvalLoopOutput(predictions=nothing, label_ids=None, metrics=metrics, num_samples=len(table))
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers import PreTrainedModel
 
+from .decoding import CHECKER, takes_no_checker, watched_decoders
 from .denoisers import denoiser_of, denoisers_of
 from .encode_cache import EncodeCache, encoders_of, fresh_containers
 from .errors import brief, reason
@@ -177,6 +178,7 @@ class Policy:
         denoiser: Callable[..., Any] | None = None,
         output_type: str = "latent",
         probe: Callable[[Step, SchedulerStep], None] | None = None,
+        decoded: Callable[[Tensor], None] | None = None,
     ) -> "Walk":
         """The pipeline's own `__call__`, visit by visit.
 
@@ -187,12 +189,14 @@ class Policy:
                 gradient, once a step.
             denoiser (`Callable`, *optional*): A wrapper around the denoiser (DDP, DeepSpeed) that its calls go through;
                 of several it is given the name of the one that is called before its arguments.
-            output_type (`str`, *optional*): `"latent"`, or `"pil"` to decode the final latents.
+            output_type (`str`, *optional*): `"latent"`, or `"pil"` to decode the final latents; without the pipeline's
+                safety checker.
             probe (`Callable`, *optional*): Called at each step before `move`, with what the scheduler's own `step`
                 would answer as a function.
+            decoded (`Callable`, *optional*): Called with what is decoded, before it is pixels.
         """
         self._check_inputs(inputs, generators)
-        return Walk(self, inputs, generators, denoiser, move, output_type, probe)
+        return Walk(self, inputs, generators, denoiser, move, output_type, probe, decoded)
 
     def follow(
         self,
@@ -250,6 +254,10 @@ class Policy:
         own[FIRST_STATE] = call.first_state
         for name in _state_makers(_class(self.pipeline)):
             own[name] = functools.partial(call.first_state, name, getattr(pipeline, name))
+        if takes_no_checker(pipeline):
+            own[CHECKER] = None
+        if call.decoded is not None:
+            own.update(watched_decoders(self.pipeline, call.decoded))
         through = self.denoiser if denoiser is None else denoiser
         for name, module in self.denoisers.items():
             named = functools.partial(through, name) if len(self.denoisers) > 1 else through
@@ -371,6 +379,7 @@ class _Call:
     share."""
 
     output_type = "latent"
+    decoded: Callable[[Tensor], None] | None = None  # called with what is decoded
     inputs: Inputs
     generators: list[torch.Generator]
     _seed: int  # of the global generators
@@ -523,8 +532,10 @@ class Walk(_Call):
         move: Move,
         output_type: str,
         probe: Callable[[Step, SchedulerStep], None] | None,
+        decoded: Callable[[Tensor], None] | None,
     ):
         super().__init__(policy, denoiser)
+        self.decoded = decoded
         self.inputs, self.generators, self.output_type = inputs, generators, output_type
         self._seed = generators[0].initial_seed()
         self._move, self._probe = move, probe

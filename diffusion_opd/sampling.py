@@ -21,6 +21,7 @@ from torch.utils.data import Sampler
 from .inputs import PROMPT, is_prompt
 
 TEACHER, TASK = "teacher_id", "task"
+ROW = "_row"  # of a stream that is evaluated
 
 # Prompts of one task that wait while a stream is searched for another task; older ones are dropped
 _MAX_WAITING = 10_000
@@ -220,6 +221,20 @@ class TaskCycleStream(torch.utils.data.IterableDataset):
                 yield waiting[key].popleft()
 
         return {key: of_task(key) for key in self.task_ids}
+
+
+class NumberedStream(torch.utils.data.IterableDataset):
+    """A stream whose rows hold a number each, in the column [`ROW`]: in several processes the first of them come again
+    to fill up the last batch, and a stream does not know its length."""
+
+    def __init__(self, stream: IterableDataset):
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = torch.utils.data.get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for number, row in enumerate(self.stream):
+            yield {**row, ROW: first + number * step}
 
 
 def _forever(stream: IterableDataset) -> Iterator[dict[str, Any]]:

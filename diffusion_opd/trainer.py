@@ -259,15 +259,18 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     def _note(self, task: str, visit: Visit, targets: Sequence[Tensor], loss: Tensor, kl: Tensor) -> None:
         """Metrics of a visit, and the watch for NaN."""
-        for step, target in zip(visit.steps, targets, strict=True):
-            self.watch("student", task, step.prediction)
-            self.watch("teacher", task, target)
-        self.watch("loss", task, loss)
+        self._watch_visit(task, visit, targets, loss)
         for name in ("kl", f"kl/{task}", f"kl_step/{visit.index}"):
             self.record(name, kl.mean())
         if self.args.objective != "kl":
             self.record(f"loss/{task}", loss.mean())
             self.record(f"loss_step/{visit.index}", loss.mean())
+
+    def _watch_visit(self, task: str, visit: Visit, targets: Sequence[Tensor], loss: Tensor) -> None:
+        for step, target in zip(visit.steps, targets, strict=True):
+            self.watch("student", task, step.prediction)
+            self.watch("teacher", task, target)
+        self.watch("loss", task, loss)
 
     def _place_in_step(self, task: str) -> tuple[int, int]:
         """Which task, and which of its micro-batches of this optimizer step."""
@@ -304,7 +307,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             teacher.follow(walk, teachers) as follow,
         ):
             for visit in walk.visits(self.learnt):
-                loss, kl = self._divergence(visit, follow(visit))
+                targets = follow(visit)
+                loss, kl = self._divergence(visit, targets)
+                self._watch_visit(task, visit, targets, loss)
                 losses.append(loss)
                 kls.append(kl)
         self.cache.clear()

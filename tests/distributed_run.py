@@ -212,10 +212,10 @@ def picture_gap(options: argparse.Namespace, trainer: DiffusionTrainer) -> float
 
 def report(options: argparse.Namespace, trainer: DiffusionTrainer, counted: Count) -> None:
     gap = picture_gap(options, trainer) if options.bf16 else None
-    streamed = None
+    streamed = []
     if options.images and options.method == "opd":
         rows = trainer.eval_dataset.shuffle(seed=0).to_iterable_dataset()
-        streamed = trainer.evaluate(rows)["eval_kl"]
+        streamed += [trainer.evaluate(rows)["eval_kl"]]
     weights = torch.cat([whole(p).float().flatten() for p in trainer.trainable_parameters])
     everyone = trainer.accelerator.gather(weights[None])
     if not trainer.is_world_process_zero():

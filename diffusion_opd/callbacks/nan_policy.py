@@ -1,5 +1,5 @@
 """NaN and Inf in an optimizer step: seen on all processes before the weights change, then an error or a step that is
-left out.
+left out; and in an evaluation.
 
 It knows no trainer.
 """
@@ -19,6 +19,7 @@ logger = get_logger(__name__)
 # Where NaN and Inf are looked for, causes before what follows from them
 NONFINITE = {
     "rollout": "the rollout of task {!r}",
+    "picture": "what the VAE decoded of task {!r}",
     "student": "the student's prediction for task {!r}",
     "teacher": "the prediction of teacher {!r}",
     "reference": "the frozen policy's prediction for task {!r}",
@@ -47,8 +48,12 @@ class NaNPolicy(TrainerCallback):
         place = self._found[list(NONFINITE).index(what), self.tasks.index(task)]
         place.logical_or_(tensor.isfinite().all().logical_not())
 
-    def agree(self, grad_norm: Any, told: bool) -> tuple[str | None, bool]:
-        """What any process found in this optimizer step, or `None`, and whether any was `told` to stop: in one
+    def has_found(self, what: str) -> bool:
+        """Whether this process has, since they last agreed; waits for the device."""
+        return bool(self._found[list(NONFINITE).index(what)].any())
+
+    def agree(self, grad_norm: Any = None, told: bool = False) -> tuple[str | None, bool]:
+        """What any process found since the last time, or `None`, and whether any was `told` to stop: in one
         synchronisation."""
         norm = 0.0 if grad_norm is None else grad_norm
         norm = torch.as_tensor(norm.full_tensor() if isinstance(norm, DTensor) else norm, device=self._found.device)
@@ -68,6 +73,15 @@ class NaNPolicy(TrainerCallback):
             )
         logger.warning(f"Optimizer step {step} is left out: NaN or Inf in {found}.")
         self._skipped += 1
+
+    def raise_or_warn(self, found: str, step: int) -> None:
+        """Raises, or warns of an evaluation that its caller then gives no numbers."""
+        if self.policy == "raise":
+            raise FloatingPointError(
+                f"evaluation after optimizer step {step}: NaN or Inf in {found}; mend that, or have NaN for its metrics "
+                "with `nan_policy='skip'`."
+            )
+        logger.warning(f"The metrics of the evaluation after optimizer step {step} are NaN: NaN or Inf in {found}.")
 
     def take(self) -> dict[str, int]:
         """What a log shows: the steps that were left out since the last one."""

@@ -104,7 +104,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
                 kept[name].append(tensor)
             return transition.sample(noise)
 
-        with self.student.policy.walk(inputs, generators, move, output_type="pil") as walk:
+        with self._drawing(self.student.policy, task, inputs, generators, move) as walk:
             for visit in walk:
                 (step,) = visit.steps
                 self.watch("rollout", task, step.prediction)

@@ -103,7 +103,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
     def _roll_out(
         self, task: str, inputs: Inputs, generators: list[torch.Generator]
     ) -> tuple[Schedule, dict[str, Tensor], list[Any]]:
-        with self.old.walk(inputs, generators, partial(_move, self._ode), output_type="pil") as walk:
+        with self._drawing(self.old, task, inputs, generators, partial(_move, self._ode)) as walk:
             for visit in walk:
                 (step,) = visit.steps
                 self.watch("rollout", task, step.prediction)

@@ -31,10 +31,11 @@ from ..base_trainer import DiffusionTrainer
 from ..checkpoints import give_ordinary_mode, is_checkpoint
 from ..checks import own_arguments, whole_cycles
 from ..data import Data, check_no_splits, stream_columns, tasks_in
+from ..decoding import CHECKER, has_checker, takes_no_checker
 from ..denoisers import parts_of, put_denoiser
 from ..engines import held_gradient_sync
 from ..inputs import PROMPT, Inputs, inputs_of, packed, unpacked
-from ..policy import BACKBONE, Policy, Visit
+from ..policy import BACKBONE, Move, Policy, Visit, Walk
 from ..sampling import SEED_TRAIN, TASK
 from ..scheduler_proxy import Step
 from ..startup import require_independence
@@ -131,6 +132,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         )
         self._rollouts: list[list[Rollout]] = []  # by micro-batch
         require_independence(self.student.policy, self.checked)
+        self._warn_of_checker()
         self._state_dtype = self.checked.visits[0].steps[0].sample.dtype
         self._ode = self.choose_kernel("ode", 0.0, needs_noise=False)
         base = BACKBONE if student_lora is None else REF_ADAPTER  # as TRL has it
@@ -138,6 +140,14 @@ class DiffusionRLTrainer(DiffusionTrainer):
         self._prepare()
         self._report_check()
         self._compile(self.model)
+
+    def _warn_of_checker(self) -> None:
+        if not has_checker(self.pipeline):
+            return
+        judged = "they are judged as it leaves them"
+        if takes_no_checker(self.pipeline):
+            judged = "in rollouts and evaluation it has no part, in sample pictures and the saved pipeline it has"
+        logger.warning(f"The {CHECKER} of {type(self.pipeline).__name__} changes pictures: {judged}.")
 
     def _prepare(self) -> None:
         """What a trainer adds at the end of `__init__`."""
@@ -180,7 +190,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
     def _generate(self, batches: Sequence[list[dict[str, Any]]]) -> list[list[Rollout]]:
         """Samples for the batches of one optimizer step, with their advantages."""
         self.model.eval()
-        drawn = []
+        drawn, broken = [], set[int]()
         rewards: dict[str, list[Tensor]] = {task: [] for task in self.tasks}
         for index, batch in enumerate(batches):
             task, place = batch[0][TASK], index // len(self.tasks)
@@ -195,13 +205,26 @@ class DiffusionRLTrainer(DiffusionTrainer):
                 drawn.append((index, task, inputs, place, rows, schedule, tensors))
             self.cache.clear()
             with self.stopwatch.section("reward"):
-                rewards[task].append(self.rewards(task, batch, images, self.state))
+                if self.nan_policy.has_found("picture"):  # nobody is asked for what is not learnt from
+                    rewards[task].append(torch.zeros(len(batch), len(self.rewards.names(task))))
+                    broken.add(index)
+                else:
+                    rewards[task].append(self.rewards(task, batch, images, self.state))
         advantages = {task: self._advantages(task, torch.stack(rewards[task])) for task in self.tasks}
         rollouts: list[list[Rollout]] = [[] for _ in batches]
         for index, task, inputs, place, rows, schedule, tensors in drawn:
             own = advantages[task][place][rows]
+            if index in broken:
+                own = torch.full_like(own, torch.nan)
             rollouts[index].append(Rollout(task, inputs, place, rows, schedule, tensors, own))
         return rollouts
+
+    def _drawing(
+        self, policy: Policy, task: str, inputs: Inputs, generators: list[torch.Generator], move: Move
+    ) -> Walk:
+        """A walk to pictures that are judged, which says whether there was NaN or Inf before they were pixels."""
+        watch = partial(self.watch, "picture", task)
+        return policy.walk(inputs, generators, move, output_type="pil", decoded=watch)
 
     def _roll_out(
         self, task: str, inputs: Inputs, generators: list[torch.Generator]
@@ -256,6 +279,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         losses: list[Tensor] = []
         with held_gradient_sync(self.accelerator, model, num_backwards) as release_sync:
             for rollout, own in zip(inputs, visits, strict=True):
+                self.watch("picture", rollout.task, rollout.advantages)  # also in a later step on one rollout
                 with self._followers(model, rollout) as ask:
                     for number, visit in own:
                         if len(losses) == num_backwards - 1:
@@ -331,13 +355,15 @@ class DiffusionRLTrainer(DiffusionTrainer):
         for call in self.calls(batch):
             inputs = inputs_of([batch[row] for row in call], self.data.columns)
             own = [generators[row] for row in call]
-            walk = self.student.policy.walk(inputs, own, partial(_move, self._ode), output_type="pil")
+            walk = self._drawing(self.student.policy, batch[call[0]][TASK], inputs, own, partial(_move, self._ode))
             for row, image in zip(call, walk.run(), strict=True):
                 images[row] = image
         self.cache.clear()
         results = torch.full((len(batch), 2 + len(names)), torch.nan, device=self.accelerator.device)
+        results[:, 0] = torch.tensor([self.tasks.index(row[TASK]) for row in batch]).to(results)
+        if self.nan_policy.has_found("picture"):  # what is in place of numbers is no result
+            return results.nan_to_num()
         for task, chosen, scores in self._score(batch, images):
-            results[chosen, 0] = float(self.tasks.index(task))
             weights = torch.tensor(self.rewards.weights(task))
             results[chosen, 1] = combine(scores, weights).to(results.device)
             columns = [2 + names.index(name) for name in self.rewards.names(task)]
