@@ -1,25 +1,33 @@
-"""Which checkpoint folders are whole.
+"""Which checkpoint folders are whole, and whose.
 
-transformers' Trainer writes a checkpoint in its final place, and deletes old ones file by file. A run that is killed
-meanwhile leaves a folder that looks like a checkpoint and may be the one with the highest number. So a checkpoint lists
-its own files, once every process has written: it is whole if all of them are there in their full size, and with them
-`trainer_state.json`, which Trainer writes after the list. Neither a torn write nor a torn deletion passes.
+transformers' Trainer writes a checkpoint in its final place, takes any folder that begins like one for one of its own,
+and deletes old ones file by file. A run that is killed meanwhile leaves a folder that looks like a checkpoint and may
+be the one with the highest number; and two runs, or two programs, in one folder delete what is the other's. So a
+checkpoint begins with `run.json`, which says whose it is, and ends with a list of its files, once every process has
+written: it is whole if all of them are there as they were, nothing that could be loaded instead lies beside them, and
+with them `trainer_state.json`, which Trainer writes after the list. Neither a torn write nor a torn deletion passes,
+and nothing is deleted that another run, or another program, has written.
 
 This file knows folders, and no trainer.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 FILES_NAME = "checkpoint_files.json"
+RUN_NAME = "run.json"
+
+_LOADED = (".safetensors", ".bin", ".pt", ".pth", ".index.json")  # what would be loaded
 
 
 def is_checkpoint(folder: str | os.PathLike) -> bool:
@@ -27,44 +35,137 @@ def is_checkpoint(folder: str | os.PathLike) -> bool:
     return re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(folder).name) is not None
 
 
-def unseal(folder: Path) -> None:
-    """Call before anything in a folder is overwritten."""
-    for name in (FILES_NAME, TRAINER_STATE_NAME):
-        (folder / name).unlink(missing_ok=True)
+def checkpoints_in(output_dir: str | os.PathLike) -> list[Path]:
+    """The folders that are named like checkpoints, by their numbers, whoever has written them."""
+    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_checkpoint(path)]
+    return sorted((path for path in folders if path.is_dir()), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder was written here, to its end or not."""
+    return _read(folder / RUN_NAME) is not None or _read(folder / FILES_NAME) is not None
+
+
+def run_of(folder: str | os.PathLike) -> dict[str, Any]:
+    """What a checkpoint says about its run: its `id`, and what it is `made_of`. Empty of one of an older version."""
+    return _read(Path(folder, RUN_NAME)) or {}
+
+
+def begin(folder: Path, run: Mapping[str, Any]) -> None:
+    """Makes a folder one of a run, in the place of what an earlier run of its own has left there. To be called before
+    anything is written into it."""
+    if is_ours(folder):
+        _remove(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RUN_NAME).write_text(json.dumps(run, indent=2) + "\n")
 
 
 def seal(folder: Path) -> None:
-    """Lists the files of a folder and their sizes in bytes. `trainer_state.json` is to follow."""
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    (folder / FILES_NAME).write_text(json.dumps(sizes, indent=2) + "\n")
+    """Lists the files of a folder, their sizes in bytes and SHA-256. `trainer_state.json` is to follow."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listed = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _hash(path)} for path in files
+    }
+    (folder / FILES_NAME).write_text(json.dumps(listed, indent=2) + "\n")
 
 
 def what_is_torn(folder: str | os.PathLike) -> str | None:
-    """Why a folder is no whole checkpoint; `None` if it is one."""
+    """Why a folder is no whole checkpoint; `None` if it is one. Reads all of it."""
     for name in (TRAINER_STATE_NAME, FILES_NAME):
         if (content := _read(Path(folder, name))) is None:
             return f"it has no readable {name}"
-    for name, size in content.items():
-        path = Path(folder, name)
+    for name, listed in content.items():
+        path, size = Path(folder, name), listed["size"] if isinstance(listed, dict) else listed
         if not path.is_file():
             return f"its {name} is missing"
         if (found := path.stat().st_size) != size:
             return f"its {name} has {found} of {size} bytes"
+        if isinstance(listed, dict) and _hash(path) != listed["sha256"]:  # older versions list sizes alone
+            return f"its {name} is not as it was written"
+    known = {*content, TRAINER_STATE_NAME, FILES_NAME}
+    for path in sorted(Path(folder).rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name not in known and path.name.endswith(_LOADED) and path.is_file():
+            return f"it holds {name}, which it was not saved with"
     return None
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The whole checkpoint with the highest number, or `None`. It is what `resume_from_checkpoint=True` takes."""
-    return next((path for path in reversed(sort_checkpoints(str(output_dir))) if what_is_torn(path) is None), None)
+    """The whole checkpoint with the highest number, or `None`. It is what `resume_from_checkpoint=True` takes.
+
+    Raises:
+        ValueError: if several runs have left checkpoints there.
+    """
+    runs: dict[Any, list[str]] = {}
+    for path in checkpoints_in(output_dir):
+        if is_ours(path) and (path / TRAINER_STATE_NAME).is_file():
+            runs.setdefault(run_of(path).get("id"), []).append(path.name)
+    if len(runs) > 1:
+        names = " | ".join(map(", ".join, runs.values()))
+        raise ValueError(f"{output_dir} holds checkpoints of several runs ({names}); name the one to go on from.")
+    whole = (path for path in reversed(checkpoints_in(output_dir)) if is_ours(path) and what_is_torn(path) is None)
+    return next(map(str, whole), None)
 
 
-def remove_half_written(output_dir: str | os.PathLike) -> list[str]:
-    """Deletes the checkpoints that a killed run did not come to the end of: they fill the disk, and `save_total_limit`
-    counts them. Returns which."""
-    torn = [path for path in sort_checkpoints(str(output_dir)) if _read(Path(path, TRAINER_STATE_NAME)) is None]
+def of_others(output_dir: str | os.PathLike, runs: Collection[Any], steps: int) -> list[str]:
+    """Names of the checkpoints in a folder that a run must leave alone: whole ones of other runs, and what other
+    programs have written in the place of a checkpoint of its first `steps` steps (0: of any)."""
+    found = []
+    for path in checkpoints_in(output_dir):
+        if not is_ours(path):
+            taken = any(path.iterdir()) and (steps <= 0 or int(path.name.rpartition("-")[2]) <= steps)
+        else:
+            taken = run_of(path).get("id") not in runs and (path / TRAINER_STATE_NAME).is_file()
+        if taken:
+            found.append(path.name)
+    return found
+
+
+def remove_half_written(output_dir: str | os.PathLike, runs: Collection[Any]) -> list[str]:
+    """Deletes the checkpoints that a killed run did not come to the end of: they fill the disk. Returns which.
+
+    Args:
+        output_dir (`str`): Of the run.
+        runs (`Collection`): Ids of the run that is resumed; no other's are touched.
+    """
+    torn = [path for path in _own(output_dir, runs) if _read(path / TRAINER_STATE_NAME) is None]
     for path in torn:
-        shutil.rmtree(path)
-    return torn
+        _remove(path)
+    return [str(path) for path in torn]
+
+
+def rotate(
+    output_dir: str | os.PathLike, runs: Collection[Any], keep: int, best: str | None, latest: bool = True
+) -> None:
+    """Deletes a run's older checkpoints until `keep` are left, the best and, if asked for, the `latest` among them."""
+    whole = [path for path in _own(output_dir, runs) if (path / TRAINER_STATE_NAME).is_file()]
+    # A run that was resumed from an earlier one may have left some with higher numbers
+    whole.sort(key=lambda path: (path / TRAINER_STATE_NAME).stat().st_mtime_ns)
+    kept = {path for path in whole if best is not None and os.path.isdir(best) and path.samefile(best)}
+    kept |= set(whole[-1:]) if latest or not kept else set()
+    others = [path for path in whole if path not in kept]
+    for path in others[: max(0, len(whole) - max(keep, len(kept)))]:
+        _remove(path)
+
+
+def _own(output_dir: str | os.PathLike, runs: Collection[Any]) -> list[Path]:
+    folders = [path for path in checkpoints_in(output_dir) if not path.is_symlink()]
+    return [path for path in folders if _read(path / RUN_NAME) is not None and run_of(path).get("id") in runs]
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a folder so that it is no checkpoint from the first moment on, and ours to the last."""
+    for name in (TRAINER_STATE_NAME, FILES_NAME):
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.name != RUN_NAME:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    shutil.rmtree(folder)
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def give_ordinary_mode(*files: Path) -> None:
@@ -78,8 +179,9 @@ def give_ordinary_mode(*files: Path) -> None:
 
 
 def _read(path: Path) -> Any:
-    """JSON; `None` if there is none, or not all of it."""
+    """A JSON object; `None` if there is none, or not all of it."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    return content if isinstance(content, dict) else None

@@ -236,7 +236,15 @@ class DiffusionConfig(_BaseConfig):
     )
 
     def __post_init__(self) -> None:
+        resumes: Any = self.resume_from_checkpoint
+        if isinstance(resumes, bool):  # from YAML
+            self.resume_from_checkpoint = str(resumes).lower()
         check_types(self)
+        if self.max_steps == 0 or self.num_train_epochs == 0:
+            raise ValueError(
+                "`max_steps` must be at least 1, or -1 to go by `num_train_epochs`, which must be above 0; got "
+                f"max_steps={self.max_steps}, num_train_epochs={self.num_train_epochs}."
+            )
         for name in ("call_kwargs", "model_init_kwargs"):
             setattr(self, name, parse_json(name, getattr(self, name)))
             if not isinstance(getattr(self, name), (dict, type(None))):

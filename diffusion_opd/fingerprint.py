@@ -63,6 +63,12 @@ def contradictions(denoiser: nn.Module, fingerprint: Fingerprint, fused: Sequenc
     return found
 
 
+def differ(a: Fingerprint, b: Fingerprint) -> bool:
+    """Whether two fingerprints are of other weights, to the rounding of bfloat16."""
+    pairs = [pair for key in a.keys() & b.keys() for pair in zip(a[key], b[key], strict=False)]
+    return any(abs(x - y) > 2 * ROUNDING * max(abs(x), abs(y)) + 1e-6 for x, y in pairs)
+
+
 def _weights(denoiser: nn.Module) -> dict[str, Tensor]:
     """All that a LoRA could have been fused into, by its name in a denoiser without adapters."""
     weights = {key.replace(".base_layer.", "."): weight.data for key, weight in denoiser.named_parameters()}

@@ -46,7 +46,7 @@ from .files import (
     lora_name,
     name_or_path,
 )
-from .fingerprint import take_fingerprint, write_fingerprint
+from .fingerprint import differ, read_fingerprint, take_fingerprint, write_fingerprint
 from .inputs import signature
 from .modular import is_pipeline, load_modular, save_pipeline, with_call
 from .policy import Policy, check_seams, tuner_layers
@@ -156,6 +156,9 @@ class Student:
                 for part in self.trained.values():
                     vars(part).pop("state_dict", None)
         folders = [Path(folder, name) for name in self.pipeline.components]
+        for index in (path for part in folders for path in part.glob("*.safetensors.index.json")):
+            if not _is_in_force(index):
+                index.unlink()  # of shards that lay here before, which loading would ask for
         loras = [Path(folder, name) for name in self.lora_files.values()]
         give_ordinary_mode(*loras, *(file for f in folders for file in f.glob("*.safetensors")))
 
@@ -182,6 +185,31 @@ class Student:
         """Of each trained denoiser the file of its LoRA."""
         return {name: lora_name(name) if self.has_lora_loader else PEFT_WEIGHTS_NAME for name in self.trained}
 
+    @property
+    def lora_settings(self) -> dict[str, dict[str, Any]]:
+        """What makes a function of a LoRA's weights, by denoiser."""
+        names = "r lora_alpha rank_pattern alpha_pattern use_rslora use_dora lora_bias target_modules".split()
+        configs = {name: part.peft_config[STUDENT_ADAPTER] for name, part in self.trained.items()}
+        found = {part: {name: getattr(config, name) for name in names} for part, config in configs.items()}
+        for settings in found.values():
+            if not isinstance(settings["target_modules"], str):
+                settings["target_modules"] = sorted(settings["target_modules"])
+        return found
+
+    def check_base(self, checkpoint: str | os.PathLike) -> None:
+        """Refuses a checkpoint whose LoRA was trained on other weights than this student's.
+
+        Raises:
+            ValueError: naming the denoiser.
+        """
+        for name, fingerprint in self._fingerprints.items():
+            file = Path(checkpoint, self.lora_files[name])
+            if file.is_file() and differ(fingerprint, read_fingerprint(file)):
+                raise ValueError(
+                    f"{checkpoint} was trained on other weights than those of this {name}; resume it with the model "
+                    "that it began with."
+                )
+
     def load(self, folder: str | os.PathLike) -> None:
         """Loads what [`save`] wrote into the denoiser.
 
@@ -192,7 +220,7 @@ class Student:
             self._load(Path(folder), name, part)
 
     def _load(self, folder: Path, name: str, part: ModelMixin) -> None:
-        files = [folder / self.lora_files[name]] if self.trains_lora else sorted((folder / name).glob("*.safetensors"))
+        files = [folder / self.lora_files[name]] if self.trains_lora else _weight_files(folder / name)
         state: dict[str, torch.Tensor] = {}
         try:
             for file in files:
@@ -215,6 +243,20 @@ class Student:
             set_peft_model_state_dict(part, state, adapter_name=STUDENT_ADAPTER)
         else:
             part.load_state_dict(state)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """What `save_pretrained` has written last: one file, or the shards of its index."""
+    for index in folder.glob("*.safetensors.index.json"):
+        if _is_in_force(index):
+            return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _is_in_force(index: Path) -> bool:
+    """Whether an index of shards was written after the one file that may lie beside it."""
+    whole = Path(str(index).removesuffix(".index.json"))
+    return not whole.is_file() or whole.stat().st_mtime_ns < index.stat().st_mtime_ns
 
 
 def _state(state: Any, *args: Any, **kwargs: Any) -> Any:

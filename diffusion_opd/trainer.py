@@ -30,6 +30,7 @@ from .engines import held_gradient_sync
 from .errors import one_sentence
 from .inputs import Inputs, inputs_of, sample_arguments, signature
 from .policy import Move, Visit
+from .runs import plain
 from .sampling import SEED_TRAIN, TEACHER, noise_generators
 from .scheduler_proxy import Step
 from .startup import check_teacher
@@ -321,6 +322,13 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             self.teachers.write_manifest(output_dir or self.args.output_dir)
+
+    def _made_of(self) -> dict[str, Any]:
+        teachers = {
+            key: {"call_kwargs": t.spec.overrides, "columns": t.spec.columns, "scale": t.spec.scale}
+            for key, t in self.loaded_teachers.items()
+        }
+        return super()._made_of() | plain({"teachers": teachers})
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if resume_from_checkpoint is not None:

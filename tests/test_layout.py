@@ -27,7 +27,7 @@ LAYERS = [
         "denoisers",
         "callbacks.sounds",
     ],
-    ["objectives", "shards", "inputs", "modular"],
+    ["objectives", "shards", "inputs", "modular", "runs"],
     ["config", "sampling"],
     ["data"],
     ["scheduler_proxy", "encode_cache"],

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..shards import ShardFiles
+from .nan_policy import NaNPolicy
 
 EMA_NAME = "ema_and_raw_weights.safetensors"
 
@@ -29,6 +30,7 @@ class MovingAverage(TrainerCallback):
         shards (`Callable[[], AbstractContextManager[list[nn.Parameter]]]`): What this process holds of the trained
             parameters, to be read and written.
         files ([`ShardFiles`]): Where that is kept.
+        nan_policy ([`NaNPolicy`], *optional*): That may leave a step out, at which nothing moves.
 
     Attributes:
         ema ([`~diffusers.training_utils.EMAModel`], *optional*): `None` before [`begin`].
@@ -40,8 +42,10 @@ class MovingAverage(TrainerCallback):
         every: int,
         shards: Callable[[], AbstractContextManager[list[nn.Parameter]]],
         files: ShardFiles,
+        nan_policy: NaNPolicy | None = None,
     ):
         self.decay, self.every, self.shards, self.files = decay, every, shards, files
+        self._nan_policy = nan_policy
         self.ema: EMAModel | None = None
         self._is_in_place = False
 
@@ -71,7 +75,8 @@ class MovingAverage(TrainerCallback):
             self._is_in_place = False
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.ema is not None and state.global_step % self.every == 0:
+        left_out = self._nan_policy is not None and self._nan_policy.leaves_out
+        if self.ema is not None and state.global_step % self.every == 0 and not left_out:
             with self.shards() as shards:
                 self.ema.step(shards)
 
@@ -93,6 +98,7 @@ class MovingAverage(TrainerCallback):
         with self.shards() as shards:
             raw = {f"raw.{i}": shard for i, shard in enumerate(shards)}
             averaged = {f"ema.{i}": shadow for i, shadow in enumerate(self.ema.shadow_params)}
+            averaged["updates"] = torch.tensor(self.ema.optimization_step)
             self.files.save(raw | averaged, Path(checkpoint), EMA_NAME)
 
     @torch.no_grad()
@@ -109,7 +115,8 @@ class MovingAverage(TrainerCallback):
             for index, (shard, shadow) in enumerate(zip(shards, self.ema.shadow_params, strict=True)):
                 shadow.copy_(tensors[f"ema.{index}"])
                 shard.copy_(tensors[f"raw.{index}"])
-        self.ema.optimization_step = global_step // self.every
+        updates = tensors.get("updates", torch.tensor(global_step // self.every))  # older versions keep none
+        self.ema.optimization_step = int(updates)
 
     def check(self, checkpoint: str) -> None:
         """Refuses a checkpoint that holds an average where there is none now, or none where there is one."""

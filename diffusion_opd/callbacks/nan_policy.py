@@ -41,6 +41,7 @@ class NaNPolicy(TrainerCallback):
         self.policy, self.tasks, self.accelerator = policy, tasks, accelerator
         self._found = torch.zeros(len(NONFINITE), len(tasks), dtype=torch.bool, device=accelerator.device)
         self._skipped = 0
+        self.leaves_out = False  # the step under way
 
     @torch.no_grad()
     def watch(self, what: str, task: str, tensor: Tensor) -> None:
@@ -73,13 +74,14 @@ class NaNPolicy(TrainerCallback):
             )
         logger.warning(f"Optimizer step {step} is left out: NaN or Inf in {found}.")
         self._skipped += 1
+        self.leaves_out = True
 
     def raise_or_warn(self, found: str, step: int) -> None:
         """Raises, or warns of an evaluation that its caller then gives no numbers."""
         if self.policy == "raise":
             raise FloatingPointError(
-                f"evaluation after optimizer step {step}: NaN or Inf in {found}; mend that, or have NaN for its metrics "
-                "with `nan_policy='skip'`."
+                f"evaluation after optimizer step {step}: NaN or Inf in {found}; mend that, or have NaN for its "
+                "metrics with `nan_policy='skip'`."
             )
         logger.warning(f"The metrics of the evaluation after optimizer step {step} are NaN: NaN or Inf in {found}.")
 
@@ -87,6 +89,9 @@ class NaNPolicy(TrainerCallback):
         """What a log shows: the steps that were left out since the last one."""
         taken, self._skipped = self._skipped, 0
         return {"skipped_steps": taken} if self.policy == "skip" else {}
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.leaves_out = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._found.zero_()

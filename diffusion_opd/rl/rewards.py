@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import brief
 from ..inputs import PROMPT
+from ..runs import hash_function
 
 RewardFunc = Callable[..., Any]
 
@@ -80,6 +81,10 @@ class Rewards:
 
     def names(self, task: str) -> list[str]:
         return self._names[self._key(task)]
+
+    def written(self, task: str) -> dict[str, str]:
+        """By name, a hash of how each function is written."""
+        return dict(zip(self.names(task), map(hash_function, self._funcs[self._key(task)]), strict=True))
 
     def weights(self, task: str) -> list[float]:
         return self._weights[self._key(task)]

@@ -36,6 +36,7 @@ from ..denoisers import parts_of, put_denoiser
 from ..engines import held_gradient_sync
 from ..inputs import PROMPT, Inputs, inputs_of, packed, unpacked
 from ..policy import BACKBONE, Move, Policy, Visit, Walk
+from ..runs import plain
 from ..sampling import SEED_TRAIN, TASK
 from ..scheduler_proxy import Step
 from ..startup import require_independence
@@ -434,6 +435,10 @@ class DiffusionRLTrainer(DiffusionTrainer):
                 f"{checkpoint} learnt from the rewards {before['rewards']}, this run has {now['rewards']}; use the "
                 "same."
             )
+
+    def _made_of(self) -> dict[str, Any]:
+        rewards = {task: self.rewards.written(task) for task in self.tasks}
+        return super()._made_of() | plain({"reward_funcs": rewards})
 
     def _save_state(self, folder: Path) -> None:
         if self.state.global_step % self.args.num_iterations == 0:
