@@ -21,6 +21,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -71,16 +72,18 @@ def seal(folder: Path) -> None:
 
 def what_is_torn(folder: str | os.PathLike) -> str | None:
     """Why a folder is no whole checkpoint; `None` if it is one. Reads all of it."""
-    for name in (TRAINER_STATE_NAME, FILES_NAME):
-        if (content := _read(Path(folder, name))) is None:
-            return f"it has no readable {name}"
+    state, content = (_read(Path(folder, name)) for name in (TRAINER_STATE_NAME, FILES_NAME))
+    if state is None or not _is_state(state):
+        return f"it has no readable {TRAINER_STATE_NAME}"
+    if content is None:
+        return f"it has no readable {FILES_NAME}"
     for name, listed in content.items():
-        path, size = Path(folder, name), listed["size"] if isinstance(listed, dict) else listed
+        path, size = Path(folder, name), listed.get("size") if isinstance(listed, dict) else listed
         if not path.is_file():
             return f"its {name} is missing"
         if (found := path.stat().st_size) != size:
             return f"its {name} has {found} of {size} bytes"
-        if isinstance(listed, dict) and _hash(path) != listed["sha256"]:  # older versions list sizes alone
+        if isinstance(listed, dict) and _hash(path) != listed.get("sha256"):  # older versions list sizes alone
             return f"its {name} is not as it was written"
     known = {*content, TRAINER_STATE_NAME, FILES_NAME}
     for path in sorted(Path(folder).rglob("*")):
@@ -178,7 +181,16 @@ def give_ordinary_mode(*files: Path) -> None:
             file.chmod(0o666 & ~umask)
 
 
-def _read(path: Path) -> Any:
+def _is_state(content: dict[str, Any]) -> bool:
+    """Whether Trainer can go on from it."""
+    try:
+        state = TrainerState(**content)
+    except (TypeError, ValueError, AttributeError):
+        return False
+    return type(content.get("global_step")) is int and isinstance(state.log_history, list)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
     """A JSON object; `None` if there is none, or not all of it."""
     try:
         content = json.loads(path.read_text())

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -14,7 +15,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
 from .disclosure import disclosed
-from .errors import listed
+from .errors import brief, listed
+from .inputs import is_prompt
 from .objectives import OBJECTIVES
 from .transitions import TRANSITIONS, Kernel
 
@@ -26,6 +28,8 @@ RESERVED_CALL_KWARGS = frozenset(
     "prompt num_inference_steps timesteps sigmas generator latents output_type return_dict num_images_per_prompt "
     "num_videos_per_prompt callback_on_step_end prompt_embeds".split()
 )
+
+_TEXT = re.compile(r"(negative_)?prompt(_\d+)?")
 
 # The types of fields that are looked at, and their names in a sentence
 _KINDS = {
@@ -100,6 +104,12 @@ def check_call_kwargs(call_kwargs: dict[str, Any], named: dict[str, Any], owner:
     """Refuses what the trainer sets itself, and a key that is given as a field and in `call_kwargs`."""
     if taken := sorted(RESERVED_CALL_KWARGS & call_kwargs.keys()):
         raise ValueError(f"{owner}: `call_kwargs` may not hold {taken}: the trainer sets them itself; remove them.")
+    # Each text is for all samples, and their number is that of a batch, which a list cannot know
+    if lists := sorted(k for k, v in call_kwargs.items() if _TEXT.fullmatch(k) and isinstance(v, (list, tuple))):
+        raise ValueError(
+            f"{owner}: {lists[0]!r} in `call_kwargs` must be one text for all samples (one for each is a column of the "
+            f"data), got {brief(call_kwargs[lists[0]])}."
+        )
     if twice := sorted(key for key, value in named.items() if value is not None and key in call_kwargs):
         raise ValueError(
             f"{owner}: {twice} is given both as a field and in `call_kwargs`; give it once "
@@ -265,6 +275,8 @@ class DiffusionConfig(_BaseConfig):
                 "`fp16=True` needs a GPU; on a CPU give `fp16=False` (float32), or `fp16=False, bf16=True, "
                 "use_cpu=True`."
             )
+        if not self.output_dir.strip():
+            raise ValueError(f"`output_dir` must name a folder, got {self.output_dir!r}.")
         for path in (Path(self.output_dir), *Path(self.output_dir).parents):
             if path.is_file():
                 raise ValueError(f"`output_dir={self.output_dir!r}` cannot be a folder: {str(path)!r} is a file.")
@@ -314,6 +326,15 @@ class DiffusionConfig(_BaseConfig):
                     f"`{name}={value!r}` is not supported: evaluation runs in the precision of training, and the tasks "
                     "come in turn; leave it out."
                 )
+        for name, nothing in {
+            "neftune_noise_alpha": None,
+            "label_smoothing_factor": 0.0,
+            "use_liger_kernel": False,
+        }.items():
+            if (value := getattr(self, name)) != nothing:
+                raise ValueError(f"`{name}={value!r}` is for language models, and means nothing here; leave it out.")
+        if wrong := [prompt for prompt in self.image_prompts or [] if not is_prompt(prompt)]:
+            raise ValueError(f"`image_prompts` must hold text of whole characters that is not empty, got {wrong[0]!r}.")
         if self.image_steps is not None and self.image_steps < 0:
             raise ValueError(f"`image_steps` must be at least 0 (never) or None (at the end), got {self.image_steps}.")
 

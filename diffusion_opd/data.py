@@ -350,7 +350,7 @@ def routed_dataset(
         if not dataset:
             raise ValueError(f"{name} is an empty dict; leave it out, or give `{{task: dataset}}`.")
         _check_tasks(dataset.keys(), task_ids, f"the keys of {name}", need_all, column)
-        parts = {key: dataset[key] for key in task_ids if key in dataset}
+        parts = {key: _unformatted(dataset[key], f"{name}[{key!r}]") for key in task_ids if key in dataset}
         if all(isinstance(part, IterableDataset) for part in parts.values()):
             for key, part in parts.items():
                 _check_columns(stream_columns(part), [PROMPT], f"{name}[{key!r}]")
@@ -365,6 +365,7 @@ def routed_dataset(
         return concatenate_datasets([with_task(part, key) for key, part in alike.items()])
 
     required = [PROMPT] if len(task_ids) == 1 else [PROMPT, column]
+    dataset = _unformatted(dataset, name)
     if isinstance(dataset, IterableDataset):
         columns = stream_columns(dataset)
         _check_columns(columns, required, name)
@@ -381,6 +382,21 @@ def routed_dataset(
         dataset = with_task(dataset, task_ids[0])
     _check_tasks(tasks_in(dataset, column, name), task_ids, f"the `{column}` column of {name}", need_all, column)
     return dataset
+
+
+def _unformatted(dataset: Any, name: str) -> Any:
+    """A dataset whose rows are what it holds, and no tensors or tables of it."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.with_format(None)
+    if not isinstance(dataset, Dataset) or (form := dataset.format)["type"] is None:
+        return dataset
+    if form["type"] == "custom":
+        raise ValueError(
+            f"{name} has a transform (`set_transform`), which makes its rows when they are read, and sees some columns "
+            "of them only; make them with `dataset.map(...)`, and leave it out."
+        )
+    dataset = dataset.with_format(None)
+    return dataset if form["output_all_columns"] else dataset.select_columns(form["columns"])
 
 
 def _of_one_type(parts: Mapping[str, Dataset], name: str) -> dict[str, Dataset]:
@@ -460,7 +476,9 @@ def _check_prompts(dataset: Dataset, name: str) -> None:
         raise ValueError(f"{name} is empty.")
     for row, prompt in enumerate(dataset[PROMPT]):
         if not is_prompt(prompt):
-            raise ValueError(f"{name}: the prompt of row {row} must be text that is not empty, got {prompt!r}.")
+            raise ValueError(
+                f"{name}: the prompt of row {row} must be text of whole characters that is not empty, got {prompt!r}."
+            )
 
 
 def _check_tasks(tasks: Any, task_ids: Sequence[str], name: str, need_all: bool, column: str) -> None:

@@ -57,7 +57,7 @@ def why_not(error: Exception, revision: str | None) -> str:
     return f"is no folder, is not in the local cache{at}, and the Hub cannot be asked (is this offline?)"
 
 
-def reason(error: Exception, most: int = 250) -> str:
+def reason(error: Exception, most: int = 400) -> str:
     """What an error of a library says, in one line; of a long text its beginning and its end."""
     text = " ".join(str(error).split())
     if len(text) > most:

@@ -17,6 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .errors import one_sentence
+
 Fingerprint = dict[str, list[float]]  # by weight
 
 KEY = "diffusion_opd_base"  # in the metadata of a safetensors file
@@ -102,6 +104,6 @@ def write_fingerprint(path: Path, fingerprint: Fingerprint) -> None:
 
 def read_fingerprint(path: Path) -> Fingerprint:
     """What [`write_fingerprint`] has added; empty of a file of others."""
-    with safe_open(path, "pt") as file:
-        found: Fingerprint = json.loads((file.metadata() or {}).get(KEY, "{}"))
-    return found
+    with safe_open(path, "pt") as file, one_sentence(f"what {path.name} says of its base cannot be read"):
+        found = json.loads((file.metadata() or {}).get(KEY, "{}"))
+        return {key: [float(value) for value in values] for key, values in found.items()}

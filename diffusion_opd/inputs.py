@@ -29,7 +29,7 @@ PROMPT = "prompt"
 PICTURE = re.compile(r"^(?!.*(ip_adapter|prompt|attention))(\w+_)?(images?|videos?|masks?|audio)$")
 
 _PLAIN = (str, bytes, int, float, datetime.date, datetime.time, datetime.timedelta, type(None))
-
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _ORIENTATION = 0x0112  # in EXIF; from 5 on, width and height change places
 
 
@@ -37,7 +37,8 @@ signature = functools.cache(inspect.signature)
 
 
 def is_prompt(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    """Whether it is text that is not blank. Halves of a character (lone surrogates) no tokenizer and no file takes."""
+    return isinstance(value, str) and bool(value.strip()) and not _SURROGATE.search(value)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ import copy
 import functools
 import inspect
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -270,7 +271,7 @@ class Policy:
             if call.is_moving or self.has_worked or isinstance(error, Elsewhere):
                 raise
             hint = self._hint(error, call.inputs)
-            raise ValueError(f"{self.name} fails in its own `__call__`: {reason(error)}{hint}") from error
+            raise ValueError(f"{self.name} fails in its own `__call__`: {reason(error)}{hint}{self._given}") from error
         finally:
             # Its own functions refer to it: a cycle that would hold the graph until the next garbage collection
             own.clear()
@@ -354,6 +355,12 @@ class Policy:
         if (number, chunk) not in self._begins:
             self._begins[number, chunk] = find()
         return self._begins[number, chunk]
+
+    @property
+    def _given(self) -> str:
+        """What of the configuration a pipeline that fails was called with."""
+        given = [f"{name}={textwrap.shorten(repr(value), 50)}" for name, value in self.call_kwargs.items()]
+        return f" (called with {', '.join(given)})" if given else ""
 
     def _hint(self, error: Exception, inputs: Inputs) -> str:
         """What a pipeline that fails may need: encoders that it was loaded without, or arguments without a value, its

@@ -188,8 +188,8 @@ class TaskCycleStream(torch.utils.data.IterableDataset):
         for example in examples:
             if not is_prompt(example.get(PROMPT)):
                 raise ValueError(
-                    f"a prompt of the stream, for task {task!r}, must be text that is not empty, got "
-                    f"{example.get(PROMPT)!r}."
+                    f"a prompt of the stream, for task {task!r}, must be text of whole characters that is not empty, "
+                    f"got {example.get(PROMPT)!r}."
                 )
             size = self.size_of(example)
             waiting[size].append(example)

@@ -6,7 +6,6 @@ This file knows pipelines and files, and no trainer, loss or data.
 import contextlib
 import copy
 import functools
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -45,6 +44,8 @@ from .files import (
     absent_parts,
     lora_name,
     name_or_path,
+    parts_named,
+    read_json,
 )
 from .fingerprint import differ, read_fingerprint, take_fingerprint, write_fingerprint
 from .inputs import signature
@@ -350,7 +351,7 @@ def load_student(
         if init_kwargs.get("dtype") is not None:
             init_kwargs["dtype"] = _as_dtypes(init_kwargs["dtype"])
         else:
-            names = [name for name in NAMES if index.get(name, [None])[0]] or ["transformer"]
+            names = [name for name in NAMES if name in parts_named(index)] or ["transformer"]
             denoiser_dtype = torch.float32 if peft_config is None and lora is None else args.mixed_dtype
             init_kwargs["dtype"] = dict.fromkeys(names, denoiser_dtype) | {"default": args.mixed_dtype}
         _check_encoders(str(model), index, init_kwargs)
@@ -569,4 +570,4 @@ def _read_index(model: str, hub: dict[str, Any]) -> tuple[dict[str, Any], bool]:
                 raise ValueError(f"the student {model!r} {why_not(error, hub.get('revision'))}.") from error
     is_modular = modular.is_file() and not path.is_file()
     with one_sentence(f"the student {model!r} holds no pipeline ({INDEX_NAME} or {MODULAR_INDEX_NAME})"):
-        return dict(json.loads((modular if is_modular else path).read_text())), is_modular
+        return read_json(modular if is_modular else path), is_modular

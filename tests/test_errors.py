@@ -11,7 +11,7 @@ import re
 import shutil
 import traceback
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,10 @@ def stream(*examples: dict) -> IterableDataset:
 
 def brightness(prompts, images, **columns):
     return [float(index) for index in range(len(images))]
+
+
+def by_position(prompts, images, /):
+    return [0.0] * len(images)
 
 
 def darkness(prompts, images, **columns):
@@ -252,6 +256,41 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
         ValueError,
         "`output_dir=' ... /file' ... is a file",
     ),
+    "no folder": (lambda w: opd(output_dir=""), ValueError, "`output_dir` must name a folder, got ''"),
+    "a blank folder": (lambda w: grpo(output_dir=" "), ValueError, "`output_dir` must name a folder, got ' '"),
+    **{
+        f"{name} of language models": (
+            lambda w, name=name, value=value: opd(**{name: value}),
+            ValueError,
+            f"`{name}={value!r}` is for language models",
+        )
+        for name, value in {"neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1, "use_liger_kernel": True}.items()
+    },
+    "negative prompts for a batch": (
+        lambda w: opd(call_kwargs={"negative_prompt": ["blurry", "dark"]}),
+        ValueError,
+        "DiffusionOPDConfig: 'negative_prompt' in `call_kwargs` ... one text for all ... list: ['blurry', 'dark']",
+    ),
+    "a list of one further prompt": (
+        lambda w: grpo(call_kwargs='{"prompt_2": ["x"]}'),
+        ValueError,
+        "'prompt_2' in `call_kwargs` ... column of the data ... ['x']",
+    ),
+    "negative prompts of a teacher": (
+        lambda w: w.opd(teachers=Teacher("me/a", call_kwargs={"negative_prompt_3": ("x",)})),
+        ValueError,
+        "teacher 'a': 'negative_prompt_3' ... one text ... ('x',)",
+    ),
+    "half a character to draw": (
+        lambda w: opd(image_prompts=["a cat", "a \ud83d fox"]),
+        ValueError,
+        "`image_prompts` ... whole characters ... 'a \\ud83d fox'",
+    ),
+    "nothing to draw": (
+        lambda w: opd(image_prompts=["a cat", " "]),
+        ValueError,
+        "`image_prompts` ... not empty ... ' '",
+    ),
     "a folder in a file": (
         lambda w: grpo(output_dir=str(w.folder / "file" / "out")),
         ValueError,
@@ -366,6 +405,26 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
         ValueError,
         "prompt of the stream ... must be text ... None",
     ),
+    "half a character in a stream": (
+        lambda w: w.opd(data=stream({"prompt": "a"}, {"prompt": "a \udc00 fox"})).train(),
+        ValueError,
+        "stream ... whole characters ... 'a \\udc00 fox'",
+    ),
+    "half a character to evaluate": (
+        lambda w: w.opd().evaluate(stream({"prompt": "a \ud83d fox"})),
+        ValueError,
+        "eval_dataset ... 'a \\ud83d fox'",
+    ),
+    "rows that are made as they are read": (
+        lambda w: w.opd(data=PROMPTS.with_transform(lambda rows: rows)),
+        ValueError,
+        "train_dataset has a transform (`set_transform`) ... `dataset.map(...)`",
+    ),
+    "rows of a task that are made as they are read": (
+        lambda w: w.rl(data={"x": PROMPTS.with_transform(lambda rows: rows)}),
+        ValueError,
+        "train_dataset['x'] has a transform (`set_transform`)",
+    ),
     "an id of a stream that is a list": (
         lambda w: w.opd(teachers={"a": w.sd3, "b": w.sd3}, data=stream({"prompt": "x", "teacher_id": ["a"]})).train(),
         ValueError,
@@ -420,6 +479,11 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
     ),
     "an id that is a number": (lambda w: w.opd(teachers={1: "me/a"}), TypeError, "teacher 1 ... `id` ... text"),
     "a blank id": (lambda w: w.opd(teachers={" ": "me/a"}), ValueError, "id of a teacher ... blank ... ' '"),
+    "half an id": (
+        lambda w: w.opd(teachers={"a\ud83d": "me/a"}),
+        ValueError,
+        "id of a teacher ... whole ... 'a\\ud83d'",
+    ),
     "a subfolder that is a number": (
         lambda w: w.opd(teachers=Teacher("a", subfolder=1)),
         TypeError,
@@ -647,7 +711,17 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
     "a size that the student does not draw": (
         lambda w: w.opd(call_kwargs={"height": 17}),
         ValueError,
-        "StableDiffusion3Pipeline ... `__call__` ... 17",
+        "StableDiffusion3Pipeline ... `__call__`: ... are 17 and ... (called with height=17)",
+    ),
+    "an argument of the wrong kind": (
+        lambda w: w.opd(call_kwargs={"joint_attention_kwargs": 5} | CALL["sd3"]),
+        ValueError,
+        "StableDiffusion3Pipeline ... `__call__`: ... 'int' ... (called with joint_attention_kwargs=5, ... )",
+    ),
+    "an argument of the wrong kind for a teacher": (
+        lambda w: w.opd(teachers=Teacher(w.sd3, call_kwargs={"joint_attention_kwargs": 5})),
+        ValueError,
+        "teacher 'teacher' ... StableDiffusion3Pipeline ... `__call__`: ... 'int' ... joint_attention_kwargs=5)",
     ),
     "a student of pictures": (
         lambda w: w.rl(model=StableDiffusion3Img2ImgPipeline(**BUILDERS["sd3"](0).components)),
@@ -726,6 +800,22 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
     ),
     # Rewards. What they return: test_rewards.py
     "no reward": (lambda w: w.rl(funcs=None), TypeError, "`reward_funcs` ... NoneType"),
+    "a judge that is a class": (lambda w: w.rl(funcs=Late), TypeError, "`reward_funcs` ... type: <class"),
+    "a judge by position": (
+        lambda w: w.rl(funcs=by_position),
+        ValueError,
+        "'by_position' takes ['prompts', 'images'] by position only",
+    ),
+    "a judge of anything by position": (
+        lambda w: w.rl(funcs=lambda *given: [0.0]),
+        ValueError,
+        "'lambda' takes all it is given by position only",
+    ),
+    "a module that is given something else": (
+        lambda w: w.rl(funcs=torch.nn.Linear(2, 2)),
+        ValueError,
+        "'Linear' needs ['input']",
+    ),
     "a reward by name": (lambda w: w.rl(funcs="clip"), TypeError, "`reward_funcs` ... 'clip'"),
     "a reward that is short": (
         lambda w: w.rl(funcs=lambda images: {"a" * 500: 1.0}).train(),
@@ -774,7 +864,7 @@ def assert_is_ours(error: BaseException) -> None:
 def test_what_a_library_says_is_cut_in_its_middle():
     with pytest.raises(ValueError) as refusal, one_sentence("it does not fit"):
         raise RuntimeError("The files " + "\n  'a.bin'," * 1000 + " are none; pass `variant`.")
-    assert re.fullmatch(r"it does not fit: The files 'a\.bin'.{,250} are none; pass `variant`\.", str(refusal.value))
+    assert re.fullmatch(r"it does not fit: The files 'a\.bin'.{,400} are none; pass `variant`\.", str(refusal.value))
     with pytest.raises(ValueError, match="^it does not fit: AssertionError$"), one_sentence("it does not fit"):
         raise AssertionError
 
@@ -893,6 +983,135 @@ def test_rewards_are_those_of_the_checkpoint(world: World):
     halve(checkpoint / "pytorch_lora_weights.safetensors")
     with pytest.raises(ValueError, match=r"is no whole checkpoint: its pytorch_lora_weights\.safetensors has \d+ of"):
         world.rl().train(resume_from_checkpoint=str(checkpoint))
+
+
+# JSON of other shapes
+
+SHAPES = [
+    "[]",
+    "[[1]]",
+    '"x"',
+    "null",
+    "1",
+    "true",
+    "{",
+    "",
+    "[" * 100_000,
+    '{"a":' * 100_000,
+    "\x00",
+    "{}",
+    '{"a": 1}',
+]
+
+
+def rewritten(name: str, text: str) -> Callable[[Path], Any]:
+    def edit(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return edit
+
+
+def refused(act: Callable[[], Any]) -> str:
+    with pytest.raises((ValueError, TypeError)) as refusal:
+        act()
+    assert_is_ours(refusal.value)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("text", SHAPES, ids=lambda text: text[:8])
+def test_json_of_another_shape(text: str, world: World):
+    """Of whatever a folder holds; deep nests are a `RecursionError` of Python's."""
+    index, of_lora, of_part = "model_index.json", "adapter_config.json", "config.json"
+    assert "student '" in refused(lambda: world.opd(model=world.copy("base", rewritten(index, text))))
+    for source, name in (("pipeline", index), ("lora", of_lora), ("pipeline", f"transformer/{of_part}")):
+        folder = world.copy(source, rewritten(name, text))
+        assert f"teacher '{folder.name}'" in refused(lambda folder=folder: world.opd(teachers=folder)), name
+    denoiser = Teacher(world.copy("pipeline", rewritten(f"transformer/{of_part}", text)), subfolder="transformer")
+    assert f"{denoiser.path}/transformer'" in refused(lambda: world.opd(teachers=denoiser))
+    student = world.copy("base", rewritten(f"transformer/{of_part}", text))
+    assert f"student '{student}' " in refused(lambda: world.opd(model=student))
+
+
+@pytest.mark.parametrize("entry", [None, 1, "transformer", [], [None], ["diffusers"], [1, 2], {}, [["x"], {}], True])
+def test_an_index_with_entries_of_another_shape(entry: Any, world: World):
+    edit = with_index(transformer=entry)
+    assert "student '" in refused(lambda: world.opd(model=world.copy("base", edit)))
+    assert "teacher '" in refused(lambda: world.opd(teachers=world.copy("pipeline", edit)))
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [{"r": "x"}, {"r": None}, {"r": []}, {"lora_alpha": "x"}, {"target_modules": 5}, {"rank_pattern": []}]
+    + [{"alpha_pattern": {"to_q": "x"}}, {"peft_type": ["LORA"]}, {"peft_type": None}, {"use_dora": "yes", "r": {}}],
+    ids=str,
+)
+def test_a_lora_config_with_entries_of_another_shape(entries: dict, world: World):
+    assert "teacher '" in refused(lambda: world.opd(teachers=world.copy("lora", lambda f: poor(f, **entries))))
+
+
+@pytest.mark.slow
+def test_json_of_another_shape_in_a_checkpoint(world: World):
+    of_states = ['{"global_step": "1"}', '{"global_step": 1, "log_history": 5}', '{"what": 1}', '{"epoch": 1}']
+    of_teachers = ['{"teachers": 5}', '{"teachers": [1]}', '{"teachers": [{"id": "x"}]}', '{"teachers": [{"id": []}]}']
+    of_rewards = ['{"trainer": 5, "rewards": 1}', '{"trainer": "DiffusionGRPO"}']
+    trainer = world.opd(max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.args.output_dir = str(world.folder / "of_json")
+    trainer.train()
+    for make, checkpoint, manifest, further in (
+        (world.opd, world.folder / "of_json" / "checkpoint-1", "teacher_manifest.json", of_teachers),
+        (world.rl, world.checkpoint(), "reward_manifest.json", of_rewards),
+    ):
+        resumed = make(max_steps=2)
+        shapes = {
+            "trainer_state.json": SHAPES + of_states,
+            "checkpoint_files.json": SHAPES[:-2],
+            manifest: SHAPES + further,
+        }
+        for name, texts in shapes.items():
+            before = (checkpoint / name).read_text()
+            for text in texts:
+                (checkpoint / name).write_text(text)
+                (checkpoint / "checkpoint_files.json").write_text("{}") if name == manifest else None
+                sentence = refused(partial(resumed.train, resume_from_checkpoint=str(checkpoint)))
+                assert str(checkpoint) in sentence, (name, text, sentence)
+            (checkpoint / name).write_text(before)
+
+
+def test_what_a_lora_says_of_its_base_in_another_shape(world: World):
+    file = "adapter_model.safetensors"
+    for text in ["[]", "5", "{", '{"x": 1}', '{"x": ["y"]}', "[" * 100_000]:
+
+        def edit(folder: Path, text: str = text) -> None:
+            save_file(load_file(folder / file), folder / file, metadata={"diffusion_opd_base": text})
+
+        assert "base" in refused(lambda edit=edit: world.opd(teachers=world.copy("lora", edit)))
+
+
+# Datasets in a format of their own
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", "pandas", "arrow"])
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_dataset_in_a_format_is_what_its_rows_say(form: str, streams: bool, world: World, tmp_path):
+    rows = Dataset.from_dict({"prompt": ["a", "b"], "negative_prompt": ["x", "y"], "size": [1, 2]})
+    seen: list[dict] = []
+
+    def judge(prompts, images, **columns):
+        seen.append({"prompts": prompts, **{key: columns[key] for key in ("negative_prompt", "size")}})
+        return [0.0] * len(prompts)
+
+    for data in (rows, rows.with_format(form)):
+        data = data.to_iterable_dataset() if streams else data
+        world.rl(judge, {"x": data}, remove_unused_columns=False).train()
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :] and type(seen[0]["size"][0]) is int
+
+
+def test_a_format_of_some_columns_hides_the_others(world: World):
+    """As it does in the dataset's own rows."""
+    rows = Dataset.from_dict({"prompt": ["a"], "negative_prompt": ["x"]})
+    for kwargs, columns in (({}, {"prompt"}), ({"output_all_columns": True}, {"prompt", "negative_prompt"})):
+        trainer = world.opd(data=rows.with_format("numpy", columns=["prompt"], **kwargs))
+        assert trainer.data.columns.keys() == columns
 
 
 # Code and pickles, which run what their author wrote

@@ -349,3 +349,32 @@ def test_a_function_of_two_tasks_has_one_name_and_a_lambda_that_of_its_task():
     assert (rewards.names("a"), rewards.names("b")) == (["length", "reward"], ["reward_2", "length"])
     assert rewards.names("ocr") == ["ocr"]
     assert rewards.all_names == ["length", "reward", "reward_2", "ocr"]
+
+
+class Judge(torch.nn.Module):
+    """As people have them: a module, whose `__call__` passes on whatever it is given."""
+
+    def __init__(self, by: float):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(by))
+
+    def forward(self, images, size, bonus: float = 0.0):
+        return self.scale * torch.tensor([float(image) for image in images]) * torch.tensor(size) + bonus
+
+
+def test_a_module_is_given_what_its_forward_takes():
+    rewards = Rewards([Judge(2.0), functools.partial(Judge(3.0), bonus=1.0)])
+    assert rewards.names("all") == ["Judge", "Judge_2"]
+    rewards.check_columns(["prompt", "size", "other"])
+    examples = [{"prompt": "a", "size": 1.0, "other": 0}, {"prompt": "b", "size": 2.0, "other": 0}]
+    assert rewards("all", examples, [5, 7], trainer_state=object()).tolist() == [[10.0, 16.0], [28.0, 43.0]]
+    with pytest.raises(ValueError, match=r"'Judge' needs \['size'\]"):
+        rewards.check_columns(["prompt"])
+
+
+def test_functions_by_position_are_refused():
+    """Where their values would be missed; those with a default are left at it."""
+    Rewards(lambda own=1, /, *, images: [own] * len(images)).check_columns(["prompt"])
+    for func in (lambda prompts, images, /: [], lambda prompts, /, images: [], lambda *given: []):
+        with pytest.raises(ValueError, match="'lambda' takes .* by position only, but is called with keywords"):
+            Rewards(func).check_columns(["prompt"])

@@ -306,7 +306,9 @@ def test_a_stream_is_refused_where_it_goes_wrong(order: list[str], words: list[s
 @pytest.mark.parametrize("prompt", [None, "", "  ", ["a", "b"]])
 def test_a_prompt_of_a_stream_is_text(prompt):
     rows = IterableDataset.from_generator(lambda: iter([{"prompt": prompt}]))
-    with pytest.raises(ValueError, match="for task 'aes', must be text that is not empty") as refusal:
+    with pytest.raises(
+        ValueError, match="for task 'aes', must be text of whole characters that is not empty"
+    ) as refusal:
         next(iter(TaskCycleStream({"aes": rows}, ["aes"], 1)))
     assert repr(prompt) in str(refusal.value)
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import brief
 from ..inputs import PROMPT
@@ -136,7 +136,7 @@ class Rewards:
 def _as_list(funcs: Any, name: str) -> list[RewardFunc]:
     funcs = list(funcs) if isinstance(funcs, (list, tuple)) else [funcs]
     for func in funcs:
-        if not callable(func):
+        if not callable(func) or isinstance(func, type):
             raise TypeError(
                 f"{name}: a reward function is called with `prompts` and `images` and returns a list of numbers, got "
                 f"{type(func).__name__}: {func!r}."
@@ -164,11 +164,24 @@ def _name(funcs: Mapping[str | None, Sequence[RewardFunc]]) -> dict[str | None, 
     return names
 
 
+def _called(func: Any) -> Any:
+    """What of a judge has a signature: of a module, which passes anything on, its `forward`."""
+    if isinstance(func, functools.partial):
+        return functools.partial(_called(func.func), *func.args, **func.keywords)
+    return func.forward if isinstance(func, nn.Module) else func
+
+
 def _accepted(func: RewardFunc, name: str, offered: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        parameters = inspect.signature(func).parameters.values()
+        parameters = list(inspect.signature(_called(func)).parameters.values())
     except ValueError:  # a builtin without a signature
         return dict(offered)
+    unnamed = [p.name for p in parameters if p.kind == p.POSITIONAL_ONLY and p.default is p.empty]
+    if unnamed or [p.kind for p in parameters] == [inspect.Parameter.VAR_POSITIONAL]:
+        raise ValueError(
+            f"the reward function {name!r} takes {unnamed or 'all it is given'} by position only, but is called with "
+            "keywords."
+        )
     by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     needed = {p.name for p in by_name if p.default is p.empty}
     if missing := sorted(needed - offered.keys()):

@@ -34,6 +34,8 @@ from ..data import Data, check_no_splits, stream_columns, tasks_in
 from ..decoding import CHECKER, has_checker, takes_no_checker
 from ..denoisers import parts_of, put_denoiser
 from ..engines import held_gradient_sync
+from ..errors import one_sentence
+from ..files import read_json
 from ..inputs import PROMPT, Inputs, inputs_of, packed, unpacked
 from ..policy import BACKBONE, Move, Policy, Visit, Walk
 from ..runs import plain
@@ -425,7 +427,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
         path = checkpoint / MANIFEST_NAME
         if not path.is_file():
             raise ValueError(f"{checkpoint} has no {MANIFEST_NAME}, so it is not a checkpoint of this trainer.")
-        before, now = json.loads(path.read_text()), self._manifest()
+        with one_sentence(f"{path} is no manifest of rewards"):
+            before, now = {key: read_json(path)[key] for key in ("trainer", "rewards")}, self._manifest()
         if before["trainer"] != now["trainer"]:
             raise ValueError(
                 f"{checkpoint} was saved by {before['trainer']}, this run is {now['trainer']}; resume it with that."

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..adapters import frozen_copy, with_denoiser, without_adapters
 from ..denoisers import NAMES, denoiser_of, denoisers_of, take_wrappers_off
 from ..errors import first_few, one_sentence
-from ..files import CONFIG_NAME, INDEX_NAME, MODULAR_INDEX_NAME, absent_parts
+from ..files import CONFIG_NAME, INDEX_NAME, MODULAR_INDEX_NAME, absent_parts, parts_named
 from ..modular import is_pipeline, load_modular, with_call
 from ..policy import check_seams
 from .compatible import check_compatible, share_parts
@@ -178,14 +178,15 @@ def _load_pipeline(teacher: Teacher, located: Path, commit: str | None, dtype: t
             folder = snapshot_download(folder, revision=commit, allow_patterns=f"{teacher.subfolder.strip('/')}/*")
         folder = os.path.join(folder, teacher.subfolder)
     parts = absent_parts(index)
-    names = [name for name in NAMES if index.get(name, [None])[0]]
+    classes = parts_named(index)
+    names = [name for name in NAMES if name in classes]
     if not names:
         raise ValueError(f"teacher {teacher.id!r}: {teacher.source!r} has neither a transformer nor a unet.")
     for name in names:
-        cls = getattr(diffusers, str(index[name][1]), None)
-        if cls is None:
+        cls = getattr(diffusers, classes[name], None)
+        if not isinstance(cls, type):
             raise ValueError(
-                f"teacher {teacher.id!r}: the {name} of {teacher.source!r} is a {index[name][1]}, which this version "
+                f"teacher {teacher.id!r}: the {name} of {teacher.source!r} is a {classes[name]}, which this version "
                 "of diffusers has not; if it is custom code that you trust, load the pipeline yourself and give that."
             )
         variant = variant_in(teacher, located, commit, name)

@@ -4,7 +4,6 @@ Of a repository, what tells what a teacher is comes first; weights are fetched w
 """
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
+from .. import files
 from ..errors import first_few, why_not
 from ..files import CONFIG_NAME, INDEX_NAME, MODULAR_INDEX_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, lora_name
 from .spec import Lora, Teacher
@@ -97,12 +97,9 @@ def read_json(teacher: Teacher | Lora, path: Path) -> dict[str, Any]:
 def parse_json(teacher: Teacher | Lora, text: str | bytes, name: str) -> dict[str, Any]:
     """A JSON object of the file `name`."""
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # no JSON, no text
-        content = error
-    if not isinstance(content, dict):
+        return files.parse_json(text, name)
+    except ValueError as error:
         raise ValueError(
             f"{teacher.who}: {name} of {teacher.source!r} is no JSON object; is it a git-lfs pointer, or a download "
             "that broke off?"
-        )
-    return content
+        ) from error

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import one_sentence
+from ..files import read_json
 from .spec import LoadedTeacher
 
 MANIFEST_NAME = "teacher_manifest.json"
@@ -45,22 +47,26 @@ def check_manifest(checkpoint: str | os.PathLike, teachers: Iterable[LoadedTeach
     path = Path(checkpoint, MANIFEST_NAME)
     if not path.is_file():
         raise ValueError(f"{checkpoint} has no {MANIFEST_NAME}, so it is not a checkpoint of this trainer.")
-    before = {entry["id"]: entry for entry in json.loads(path.read_text())["teachers"]}
-    now = {entry["id"]: entry for entry in manifest_of(teachers)["teachers"]}
+    with one_sentence(f"{path} is no manifest of teachers"):
+        entries = read_json(path)["teachers"]
+        before = {entry["id"]: {key: entry[key] for key in ("source", "commit", "sha256")} for entry in entries}
+        dtypes = {entry["id"]: entry.get("dtype") for entry in entries}  # older ones have none
+    loaded = {teacher.id: teacher for teacher in teachers}
+    now = {entry["id"]: entry for entry in manifest_of(loaded.values())["teachers"]}
     if list(before) != list(now):
         raise ValueError(
             f"{checkpoint} learnt from the teachers {list(before)}, this run has {list(now)}; use the same set."
         )
     for key, entry in now.items():
-        if entry["sha256"] != before[key]["sha256"] and entry["dtype"] != before[key].get("dtype", entry["dtype"]):
+        if entry["sha256"] != before[key]["sha256"] and dtypes[key] not in (None, entry["dtype"]):
             raise ValueError(
                 f"teacher {key!r} is loaded in {entry['dtype']}, {checkpoint} learnt from it in "
-                f"{before[key]['dtype']}; resume in the same precision."
+                f"{dtypes[key]}; resume in the same precision."
             )
         if entry["sha256"] != before[key]["sha256"]:
             raise ValueError(
-                f"teacher {key!r} has other weights ({entry['source']}) than the one that {checkpoint} learnt from "
-                f"({before[key]['source']}, commit {before[key]['commit']}); use the same teacher."
+                f"teacher {key!r} has other weights ({loaded[key].spec.source}) than the one that {checkpoint} learnt "
+                f"from ({before[key]['source']}, commit {before[key]['commit']}); use the same teacher."
             )
 
 

@@ -15,6 +15,7 @@ from ..denoisers import denoiser_of
 from ..disclosure import origin
 from ..errors import brief
 from ..files import name_or_path
+from ..inputs import is_prompt
 from ..modular import is_pipeline
 
 
@@ -204,8 +205,11 @@ def name_teachers(teachers: Any) -> dict[str, Teacher]:
         for name in unread:
             if (value := getattr(teacher, name)) is not None:
                 raise ValueError(f"teacher {teacher.id!r}: {what} has no `{name}`, got {value!r}; leave it out.")
-        if not teacher.id.strip():
-            raise ValueError(f"the id of a teacher must not be blank, got {teacher.id!r} for {teacher.source!r}.")
+        if not is_prompt(teacher.id):
+            raise ValueError(
+                f"the id of a teacher must be text of whole characters that is not blank, got {teacher.id!r} for "
+                f"{teacher.source!r}."
+            )
         ids.append(teacher.id)
     if twice := sorted({i for i in ids if ids.count(i) > 1}):
         raise ValueError(
