@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ class Publishing(_BaseTrainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Saves the student and uploads it with what [`published`] says.
+        """Saves the student and uploads it, with its manifest, pictures, card and metrics, and nothing else of
+        `output_dir`.
 
         Args:
             commit_message, blocking, token, revision, private: As for [`~transformers.Trainer`].
@@ -122,11 +124,13 @@ class Publishing(_BaseTrainer):
             return None
         self.create_model_card(**({"model_name": self._card_name} | kwargs))
         self._finish_current_push()
-        upload = self._upload, self._published(), commit_message, token, revision
-        return upload[0](*upload[1:]) if blocking else hf_api().run_as_future(*upload)
+        upload = partial(self._upload, self._published(), commit_message, token, revision)
+        return upload() if blocking else hf_api().run_as_future(upload)
 
     # Likewise; and the weights that it copies from the checkpoint are a language model's
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == "end":
+            return
         # An upload that still runs reads these very files: the next one waits for it, or is left out as Trainer does,
         # unless the files may be deleted in a moment
         with_checkpoint = self.args.hub_strategy in ("checkpoint", "all_checkpoints")
@@ -134,8 +138,7 @@ class Publishing(_BaseTrainer):
             self._finish_current_push()
         else:
             self._warn_of_failed_pushes()
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if not self.is_world_process_zero() or self.args.hub_strategy == "end" or busy:
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         output_dir = Path(self.args.output_dir)
@@ -159,9 +162,8 @@ class Publishing(_BaseTrainer):
         message = f"Training in progress, {f'step {self.state.global_step}' if by_steps else f'epoch {epoch}'}"
         jobs = [hf_api().run_as_future(self._upload, self._published(), message)]
         if with_checkpoint:
-            folder = Path(checkpoint_folder)
-            place = "last-checkpoint" if self.args.hub_strategy == "checkpoint" else folder.name
-            files = _with_state(folder, place)
+            place = "last-checkpoint" if self.args.hub_strategy == "checkpoint" else Path(checkpoint_folder).name
+            files = _with_state(Path(checkpoint_folder), place)
             jobs.append(hf_api().run_as_future(self._upload, files, f"{message}, checkpoint"))
         self.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]  # it holds a list
 
@@ -171,7 +173,8 @@ class Publishing(_BaseTrainer):
         if not self.student.trains_lora:
             names |= {INDEX_NAME, MODULAR_INDEX_NAME, *self.student.pipeline.components}
         made = [path for name in names for path in _files(output_dir / name)]
-        made += [path for path in output_dir.glob(f"{IMAGES_DIR}/step_*/*") if path.suffix in (".png", ".wav", ".json")]
+        for kind in ("*.png", "*.wav", "captions.json"):
+            made += output_dir.glob(f"{IMAGES_DIR}/step_*/{kind}")
         metrics = json.dumps(self.state.log_history, indent=2) + "\n"
         return {path.relative_to(output_dir).as_posix(): path for path in made} | {"metrics.json": metrics.encode()}
 
