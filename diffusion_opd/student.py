@@ -250,7 +250,7 @@ def _weight_files(folder: Path) -> list[Path]:
     """What `save_pretrained` has written last: one file, or the shards of its index."""
     for index in folder.glob("*.safetensors.index.json"):
         if _is_in_force(index):
-            return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+            return sorted({folder / name for name in read_json(index)["weight_map"].values()})
     return sorted(folder.glob("*.safetensors"))
 
 
