@@ -52,7 +52,7 @@ from .checkpoints import (
 )
 from .checks import check_helpers
 from .config import DiffusionConfig, computes_in_bf16
-from .data import Data
+from .data import Data, column_of, long_prompts
 from .denoisers import Denoisers, denoiser_of
 from .disclosure import disclosed
 from .encode_cache import EncodeCache
@@ -66,7 +66,7 @@ from .runs import alone, differences, hash_texts, new_run, plain
 from .sampling import ROW, SEED_EVAL, NumberedStream, TaskCycleSampler, TaskCycleStream, seed_of
 from .scheduler_proxy import is_flow
 from .shards import ShardFiles
-from .startup import Checked, check_student, sees_the_end
+from .startup import Checked, check_student, sees_the_end, tokenized, tokenizers_of
 from .stopwatch import Stopwatch
 from .student import Student
 from .teachers import as_lora
@@ -372,16 +372,21 @@ class DiffusionTrainer(Publishing):
         # Without encoders a pipeline looks prompts up, and knows those of the data alone
         if not isinstance(self.train_dataset, Dataset) or set(encoders) <= {*self.student.policy.denoisers, "vae"}:
             return
-        prompts = list(self.train_dataset[PROMPT])
-        place = max(range(len(prompts)), key=lambda row: len(prompts[row]))
-        longest = prompts[place].rstrip()
-        (row,) = self.data.read([self.train_dataset.select_columns(self.data.names)[place]])
-        if not sees_the_end(self.student.policy, inputs_of([{**row, PROMPT: longest}] * count, self.data.columns)):
-            logger.warning(
-                f"The longest prompt of train_dataset, {textwrap.shorten(longest, 60)!r} of {len(longest)} characters, "
-                f"is cut: {type(self.pipeline).__name__} does not see its end. Raise `max_sequence_length` in "
-                "`call_kwargs` if it takes that, or shorten it."
-            )
+        prompts, tokenizers = column_of(self.train_dataset, PROMPT), tokenizers_of(self.pipeline)
+        texts = {row: prompts[row].as_py().rstrip() for row in long_prompts(prompts)}
+        lengths = [map(len, tokenized(one, list(texts.values()))) for one in tokenizers] or [map(len, texts.values())]
+        tables = [dict(zip(texts, own, strict=True)) for own in lengths]
+        for place in dict.fromkeys(max(table, key=lambda row: table[row]) for table in tables):
+            longest = texts[place]
+            (row,) = self.data.read([self.train_dataset.select_columns(self.data.names)[place]])
+            inputs = inputs_of([{**row, PROMPT: longest}] * count, self.data.columns)
+            if not sees_the_end(self.student.policy, inputs):
+                logger.warning(
+                    f"The longest prompt of train_dataset, {textwrap.shorten(longest, 60)!r} of {len(longest)} "
+                    f"characters, is cut: {type(self.pipeline).__name__} does not see its end. Raise "
+                    "`max_sequence_length` in `call_kwargs` if it takes that, or shorten it."
+                )
+                return
 
     def choose_kernel(self, transition: str, noise_level: float, needs_noise: bool) -> BoundKernel:
         """The kernel of a rollout, with its noise level.
@@ -511,7 +516,7 @@ class DiffusionTrainer(Publishing):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TaskCycleSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         self._train_sampler = TaskCycleSampler(
-            dataset[self.data.task_column],
+            column_of(dataset, self.data.task_column).to_pylist(),
             self.tasks,
             self._global_batch_size,
             self._cycles,

@@ -8,9 +8,11 @@ import contextlib
 import difflib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from datasets import (
     Dataset,
@@ -194,7 +196,7 @@ class Data:
         for column in columns:
             if _holds_pictures(feature := dataset.features[column]) and column in self.pictures:
                 dataset = dataset.cast_column(column, _undecoded(feature))
-        tasks: list[str] = list(dataset[self.task_column])
+        tasks = column_of(dataset, self.task_column).to_pylist()
         first = {task: tasks.index(task) if self._is_by_task[name] else 0 for task in set(tasks)}
         lacks: dict[tuple[str, str], int] = {}  # by task and column a row without a value
         has: dict[str, set[str]] = {task: set() for task in first}
@@ -268,9 +270,9 @@ class Data:
         elif data is None:
             rows = []
         else:
-            tasks = data[self.task_column]
+            tasks = column_of(data, self.task_column)
             wanted = tasks[0] if task is None else task
-            chosen = list(islice((row for row, own in enumerate(tasks) if own == wanted), count))
+            chosen = pc.indices_nonzero(pc.equal(tasks, wanted))[:count].to_pylist()
             rows = list(data.select_columns(self.names).select(chosen))
         return self.read([row for row in rows if is_prompt(row.get(PROMPT))])
 
@@ -342,7 +344,9 @@ def routed_dataset(
         if isinstance(part, IterableDataset):
             return part.map(lambda example: {column: task})
         part = part.remove_columns([column]) if column in part.column_names else part
-        return part.add_column(column, [task] * len(part))
+        # Of a shuffled or filtered one `add_column` would write all rows anew, pictures too
+        whole = Dataset(part.data, part.info, part.split).add_column(column, pa.repeat(task, len(part.data)))
+        return whole if part._indices is None else whole.select(part._indices.column(0).to_numpy())
 
     if not set(dataset if isinstance(dataset, Mapping) else ()) & set(task_ids):
         check_no_splits(dataset, name)
@@ -426,6 +430,25 @@ def columns_of(dataset: Any) -> set[str]:
     return set(dataset.column_names) if isinstance(dataset, Dataset) else set()
 
 
+def column_of(dataset: Dataset, name: str) -> pa.ChunkedArray:
+    """A column of text as Arrow holds it; `dataset[name]` reads it row by row."""
+    column, rows = dataset.data.column(name), dataset._indices
+    return column if rows is None else column.take(rows.column(0))
+
+
+def long_prompts(prompts: pa.ChunkedArray, most: int = 32) -> list[int]:
+    """Rows among which is the prompt of most tokens, whatever the tokenizer: the first in bytes, and those in which a
+    letter counts as a quarter of a token and any other byte as one, but for spaces."""
+    whole = prompts.cast(pa.large_binary()).combine_chunks()
+    offsets = np.frombuffer(whole.buffers()[1], np.int64)[whole.offset : whole.offset + len(whole) + 1]
+    quarters = np.full(256, 4, np.uint8)
+    quarters[[byte for byte in range(128) if chr(byte).isalpha()]], quarters[ord(" ")] = 1, 0
+    of_bytes = quarters[np.frombuffer(whole.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]]
+    estimates = np.add.reduceat(of_bytes, offsets[:-1] - offsets[0], dtype=np.int64)
+    found = [np.argsort(sizes, kind="stable")[::-1][:most] for sizes in (np.diff(offsets), estimates)]
+    return np.unique(found).tolist()
+
+
 def check_no_splits(dataset: Any, name: str) -> None:
     """Refuses what `load_dataset` returns when it is given no split."""
     if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
@@ -447,7 +470,7 @@ def tasks_in(dataset: Dataset, column: str, name: str) -> list[str]:
         raise ValueError(
             f"the `{column}` column of {name} must hold text, got {kind}; rename it if it means something else."
         )
-    tasks = dataset.unique(column)
+    tasks = pc.unique(column_of(dataset, column)).to_pylist()
     if None in tasks:
         raise ValueError(f"the `{column}` column of {name} has rows without a value; each row needs one.")
     return tasks
@@ -474,7 +497,7 @@ def _check_columns(given: Sequence[str], required: Sequence[str], name: str) -> 
 def _check_prompts(dataset: Dataset, name: str) -> None:
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty.")
-    for row, prompt in enumerate(dataset[PROMPT]):
+    for row, prompt in enumerate(column_of(dataset, PROMPT).to_pylist()):
         if not is_prompt(prompt):
             raise ValueError(
                 f"{name}: the prompt of row {row} must be text of whole characters that is not empty, got {prompt!r}."

@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
+from transformers import PreTrainedTokenizerBase
 
 from .inputs import PROMPT, Inputs
 from .policy import Elsewhere, Policy, Visit, Walk
@@ -202,8 +204,9 @@ def require_independence(policy: Policy, checked: Checked) -> None:
 
 def sees_the_end(policy: Policy, inputs: Inputs) -> bool:
     """Whether the denoiser is given something else for prompts than for these without their last characters."""
-    seen: list[Any] = []
-    for prompts in (inputs[PROMPT], [prompt[:-1] for prompt in inputs[PROMPT]]):
+    tokenizers, seen = tokenizers_of(policy.pipeline), list[Any]()
+    without = {prompt: _without_end(prompt, tokenizers) for prompt in inputs[PROMPT]}
+    for prompts in (inputs[PROMPT], [without[prompt] for prompt in inputs[PROMPT]]):
         given = {**inputs, PROMPT: prompts}
 
         def look(*args: Any, **kwargs: Any) -> Any:
@@ -215,6 +218,25 @@ def sees_the_end(policy: Policy, inputs: Inputs) -> bool:
             walk.advance()
     half = len(seen) // 2
     return not all(_equal(a, b) for a, b in zip(seen[:half], seen[half:], strict=True))
+
+
+def tokenizers_of(pipeline: DiffusionPipeline) -> list[PreTrainedTokenizerBase]:
+    """Those among a pipeline's parts, and in its processors."""
+    parts = [getattr(part, "tokenizer", part) for part in pipeline.components.values()]
+    return [part for part in parts if isinstance(part, PreTrainedTokenizerBase)]
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """The whole prompts, however many tokens that is."""
+    return tokenizer(list(prompts), truncation=False, padding=False, verbose=False)["input_ids"]
+
+
+def _without_end(prompt: str, tokenizers: Sequence[PreTrainedTokenizerBase]) -> str:
+    """Without as many characters as a tokenizer notices: the last of an emoji may be none of its tokens."""
+    whole = [tokenized(tokenizer, [prompt]) for tokenizer in tokenizers]
+    shorter = (prompt[:end] for end in range(len(prompt) - 1, 0, -1))
+    noticed = (text for text in shorter if [tokenized(tokenizer, [text]) for tokenizer in tokenizers] != whole)
+    return next(noticed, prompt[:-1])
 
 
 def _same_way(policy: Policy, student: Policy) -> bool:
