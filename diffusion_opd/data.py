@@ -437,14 +437,16 @@ def column_of(dataset: Dataset, name: str) -> pa.ChunkedArray:
 
 
 def long_prompts(prompts: pa.ChunkedArray, most: int = 32) -> list[int]:
-    """Rows among which is the prompt of most tokens, whatever the tokenizer: the first in bytes, and those in which a
-    letter counts as a quarter of a token and any other byte as one, but for spaces."""
+    """Rows among which is the prompt of most tokens, or one of hardly fewer: the first in bytes, and the first where a
+    letter counts as a quarter of a token, a space as none and any other byte as one."""
     whole = prompts.cast(pa.large_binary()).combine_chunks()
     offsets = np.frombuffer(whole.buffers()[1], np.int64)[whole.offset : whole.offset + len(whole) + 1]
-    quarters = np.full(256, 4, np.uint8)
+    quarters = np.full(
+        256, 4, np.uint16
+    )  # whose sum is wrong for prompts of thousands of bytes, which are found anyway
     quarters[[byte for byte in range(128) if chr(byte).isalpha()]], quarters[ord(" ")] = 1, 0
     of_bytes = quarters[np.frombuffer(whole.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]]
-    estimates = np.add.reduceat(of_bytes, offsets[:-1] - offsets[0], dtype=np.int64)
+    estimates = np.add.reduceat(of_bytes, offsets[:-1] - offsets[0], dtype=np.uint16)
     found = [np.argsort(sizes, kind="stable")[::-1][:most] for sizes in (np.diff(offsets), estimates)]
     return np.unique(found).tolist()
 

@@ -1229,3 +1229,17 @@ def test_a_prompt_that_is_cut_is_told_of(family: str, tmp_path, caplog):
                 train_dataset=rows(prompt=["a fox", "word " * words]),
             )
         assert ("is cut" in caplog.text) == is_cut
+
+
+@pytest.mark.parametrize(("family", "end"), [("sd15", "🦊"), ("sd3", "狐"), ("zimage", "🧑\u200d🚒\ufe0f")])
+def test_a_prompt_of_few_characters_and_many_tokens_is_told_of(family: str, end: str, tmp_path, caplog):
+    """Beside one of more characters that is not cut."""
+    for cut, is_cut in ((end, False), (end * 90, True)):
+        with caplog.at_level(logging.WARNING):
+            DiffusionOPDTrainer(
+                BUILDERS[family](0),
+                BUILDERS[family](1),
+                config(tmp_path, family),
+                train_dataset=rows(prompt=["a fox", cut, "a " * 8]).shuffle(seed=1),
+            )
+        assert ("is cut" in caplog.text) == is_cut, caplog.text

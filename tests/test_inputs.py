@@ -1,9 +1,12 @@
 """What a sample is made of: which columns reach a pipeline, how pictures are read, and what is refused."""
 
 import copy
+import cProfile
 import datetime
 import io
 import json
+import pstats
+import random
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,11 @@ from PIL import Image, ImageOps
 from safetensors.torch import load, save
 
 from diffusion_opd import DiffusionOPDTrainer, Teacher
-from diffusion_opd.data import Data
+from diffusion_opd.data import Data, column_of, long_prompts
 from diffusion_opd.inputs import as_arguments, content_key, packed, read_picture, sample_arguments, size_of, unpacked
 from tests.editing_pipelines import EDITING, EDITING_CALL
 from tests.streaming_pipelines import picture
+from tests.tiny_pipelines import BUILDERS, clip_tokenizer, qwen_tokenizer, t5_tokenizer
 from tests.training import config, lora
 
 KONTEXT = EDITING["flux_kontext"](0)
@@ -331,6 +335,48 @@ def test_an_argument_that_a_teacher_does_not_take(tmp_path):
 
 
 # Streams: told of when the row is read
+
+
+TEXTS = {"words": "a fox runs in the snow ", "digits": "1 23 456,", "marks": "!?-#", "cjk": "狐雪山", "emoji": "🦊🎨"}
+
+
+@pytest.mark.parametrize("tokenizer", [clip_tokenizer, t5_tokenizer, qwen_tokenizer])
+@pytest.mark.parametrize("longest", TEXTS)
+def test_the_prompt_of_most_tokens_is_found(longest: str, tokenizer):
+    """Or one of hardly fewer, among those that have more characters, or more tokens a character."""
+    count = tokenizer()
+    order = random.Random(0)
+    prompts = ["".join(order.choices(TEXTS["words"], k=order.randint(20, 60))) for _ in range(3000)]
+    for text in TEXTS.values():
+        prompts += ["".join(order.choices(text, k=order.randint(2, 10))) for _ in range(300)]
+    prompts.append(TEXTS[longest] * 30)
+    order.shuffle(prompts)
+    lengths = [len(ids) for ids in count(prompts)["input_ids"]]
+    dataset = Dataset.from_dict({"prompt": prompts})
+    shuffled = Dataset.from_dict({"prompt": ["b", *prompts]}).shuffle(seed=0).filter(lambda row: row["prompt"] != "b")
+    for data in (dataset, shuffled):
+        column = column_of(data, "prompt")
+        assert column.to_pylist() == list(data["prompt"])
+        found = long_prompts(column)
+        assert len(found) <= 64
+        assert max(lengths[prompts.index(column[row].as_py())] for row in found) > 0.9 * max(lengths)
+
+
+@pytest.mark.parametrize("form", ["dataset", "shuffled", "dict"])
+def test_a_prompt_more_costs_next_to_nothing(form: str, tmp_path):
+    """A `Dataset` that is read row by row costs some hundred calls for each."""
+
+    def calls(count: int) -> int:
+        data = Dataset.from_dict({"prompt": [f"prompt {index}" for index in range(count)]})
+        data = {"dataset": data, "shuffled": data.shuffle(seed=0), "dict": {"a": data, "b": data.shuffle(seed=0)}}[form]
+        ids = "ab" if form == "dict" else "a"
+        parties = BUILDERS["sd3"](0), {key: BUILDERS["sd3"](1) for key in ids}
+        with cProfile.Profile() as profile:
+            DiffusionOPDTrainer(*parties, config(tmp_path), data, peft_config=lora()).get_train_dataloader()
+        return pstats.Stats(profile).total_calls
+
+    calls(10)  # what is only done once
+    assert calls(2010) - calls(10) < 2000 * (20 if form == "dict" else 10)
 
 
 def stream_of(*images: Any) -> IterableDataset:
