@@ -494,7 +494,7 @@ class DiffusionTrainer(Publishing):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         return super().get_eval_dataloader(
-            NumberedStream(dataset) if isinstance(dataset, IterableDataset) else eval_dataset  # type: ignore[arg-type]
+            NumberedStream(dataset) if isinstance(dataset, IterableDataset) else eval_dataset
         )
 
     def get_train_dataloader(self) -> Any:

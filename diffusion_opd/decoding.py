@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from torch import Tensor, is_tensor, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 CHECKER = "safety_checker"
@@ -31,8 +31,9 @@ class Watched:
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
         output: Any = self._module.decode(*args, **kwargs)
-        for part in filter(is_tensor, tree_flatten(output)[0]):
-            self._watch(part)
+        for part in tree_flatten(output)[0]:
+            if isinstance(part, Tensor):
+                self._watch(part)
         return output
 
 

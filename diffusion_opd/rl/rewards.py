@@ -224,6 +224,7 @@ def _checked(result: Any, name: str, weight: float, count: int) -> list[float]:
         got = f"{len(values)} values" if isinstance(values, (list, tuple)) else brief(result)
         raise ValueError(f"the reward function {name!r} must return a list of {count} rewards, got {got}.")
     values = [value.item() if isinstance(value, Tensor) and value.dim() == 0 else value for value in values]
+    value: Any
     for value in values:
         if value is not None and (not isinstance(value, numbers.Real) or abs(value) == math.inf):
             raise ValueError(
