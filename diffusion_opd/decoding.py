@@ -30,7 +30,8 @@ class Watched:
         return getattr(self._module, name)
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
-        output: Any = self._module.decode(*args, **kwargs)
+        module: Any = self._module
+        output = module.decode(*args, **kwargs)
         for part in tree_flatten(output)[0]:
             if isinstance(part, Tensor):
                 self._watch(part)

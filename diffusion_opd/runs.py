@@ -53,13 +53,16 @@ def plain(made_of: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> list[str]:
     """What two runs are made of and differ in, in words: `seed: 1 -> 2`."""
-    return [
-        f"{key}: {_word(before.get(key))} -> {_word(now.get(key))}"
-        for key in dict.fromkeys([*before, *now])
-        if before.get(key) != now.get(key)
-    ]
+    found = []
+    for key in dict.fromkeys([*before, *now]):
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found += differences(one, other, f"{inside}{key}.")
+        elif one != other:
+            found.append(f"{inside}{key}: {_word(one)} -> {_word(other)}")
+    return found
 
 
 def _word(value: Any) -> str:

@@ -219,19 +219,19 @@ def _await_all(awaitables: Sequence[Any]) -> list[Any]:
 
 
 def _checked(result: Any, name: str, weight: float, count: int) -> list[float]:
-    values = result.tolist() if hasattr(result, "tolist") else result
+    values: Any = result.tolist() if hasattr(result, "tolist") else result
     if not isinstance(values, (list, tuple)) or len(values) != count:
         got = f"{len(values)} values" if isinstance(values, (list, tuple)) else brief(result)
         raise ValueError(f"the reward function {name!r} must return a list of {count} rewards, got {got}.")
     values = [value.item() if isinstance(value, Tensor) and value.dim() == 0 else value for value in values]
-    value: Any
     for value in values:
         if value is not None and (not isinstance(value, numbers.Real) or abs(value) == math.inf):
             raise ValueError(
                 f"the reward function {name!r} must return finite numbers, or `None` where it does not apply; got "
                 f"{value!r}."
             )
-        if value is not None and abs(value) > (largest := _LARGEST / max(1.0, abs(weight))):
+        size: Any = 0 if value is None else abs(value)
+        if size > (largest := _LARGEST / max(1.0, abs(weight))):
             raise ValueError(
                 f"the reward function {name!r} must return numbers of at most {largest:.0e} with its weight of "
                 f"{weight}, or their std overflows; got {brief(value)}."
