@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
@@ -283,10 +284,18 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     def _evaluate_batch(self, batch: Sequence[dict[str, Any]], generators: list[torch.Generator]) -> Tensor:
         """Task, loss and KL of each sample. A batch of an eval dataset may hold several tasks; a walk holds one."""
         results = torch.zeros(len(batch), 3, device=self.accelerator.device)
+        calls: dict[str, list[list[int]]] = {task: [] for task in self.tasks}
         for call in self.calls(batch, by_task=True):
-            task = batch[call[0]][TEACHER]
-            loss, kl = self._evaluate_rows(task, [batch[row] for row in call], [generators[row] for row in call])
-            results[call] = torch.stack([torch.full_like(loss, self.tasks.index(task)), loss, kl], dim=1)
+            calls[batch[call[0]][TEACHER]].append(call)
+        for task, own in calls.items():
+            for call in own:
+                loss, kl = self._evaluate_rows(task, [batch[row] for row in call], [generators[row] for row in call])
+                results[call] = torch.stack([torch.full_like(loss, self.tasks.index(task)), loss, kl], dim=1)
+            if self.shards_parameters:
+                # Each forward pass is one of all processes: who has fewer rows of a task than others repeats theirs
+                others = [of for of in gather_object([[batch[call[0]] for call in own]]) if of]
+                for _ in range(len(own), max(map(len, others), default=0)):
+                    self._evaluate_rows(task, others[0][:1], [torch.Generator().manual_seed(0)])
         return results
 
     def _evaluation_metrics(self, table: Tensor) -> dict[str, Tensor]:

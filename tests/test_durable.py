@@ -27,7 +27,7 @@ from tests.hub_server import HubServer, client
 from tests.launched import held_port
 from tests.rl_training import GRPO, NFT
 from tests.tiny_pipelines import BUILDERS
-from tests.training import history, trained, trainer_of
+from tests.training import DATA, history, trained, trainer_of
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.durable_run"])
@@ -265,6 +265,98 @@ def test_nan_in_a_rollout_is_seen(tmp_path, cls):
     )
     with pytest.raises(FloatingPointError, match="optimizer step 1: NaN or Inf in the rollout of task 'all'"):
         trainer.train()
+
+
+def overflow(pipeline, number: float) -> None:
+    """As a VAE in half precision: of NaN diffusers makes black pixels, of Inf white ones."""
+    pipeline.vae.decoder.conv_out.bias.data.fill_(number)
+
+
+DECODED = r"NaN or Inf in what the VAE decoded of task 'all'"
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("cls", [NFT, GRPO])
+def test_pictures_of_nan_are_not_judged(tmp_path, cls, number):
+    asked = []
+    trainer = rl_training.trainer_of(cls, tmp_path, rewards=lambda images: asked.append(images))
+    before = trained(trainer)
+    overflow(trainer.pipeline, number)
+    with pytest.raises(FloatingPointError, match=f"^optimizer step 1: {DECODED}; mend that, or leave out such steps"):
+        trainer.train()
+    assert torch.equal(trained(trainer), before) and not asked
+
+
+@pytest.mark.parametrize("cls", [NFT, GRPO])
+def test_every_step_on_a_rollout_of_nan_is_left_out(tmp_path, cls):
+    asked, weights = [], []
+
+    class Mend(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            weights.append(trained(trainer))
+            if state.global_step == 2:
+                overflow(trainer.pipeline, 0.0)
+
+    def judge(images, trainer_state):
+        asked.append(trainer_state.global_step)
+        return rl_training.redness(images)
+
+    settings = dict(nan_policy="skip", num_iterations=2, max_steps=4, beta=0.1, callbacks=[Mend()])
+    trainer = rl_training.trainer_of(cls, tmp_path, rewards=judge, **settings)
+    before = trained(trainer)
+    overflow(trainer.pipeline, math.nan)
+    trainer.train()
+    assert [torch.equal(before, after) for after in weights] == [True, True, False, False] and asked == [2]
+    assert sum(history(trainer, "skipped_steps")) == 2
+
+
+class Bad(TrainerCallback):
+    """The VAE, or a teacher, that gives NaN from a step on until another."""
+
+    def __init__(self, weight, steps):
+        self.weight, self.good, self.steps = weight, weight.detach().clone(), steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.weight.data.copy_(self.good * (math.nan if state.global_step in self.steps else 1))
+
+
+@pytest.mark.parametrize("method", ["opd", "grpo"])
+def test_nan_in_an_evaluation(tmp_path, method, caplog):
+    """An error; or an evaluation that no checkpoint is the best by, whichever way its metric is better."""
+    settings = dict(max_steps=3, eval_steps=1, eval_strategy="steps", save_strategy="steps", save_steps=1)
+    settings |= dict(load_best_model_at_end=True, nan_policy="skip")
+
+    def make(steps, **kwargs):
+        if method == "opd":
+            data = DATA.select(range(2))
+            trainer = trainer_of(tmp_path, teachers=teachers(), eval_dataset=data, **settings | kwargs)
+            weight = next(trainer.teachers["b"].denoiser.parameters())
+        else:
+            data = rl_training.DATA.select(range(2))
+            trainer = rl_training.trainer_of(GRPO, tmp_path, eval_dataset=data, **settings | kwargs)
+            weight = trainer.pipeline.vae.decoder.conv_out.bias
+        trainer.add_callback(Bad(weight, steps))
+        return trainer
+
+    what, metric = ("the prediction of teacher 'b'", "kl") if method == "opd" else (DECODED[14:], "reward")
+    for greater in (True, False):
+        trainer = make((1,), metric_for_best_model=metric, greater_is_better=greater)
+        trainer.train()
+        first, *others = history(trainer, f"eval_{metric}")
+        assert math.isnan(first) and all(map(math.isfinite, others))
+        best = others.index(max(others) if greater else min(others)) + 2
+        assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    assert f"The metrics of the evaluation after optimizer step 1 are NaN: NaN or Inf in {what}." in caplog.text
+    assert "No evaluation has given" not in caplog.text
+
+    trainer = make((1, 2, 3))
+    trainer.train()
+    assert all(map(math.isnan, history(trainer, f"eval_{metric}")))
+    assert trainer.state.best_model_checkpoint is None and "the weights are those of the last step" in caplog.text
+    with pytest.raises(
+        FloatingPointError, match=f"^evaluation after optimizer step 1: NaN or Inf in {what}; mend that"
+    ):
+        make((1,), nan_policy="raise").train()
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ LAYERS = [
         "paused",
         "queries",
         "denoisers",
+        "decoding",
         "callbacks.sounds",
     ],
     ["objectives", "shards", "inputs", "modular", "runs"],

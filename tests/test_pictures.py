@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import weakref
 from pathlib import Path
 
@@ -103,6 +104,17 @@ def test_a_picture_that_fails_is_a_warning_that_names_it(tmp_path, caplog, how, 
     for mine, undisturbed in zip(trainer.trainable_parameters, plain.trainable_parameters, strict=True):
         assert torch.equal(mine, undisturbed)
     assert (tmp_path / "spoilt" / "checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, 0.0])
+def test_a_picture_of_nan_is_a_warning(tmp_path, caplog, number):
+    trainer = trainer_of(tmp_path)
+    decode = trainer.pipeline.vae.decode
+    trainer.pipeline.vae.decoder.conv_out.bias.data.fill_(number)
+    trainer.log_images()
+    said = "The sample pictures of optimizer step 0 show NaN or Inf as black or white: the VAE of"
+    assert (said in caplog.text) == (number != 0.0)
+    assert trainer.pipeline.vae.decode == decode and len(list((tmp_path / "images").rglob("*.png"))) == 4
 
 
 def test_a_judge_that_fails_on_a_sample_picture_leaves_the_picture(tmp_path, caplog):

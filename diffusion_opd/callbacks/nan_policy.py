@@ -80,7 +80,7 @@ class NaNPolicy(TrainerCallback):
         """Raises, or warns of an evaluation that its caller then gives no numbers."""
         if self.policy == "raise":
             raise FloatingPointError(
-                f"evaluation after optimizer step {step}: NaN or Inf in {found}; mend that, or have NaN for its "
+                f"evaluation after optimizer step {step}: NaN or Inf in {found}; mend that, or go on without its "
                 "metrics with `nan_policy='skip'`."
             )
         logger.warning(f"The metrics of the evaluation after optimizer step {step} are NaN: NaN or Inf in {found}.")

@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback
 
+from ..decoding import watched_decoders
 from ..inputs import PROMPT, as_arguments, inputs_of, signature
 from ..sampling import seed_of
 from .sounds import Sound, as_sound, makes_sound, sampling_rate
@@ -77,6 +78,9 @@ class Pictures(TrainerCallback):
             return []
         pipeline = copy.copy(self.trainer.pipeline)
         pipeline.set_progress_bar_config(disable=True)
+        finite: list[torch.Tensor] = []
+        # Past `DiffusionPipeline.__setattr__`, which writes into the config
+        vars(pipeline).update(watched_decoders(pipeline, lambda decoded: finite.append(decoded.isfinite().all())))
         takes_steps = "num_inference_steps" in signature(type(pipeline).__call__).parameters
         count = args.image_num_inference_steps or args.num_inference_steps
         steps = {"num_inference_steps": count} if takes_steps else {}
@@ -103,7 +107,7 @@ class Pictures(TrainerCallback):
             error = own_error
         if world > 1:  # or those that could draw would wait for the one that could not
             errors = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
-            drawn = gather_object(drawn)
+            drawn, finite = gather_object(drawn), gather_object([one.cpu() for one in finite])
             if error is None and any(errors):
                 error = RuntimeError(f"another process could not draw: {next(filter(None, errors))}")
         try:
@@ -111,6 +115,11 @@ class Pictures(TrainerCallback):
                 raise error
         finally:
             del error  # its traceback holds this frame, and all that the call left on the device
+        if not all(finite):
+            logger.warning(
+                f"The sample pictures of optimizer step {self.trainer.state.global_step} show NaN or Inf as black or white: "
+                f"the VAE of {type(pipeline).__name__} decodes to such numbers."
+            )
         return drawn[: len(rows)]
 
     def log(self) -> None:
