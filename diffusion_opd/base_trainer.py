@@ -117,8 +117,8 @@ class _EveryStep(TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint is None:
             logger.warning(
-                f"No evaluation has given a number for `{args.metric_for_best_model}`, so no checkpoint is the best "
-                "one: the weights are those of the last step."
+                f"No evaluation has given a number for `{args.metric_for_best_model}`, so no checkpoint is best: the "
+                "weights are those of the last step."
             )
 
 

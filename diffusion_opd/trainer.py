@@ -287,15 +287,17 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         calls: dict[str, list[list[int]]] = {task: [] for task in self.tasks}
         for call in self.calls(batch, by_task=True):
             calls[batch[call[0]][TEACHER]].append(call)
+        # Each forward pass of a sharded denoiser is one of all processes: who has fewer calls of a task than others
+        # repeats one of theirs
+        firsts = {task: [batch[call[0]] for call in own] for task, own in calls.items()}
+        others = gather_object([firsts]) if self.shards_parameters else []
         for task, own in calls.items():
             for call in own:
                 loss, kl = self._evaluate_rows(task, [batch[row] for row in call], [generators[row] for row in call])
                 results[call] = torch.stack([torch.full_like(loss, self.tasks.index(task)), loss, kl], dim=1)
-            if self.shards_parameters:
-                # Each forward pass is one of all processes: who has fewer rows of a task than others repeats theirs
-                others = [of for of in gather_object([[batch[call[0]] for call in own]]) if of]
-                for _ in range(len(own), max(map(len, others), default=0)):
-                    self._evaluate_rows(task, others[0][:1], [torch.Generator().manual_seed(0)])
+            longest = max((of[task] for of in others), key=len, default=[])
+            for row in longest[len(own) :]:
+                self._evaluate_rows(task, [row], [torch.Generator().manual_seed(0)])
         return results
 
     def _evaluation_metrics(self, table: Tensor) -> dict[str, Tensor]:

@@ -117,8 +117,8 @@ class Pictures(TrainerCallback):
             del error  # its traceback holds this frame, and all that the call left on the device
         if not all(finite):
             logger.warning(
-                f"The sample pictures of optimizer step {self.trainer.state.global_step} show NaN or Inf as black or white: "
-                f"the VAE of {type(pipeline).__name__} decodes to such numbers."
+                f"The sample pictures of optimizer step {self.trainer.state.global_step} show NaN or Inf as black or "
+                f"white: the VAE of {type(pipeline).__name__} decodes to such numbers."
             )
         return drawn[: len(rows)]
 
