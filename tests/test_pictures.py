@@ -106,6 +106,34 @@ def test_a_picture_that_fails_is_a_warning_that_names_it(tmp_path, caplog, how, 
     assert (tmp_path / "spoilt" / "checkpoint-2").is_dir()
 
 
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError("this error cannot be printed")
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit, Unprintable], ids=lambda e: e.__name__
+)
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_no_picture_at_the_end_costs_the_run(tmp_path, caplog, error, ema_decay):
+    """Whoever interrupts it: with `save_strategy="no"` the trained weights are in the trainer alone."""
+    settings = dict(image_steps=None, save_strategy="no", ema_decay=ema_decay, ema_update_every=1)
+    plain = trainer_of(tmp_path / "plain", **settings)
+    plain.train()
+    trainer = trainer_of(tmp_path / "spoilt", **settings)
+
+    def fail(*args, **kwargs):
+        raise error("while it is decoded")
+
+    trainer.pipeline.vae.decode = fail
+    trainer.train()
+    assert "sample pictures" in caplog.text
+    for mine, undisturbed in zip(trainer.trainable_parameters, plain.trainable_parameters, strict=True):
+        assert torch.equal(mine, undisturbed)
+    trainer.save_model()
+    assert (tmp_path / "spoilt" / "pytorch_lora_weights.safetensors").is_file()
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf, 0.0])
 def test_a_picture_of_nan_is_a_warning(tmp_path, caplog, number):
     trainer = trainer_of(tmp_path)

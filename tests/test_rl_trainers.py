@@ -9,10 +9,11 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch.distributions import Normal
-from transformers import TrainerCallback
+from transformers import CLIPConfig, CLIPImageProcessor, TrainerCallback
 
 from diffusion_opd import DiffusionGRPOConfig, DiffusionNFTTrainer
 from diffusion_opd.sampling import noise_generators, seed_of
@@ -20,6 +21,8 @@ from tests.card_rules import check_card
 from tests.rl_training import CONFIGS, DATA, GRPO, NFT, config, redness, trainer_of
 from tests.tiny_pipelines import BUILDERS, CALL, denoiser
 from tests.training import FAMILIES, guided_by_hand, history, latents, lora, trained
+from tests.zoo import ZOO
+from tests.zoo.worlds import Safe
 
 BOTH = pytest.mark.parametrize("cls", [NFT, GRPO])
 TASKS = DATA.add_column("task", ["a", "b"] * 3)
@@ -808,3 +811,73 @@ def test_bf16(tmp_path, cls, full):
 def test_config_of_another_trainer_is_refused(tmp_path):
     with pytest.raises(TypeError, match="`args` must be a DiffusionGRPOConfig, got DiffusionNFTConfig"):
         GRPO(BUILDERS["sd3"](0), redness, config(NFT, tmp_path), train_dataset=DATA)
+
+
+# What makes black pictures
+
+
+def flagging(family: str = "sd15") -> DiffusionPipeline:
+    """A pipeline whose safety checker finds fault with every picture."""
+    side = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    vision = dict(side, image_size=32, patch_size=16)
+    sides = CLIPConfig(text_config=dict(side, vocab_size=99), vision_config=vision, projection_dim=16)
+    checker = StableDiffusionSafetyChecker(sides).eval()
+    checker.concept_embeds_weights.data.fill_(-1.0)
+    size = {"height": 32, "width": 32}
+    extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
+    parts = BUILDERS[family](0).components | {"safety_checker": checker, "feature_extractor": extractor}
+    return type(BUILDERS[family](0))(**parts)
+
+
+@BOTH
+def test_a_safety_checker_has_no_part_in_what_is_judged(tmp_path, cls, caplog):
+    """As with a pipeline that has none; in sample pictures and what is saved it is as its user gave it."""
+    runs = []
+    for pipeline in (BUILDERS["sd15"](0), flagging()):
+        caplog.clear()
+        trainer = cls(
+            pipeline,
+            brightness,
+            config(cls, tmp_path, "sd15"),
+            train_dataset=DATA,
+            eval_dataset=DATA.select([0]),
+            peft_config=lora(),
+        )
+        assert ("The safety_checker of StableDiffusionPipeline" in caplog.text) == (len(runs) == 1)
+        trainer.train()
+        runs.append((trainer, trainer.evaluate()["eval_reward"], history(trainer, "reward")))
+    plain, checked = runs
+    assert checked[1:] == plain[1:] and min(checked[2]) > 0.1
+    assert torch.equal(trained(checked[0]), trained(plain[0]))
+    pipeline = checked[0].pipeline
+    assert pipeline.safety_checker is not None
+    assert brightness(checked[0].sample_images(["a fox"])) == [0.0] < brightness(plain[0].sample_images(["a fox"]))
+
+
+def test_a_guard_that_a_pipeline_asks_for_stays(tmp_path, caplog):
+    """Cosmos' says of a prompt that it is not safe with an error, and puts no black frames in its place."""
+    asked = []
+
+    class Guard(Safe):
+        def check_text_safety(self, text):
+            asked.append(text)
+            return True
+
+        def check_video_safety(self, video):
+            asked.append("video")
+            return video
+
+    pipeline = ZOO["Cosmos2TextToImagePipeline"].make(0)
+    pipeline.register_modules(safety_checker=Guard())
+    call = dict(ZOO["Cosmos2TextToImagePipeline"].call)
+    trainer = NFT(
+        pipeline,
+        redness,
+        config(NFT, tmp_path, call_kwargs=call, max_steps=1, guidance_scale=None),
+        train_dataset=DATA,
+        peft_config=lora(),
+    )
+    assert "they are judged as it leaves them" in caplog.text
+    asked.clear()
+    trainer.train()
+    assert asked.count("video") == 4 and any("prompt number" in text for text in asked)

@@ -48,8 +48,12 @@ class Pictures(TrainerCallback):
             self.trainer.log_images()
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.image_steps != 0 and not self.trainer.was_told_to_stop:
+        if args.image_steps == 0 or self.trainer.was_told_to_stop:
+            return
+        try:
             self.trainer.log_images()
+        except BaseException as error:  # with nothing saved, an interrupted drawing would cost a run that is done
+            logger.warning(f"The last sample pictures are left out ({type(error).__name__}); the run is done.")
 
     @property
     def examples(self) -> list[dict[str, Any]]:
