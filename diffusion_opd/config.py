@@ -171,9 +171,10 @@ class DiffusionConfig(_BaseConfig):
         ema_update_every (`int`, *optional*, defaults to `8`):
             Optimizer steps between two updates of the average.
         nan_policy (`str`, *optional*, defaults to `"raise"`):
-            What NaN or Inf in a prediction, a loss or a gradient does to an optimizer step. `"raise"`: the run stops
-            before the weights change, with a sentence that names teacher, task and step. `"skip"`: the step is left
-            out, on all processes, with a warning, and counted in the metric `skipped_steps`.
+            What NaN or Inf in a prediction, a decoded picture, a loss or a gradient does to an optimizer step or an
+            evaluation. `"raise"`: the run stops before the weights change, with a sentence that names teacher, task and
+            step. `"skip"`: the step is left out, on all processes, with a warning, and counted in the metric
+            `skipped_steps`; the metrics of the evaluation are NaN.
         image_steps (`int`, *optional*):
             Optimizer steps between two sets of sample images, written to `output_dir/images` and to the trackers in
             use. `None`: once, at the end of training. 0: never.

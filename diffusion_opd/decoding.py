@@ -17,7 +17,7 @@ CHECKER = "safety_checker"
 class Watched:
     """A module whose `decode` is watched, and whose attributes are its own."""
 
-    def __init__(self, module: nn.Module, watch: Callable[[Tensor], None]):
+    def __init__(self, module: Any, watch: Callable[[Tensor], None]):
         self._module, self._watch = module, watch
 
     # Pipelines ask for it

@@ -295,8 +295,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             for call in own:
                 loss, kl = self._evaluate_rows(task, [batch[row] for row in call], [generators[row] for row in call])
                 results[call] = torch.stack([torch.full_like(loss, self.tasks.index(task)), loss, kl], dim=1)
-            longest = max((of[task] for of in others), key=len, default=[])
-            for row in longest[len(own) :]:
+            for row in max((of[task] for of in others), key=len, default=list[dict[str, Any]]())[len(own) :]:
                 self._evaluate_rows(task, [row], [torch.Generator().manual_seed(0)])
         return results
 

@@ -224,14 +224,14 @@ def _checked(result: Any, name: str, weight: float, count: int) -> list[float]:
         got = f"{len(values)} values" if isinstance(values, (list, tuple)) else brief(result)
         raise ValueError(f"the reward function {name!r} must return a list of {count} rewards, got {got}.")
     values = [value.item() if isinstance(value, Tensor) and value.dim() == 0 else value for value in values]
+    largest = _LARGEST / max(1.0, abs(weight))
     for value in values:
         if value is not None and (not isinstance(value, numbers.Real) or abs(value) == math.inf):
             raise ValueError(
                 f"the reward function {name!r} must return finite numbers, or `None` where it does not apply; got "
                 f"{value!r}."
             )
-        size: Any = 0 if value is None else abs(value)
-        if size > (largest := _LARGEST / max(1.0, abs(weight))):
+        if value is not None and (value > largest or value < -largest):
             raise ValueError(
                 f"the reward function {name!r} must return numbers of at most {largest:.0e} with its weight of "
                 f"{weight}, or their std overflows; got {brief(value)}."
