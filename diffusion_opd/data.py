@@ -345,7 +345,8 @@ def routed_dataset(
             return part.map(lambda example: {column: task})
         part = part.remove_columns([column]) if column in part.column_names else part
         # Of a shuffled or filtered one `add_column` would write all rows anew, pictures too
-        whole = Dataset(part.data, part.info, part.split).add_column(column, pa.repeat(task, len(part.data)))
+        whole = Dataset(part.data, part.info, part.split, fingerprint=part._fingerprint)
+        whole = whole.add_column(column, pa.repeat(task, len(part.data)))
         return whole if part._indices is None else whole.select(part._indices.column(0).to_numpy())
 
     if not set(dataset if isinstance(dataset, Mapping) else ()) & set(task_ids):

@@ -127,6 +127,8 @@ def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
         torch_compile_backend=options.compile,
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": options.sync_each_batch}},
         # Of two denoisers also where a run is resumed: a plain `pipeline(...)` comes first there
+        eval_strategy="steps" if options.images else "no",
+        eval_steps=3,
         image_steps=(1 if options.family in TWO else 3) if options.images else 0,
         use_cpu=options.engine in ("none", "ddp"),
         ddp_backend="gloo" if options.engine.startswith("zero") else None,
@@ -138,8 +140,6 @@ def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
         # One of each kind: an adapter of the student's denoiser (or of a copy of it), and a denoiser of its own
         lora = save_peft(options.out / f"teacher-{os.environ.get('RANK', 0)}", MAKE[options.family](0))
         judges = {"a": str(lora), "b": MAKE[options.family](2)}
-        if options.images:
-            settings |= dict(eval_strategy="steps", eval_steps=3)
         if options.best:
             settings |= dict(eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
             settings |= dict(metric_for_best_model="kl", greater_is_better=True)
@@ -213,9 +213,9 @@ def picture_gap(options: argparse.Namespace, trainer: DiffusionTrainer) -> float
 def report(options: argparse.Namespace, trainer: DiffusionTrainer, counted: Count) -> None:
     gap = picture_gap(options, trainer) if options.bf16 else None
     streamed = []
-    if options.images and options.method == "opd":
+    if options.images:
         rows = trainer.eval_dataset.shuffle(seed=0).to_iterable_dataset()
-        streamed += [trainer.evaluate(rows)["eval_kl"]]
+        streamed += [trainer.evaluate(rows)["eval_kl" if options.method == "opd" else "eval_reward"]]
     weights = torch.cat([whole(p).float().flatten() for p in trainer.trainable_parameters])
     everyone = trainer.accelerator.gather(weights[None])
     if not trainer.is_world_process_zero():
@@ -229,7 +229,9 @@ def report(options: argparse.Namespace, trainer: DiffusionTrainer, counted: Coun
         "wrapper": type(trainer.model_wrapped).__name__,
         "losses": [entry["loss"] for entry in history],
         "judged": [entry[judged] for entry in history if judged in entry],
-        "evaluated": [entry["eval_kl"] for entry in trainer.state.log_history if "eval_kl" in entry],
+        "evaluated": [
+            entry[key] for entry in trainer.state.log_history for key in ("eval_kl", "eval_reward") if key in entry
+        ],
         "streamed": streamed,
         "grad_norms": [entry["grad_norm"] for entry in history],
         "weights": weights.tolist(),

@@ -403,7 +403,7 @@ REWARDS = 1e-4
 def test_learning_from_rewards_in_two_processes_equals_one(tmp_path, one_process, method, mode, engine):
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
-    options = ["--method", method, "--mode", mode]
+    options = ["--method", method, "--mode", mode, "--images"]
     _, one = one_process(*options)
     options += ["--batch", "2"]
     two = run(tmp_path / "two", *options, engine=engine)

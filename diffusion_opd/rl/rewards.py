@@ -231,7 +231,8 @@ def _checked(result: Any, name: str, weight: float, count: int) -> list[float]:
                 f"the reward function {name!r} must return finite numbers, or `None` where it does not apply; got "
                 f"{value!r}."
             )
-        if value is not None and (value > largest or value < -largest):
+        size: Any = 0.0 if value is None else abs(value)
+        if size > largest:
             raise ValueError(
                 f"the reward function {name!r} must return numbers of at most {largest:.0e} with its weight of "
                 f"{weight}, or their std overflows; got {brief(value)}."

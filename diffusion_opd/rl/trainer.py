@@ -358,8 +358,11 @@ class DiffusionRLTrainer(DiffusionTrainer):
         for call in self.calls(batch):
             inputs = inputs_of([batch[row] for row in call], self.data.columns)
             own = [generators[row] for row in call]
-            walk = self._drawing(self.student.policy, batch[call[0]][TASK], inputs, own, partial(_move, self._ode))
-            for row, image in zip(call, walk.run(), strict=True):
+            task = batch[call[0]][TASK]
+            with self._drawing(self.student.policy, task, inputs, own, partial(_move, self._ode)) as walk:
+                for visit in walk:
+                    self.watch("rollout", task, visit.steps[0].prediction)
+            for row, image in zip(call, walk.output, strict=True):
                 images[row] = image
         self.cache.clear()
         results = torch.full((len(batch), 2 + len(names)), torch.nan, device=self.accelerator.device)
