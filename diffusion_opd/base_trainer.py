@@ -92,8 +92,13 @@ _OF_TRAINER = (
 class _Config(FrozenDict):
     """A denoiser's config as transformers' tracker callbacks read it, and tell others."""
 
-    def __init__(self, config: Mapping[str, Any]):
-        super().__init__({key: disclosed(one) if key == "_name_or_path" else one for key, one in config.items()})
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "_Config":
+        parts = {
+            key: dict(cls.of(one)) for key, one in config.items() if isinstance(one, Mapping)
+        }  # of several denoisers
+        read_from = {key: disclosed(one) for key, one in config.items() if key == "_name_or_path"}
+        return cls({**config, **parts, **read_from})
 
     def to_json_string(self) -> str:
         return json.dumps(self, indent=2, default=str)
@@ -174,9 +179,9 @@ class DiffusionTrainer(Publishing):
         self.pipeline = pipeline
         self.trains_lora, model = self.student.trains_lora, self.student.denoiser
         if isinstance(model, Denoisers):
-            model.config = _Config(model.config)
+            model.config = _Config.of(model.config)
         else:
-            model._internal_dict = _Config(model._internal_dict)
+            model._internal_dict = _Config.of(model._internal_dict)
         settle_arguments(args, model)
         check_helpers(**{key: value for key, value in kwargs.items() if key in ("callbacks", "optimizers")})
         kwargs |= {"train_dataset": data.train, "eval_dataset": data.evaluation, "data_collator": data.read}
