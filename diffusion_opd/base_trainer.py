@@ -8,21 +8,20 @@ callbacks/, what is published is publishing.py's, and the weights are the studen
 
 import contextlib
 import copy
-import dataclasses
 import json
 import math
 import os
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline, ModelMixin
@@ -33,22 +32,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, SaveStrategy
+from transformers.trainer_utils import EvalLoopOutput
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
 from .callbacks import Metrics, MovingAverage, NaNPolicy, Pictures, SaveAndStop
 from .callbacks.pictures import middle_frame
 from .checkpoints import (
-    begin,
-    checkpoints_in,
     is_checkpoint,
-    last_checkpoint,
-    of_others,
-    remove_half_written,
-    rotate,
-    run_of,
-    seal,
-    what_is_torn,
 )
 from .checks import check_helpers
 from .config import DiffusionConfig, computes_in_bf16
@@ -57,12 +47,10 @@ from .denoisers import Denoisers, denoiser_of
 from .disclosure import disclosed
 from .encode_cache import EncodeCache
 from .engines import all_touched, compile_blocks, settle_arguments, settle_fsdp, take_compilation
-from .errors import first_few, listed, reason
-from .files import name_or_path
+from .errors import listed, reason
 from .inputs import PROMPT, content_key, inputs_of, is_prompt, signature
 from .policy import Policy
-from .publishing import Publishing
-from .runs import alone, differences, hash_texts, new_run, plain
+from .resuming import Resuming
 from .sampling import ROW, SEED_EVAL, NumberedStream, TaskCycleSampler, TaskCycleStream, seed_of
 from .scheduler_proxy import is_flow
 from .shards import ShardFiles
@@ -75,18 +63,6 @@ from .transitions import TRANSITIONS, BoundKernel
 logger = get_logger(__name__)
 
 CHECK_PROMPTS = ["a cat", "a dog"]  # a batch, and short enough for any tokenizer
-
-
-# Of what this package adds to Trainer's arguments: what changes nothing that is learnt
-_OF_A_START = set(
-    "model_init_kwargs nan_policy teacher_placement gradient_checkpointing logging_nan_inf_filter "
-    "remove_unused_columns image_steps image_prompts image_num_inference_steps".split()
-)
-# Of Trainer's own: what changes it
-_OF_TRAINER = (
-    "seed data_seed learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon "
-    "max_grad_norm optim per_device_train_batch_size gradient_accumulation_steps bf16 fp16"
-).split()
 
 
 class _Config(FrozenDict):
@@ -127,18 +103,7 @@ class _EveryStep(TrainerCallback):
             )
 
 
-@contextlib.contextmanager
-def _hidden(args: Any, name: str) -> Iterator[Any]:
-    """An argument that Trainer is not to see for the duration."""
-    value = getattr(args, name)
-    setattr(args, name, None)
-    try:
-        yield value
-    finally:
-        setattr(args, name, value)
-
-
-class DiffusionTrainer(Publishing):
+class DiffusionTrainer(Resuming):
     """
     Base of the trainers here.
 
@@ -163,7 +128,6 @@ class DiffusionTrainer(Publishing):
     # A training step backpropagates a mean over its micro-batch; Trainer would guess from the denoiser's `**kwargs`
     loss_is_scaled_for_ga: Any = False
     _section = "student"  # of the stopwatch: where the student's time goes
-    _run: dict[str, Any] = {}  # what `run.json` of its checkpoints holds
 
     def __init__(
         self,
@@ -648,9 +612,6 @@ class DiffusionTrainer(Publishing):
         self.metrics.record(name, value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "train_loss" in logs:  # of the whole run
-            total, steps = self._losses()
-            logs["train_loss"] = total / max(steps, 0.001)
         if "loss" in logs and not self.metrics.is_empty:
             batch_size = self._global_batch_size * self.args.gradient_accumulation_steps
             logs.update(self.metrics.take(self.state.global_step, batch_size))
@@ -719,143 +680,6 @@ class DiffusionTrainer(Publishing):
         settings = copy.copy(self.args)  # as others may read them: a checkpoint may be pushed
         settings.__dict__ = {name: disclosed(getattr(settings, name), name) for name in settings.__dataclass_fields__}
         torch.save(settings, os.path.join(output_dir, TRAINING_ARGS_NAME))
-
-    # The card is among what it pushes, what it overwrites is no checkpoint from here on, and what it deletes might be
-    # another's; `on_save` comes after
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.write_model_card()
-        run_dir, args = self._get_output_dir(trial), self.args
-        folder = Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if args.should_save:
-            begin(folder, self._run | {"loss": self._losses(self._tr_loss.item())})
-        self.accelerator.wait_for_everyone()
-        try:
-            with _hidden(args, "save_total_limit") as limit:
-                super()._save_checkpoint(model, trial)
-        except Exception as error:
-            last = next((path for path in reversed(checkpoints_in(run_dir)) if what_is_torn(path) is None), None)
-            error.add_note(f"This was while {folder} was saved; the last whole checkpoint is {last}.")
-            raise
-        if args.should_save and limit is not None and limit > 0:
-            rotate(run_dir, self._runs, limit, self.state.best_model_checkpoint)
-
-    # The last that every process writes: then Trainer adds trainer_state.json and publishes, all before `on_save`
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self._seal(output_dir)
-
-    def _seal(self, checkpoint: str) -> None:
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            seal(Path(checkpoint))
-
-    # With `save_total_limit=1` Trainer deletes whatever is named like a checkpoint, and is not the best
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        with _hidden(self.args, "save_total_limit") as limit:
-            output = super()._finalize_training(*args, **kwargs)
-        best = self.state.best_model_checkpoint
-        if self.args.should_save and best is not None and limit == 1:
-            rotate(self.args.output_dir, self._runs, 1, best, latest=False)
-        return output._replace(training_loss=output.metrics["train_loss"])
-
-    # Resuming: Trainer takes the checkpoint with the highest number, also one that a killed run was writing
-
-    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; `resume_from_checkpoint=True` takes the last whole checkpoint. By default it is that of the
-        arguments. A run that is finished is not trained further.
-
-        Raises:
-            ValueError: if there is no whole checkpoint, the one that is named is torn, another run trains in
-                `output_dir` or has left checkpoints there, or the run was made of what does not go on.
-        """
-        wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        if isinstance(wanted, str) and wanted.lower() in ("true", "false"):  # from YAML or a flag
-            wanted = wanted.lower() == "true"
-        with contextlib.ExitStack() as stack:
-            checkpoint, self._run, self._runs = self._agreed(lambda: self._begin_run(wanted, stack))
-            return super().train(checkpoint, *args, **kwargs)
-
-    def _begin_run(
-        self, wanted: str | os.PathLike | bool | None, stack: contextlib.ExitStack
-    ) -> tuple[str | None, dict[str, Any], set[Any]]:
-        """The checkpoint that a run goes on from, what it is, and its ids: of one that was begun by an older version,
-        which gave none, `None` too. Asked on the first process."""
-        output_dir = self.args.output_dir
-        stack.enter_context(alone(output_dir))
-        checkpoint: Any = last_checkpoint(output_dir) if wanted is True else wanted or None
-        if wanted is True and checkpoint is None:
-            raise ValueError(f"{output_dir} holds no whole checkpoint; start anew, without `resume_from_checkpoint`.")
-        if wanted not in (True, False, None) and (torn := what_is_torn(checkpoint)):
-            raise ValueError(
-                f"{checkpoint} is no whole checkpoint: {torn}; `resume_from_checkpoint=True` takes the last whole one."
-            )
-        before = self._run if checkpoint is None else run_of(checkpoint)
-        run = new_run() | ({"id": before["id"]} if "id" in before else {}) | {"made_of": self._made_of()}
-        runs = {run["id"], *([] if checkpoint is None else [before.get("id")])}
-        if self.args.save_strategy != SaveStrategy.NO and (theirs := of_others(output_dir, runs, self.args.max_steps)):
-            raise ValueError(
-                f"{output_dir} holds checkpoints of another run ({first_few(theirs)}), which this one would overwrite "
-                "or leave behind; go on with them by `resume_from_checkpoint`, or give another `output_dir`."
-            )
-        if checkpoint is None:
-            return None, run, runs
-        for path in remove_half_written(output_dir, runs):
-            logger.warning(f"{path} was not written to its end, and is removed.")
-        self.student.check_base(checkpoint)
-        self._compare_runs(str(checkpoint), before.get("made_of", {}), run["made_of"])
-        return str(checkpoint), run | {"loss": before.get("loss", [0.0, 0])}, runs
-
-    def _agreed(self, decide: Callable[[], Any]) -> Any:
-        """What the first process decides, or its error, on all."""
-        decided: list[Any] = [None, None]
-        if self.is_world_process_zero():
-            try:
-                decided = [decide(), None]
-            except Exception as error:
-                decided = [None, error]
-        result, failure = broadcast_object_list(decided)
-        if failure is not None:
-            raise failure
-        return result
-
-    def _made_of(self) -> dict[str, Any]:
-        """What a run is made of: what is not in the checkpoint, and changes what is learnt."""
-        ours = [cls for cls in type(self.args).__mro__ if cls.__module__.startswith(f"{__package__}.")]
-        own = {entry.name for entry in dataclasses.fields(self.args) if any(entry.name in vars(cls) for cls in ours)}
-        made_of = {name: getattr(self.args, name) for name in (*sorted(own - _OF_A_START), *_OF_TRAINER)}
-        made_of |= {
-            "processes": self.accelerator.num_processes,
-            "model": name_or_path(self.pipeline) or type(self.pipeline).__name__,
-        }
-        if isinstance(self.train_dataset, Dataset):
-            columns = [self.train_dataset[name] for name in (PROMPT, self.data.task_column)]
-            made_of["train_dataset"] = hash_texts(text for column in columns for text in column)
-        if self.trains_lora:
-            made_of |= {"student_lora": self._start, "peft_config": self.student.lora_settings}
-        return plain(made_of)
-
-    def _compare_runs(self, checkpoint: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-        """Refuses what makes another function of the same weights, and says what else differs."""
-        loras: Any = [made_of.get("peft_config", {}) for made_of in (before, now)]
-        for part in loras[0].keys() & loras[1].keys():
-            if different := differences(loras[0][part], loras[1][part]):
-                raise ValueError(
-                    f"{checkpoint} was trained with another `peft_config` of the {part} ({'; '.join(different)}); "
-                    "resume it with that."
-                )
-        if before and (different := differences(before, now)):
-            logger.warning(f"{checkpoint} was made otherwise than this run goes on: {'; '.join(different)}.")
-
-    def _losses(self, unlogged: float = 0.0) -> list[float]:
-        """The sum of the losses of all steps so far, those before a resumption too, and how many they are."""
-        before, steps = self._run.get("loss", [0.0, 0])
-        total = before + self._total_loss_scalar + unlogged
-        return [total, steps + self.state.global_step - self._initial_global_step]
-
-    # A finished run that lies within an epoch would be trained a step further, before anyone asks whether it ends
-    def _init_training_state(self, max_steps: int, steps_per_epoch: int, num_train_epochs: int, *args: Any) -> Any:
-        state = super()._init_training_state(max_steps, steps_per_epoch, num_train_epochs, *args)
-        return (num_train_epochs, 0) if self.state.global_step >= max_steps else state
 
     # Loading: Trainer looks for transformers' file names, and on a miss only warns, i.e. keeps the weights it has
 

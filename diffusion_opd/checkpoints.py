@@ -52,9 +52,15 @@ def run_of(folder: str | os.PathLike) -> dict[str, Any]:
     return _read(Path(folder, RUN_NAME)) or {}
 
 
-def begin(folder: Path, run: Mapping[str, Any]) -> None:
-    """Makes a folder one of a run, in the place of what an earlier run of its own has left there. To be called before
-    anything is written into it."""
+def begin(folder: Path, run: Mapping[str, Any], runs: Collection[Any]) -> None:
+    """Makes a folder one of a run, in the place of what it has left there before. To be called before anything is
+    written into it.
+
+    Raises:
+        ValueError: if it is a whole checkpoint of another run, or of another program.
+    """
+    if folder.name in of_others(folder.parent, runs, 0):
+        raise ValueError(f"{folder} is another run's checkpoint, and is not overwritten.")
     if is_ours(folder):
         _remove(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -47,6 +47,7 @@ class Publishing(_BaseTrainer):
 
     _tag_names = ["trl", "diffusion-opd"]
     _has_card = False  # of this run
+    _keeps: int | None = None  # checkpoints, which may be deleted in a moment
     _start: str | None = None  # of a LoRA that the student began with
 
     @property
@@ -134,7 +135,7 @@ class Publishing(_BaseTrainer):
         # An upload that still runs reads these very files: the next one waits for it, or is left out as Trainer does,
         # unless the files may be deleted in a moment
         with_checkpoint = self.args.hub_strategy in ("checkpoint", "all_checkpoints")
-        if self.args.hub_always_push or (with_checkpoint and self.args.save_total_limit):
+        if self.args.hub_always_push or (with_checkpoint and self._keeps):
             self._finish_current_push()
         else:
             self._warn_of_failed_pushes()

@@ -409,3 +409,17 @@ def test_the_record_names_no_place(tmp_path):
     run_in(tmp_path, 1)
     text = (tmp_path / "checkpoint-1/run.json").read_text()
     assert str(tmp_path) not in text and os.path.expanduser("~") not in text
+
+
+def test_a_save_that_nobody_planned_overwrites_nothing_of_others(tmp_path):
+    """`save_strategy="no"` looks for nothing at the start, and a callback may ask for a checkpoint all the same."""
+
+    class Save(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = True
+
+    before = snapshot(of_another_program(tmp_path / "checkpoint-1"))
+    trainer = trainer_of(tmp_path, callbacks=[Save()])
+    with pytest.raises(ValueError, match="checkpoint-1 is another run's checkpoint, and is not overwritten"):
+        trainer.train()
+    assert snapshot(tmp_path / "checkpoint-1") == before

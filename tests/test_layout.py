@@ -45,6 +45,7 @@ LAYERS = [
     ["checks", "engines", "callbacks.[!_]*"],
     ["callbacks.__init__"],
     ["publishing"],
+    ["resuming"],
     ["base_trainer"],
     ["rl.objectives", "rl.rewards", "rl.config"],
     ["rl.trainer"],
