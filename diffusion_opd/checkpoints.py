@@ -21,9 +21,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+logger = get_logger(__name__)
 
 FILES_NAME = "checkpoint_files.json"
 RUN_NAME = "run.json"
@@ -68,12 +71,17 @@ def begin(folder: Path, run: Mapping[str, Any], runs: Collection[Any]) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Lists the files of a folder, their sizes in bytes and SHA-256. `trainer_state.json` is to follow."""
+    """Lists the files of a folder, their sizes in bytes and SHA-256. To be called twice: before `trainer_state.json` is
+    written, which makes a checkpoint of it, and after that."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listed = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _hash(path)} for path in files
-    }
-    (folder / FILES_NAME).write_text(json.dumps(listed, indent=2) + "\n")
+    listed = _read(folder / FILES_NAME) or {}
+    for path in files:
+        name = path.relative_to(folder).as_posix()
+        if name not in listed and name != FILES_NAME:
+            listed[name] = {"size": path.stat().st_size, "sha256": _hash(path)}
+    written = folder / f"{FILES_NAME}.new"
+    written.write_text(json.dumps(listed, indent=2) + "\n")
+    written.replace(folder / FILES_NAME)
 
 
 def what_is_torn(folder: str | os.PathLike) -> str | None:
@@ -112,8 +120,12 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     if len(runs) > 1:
         names = " | ".join(map(", ".join, runs.values()))
         raise ValueError(f"{output_dir} holds checkpoints of several runs ({names}); name the one to go on from.")
-    whole = (path for path in reversed(checkpoints_in(output_dir)) if is_ours(path) and what_is_torn(path) is None)
-    return next(map(str, whole), None)
+    for path in reversed(checkpoints_in(output_dir)):
+        if is_ours(path):
+            if (torn := what_is_torn(path)) is None:
+                return str(path)
+            logger.warning(f"{path} is no whole checkpoint, and is passed over: {torn}.")
+    return None
 
 
 def of_others(output_dir: str | os.PathLike, runs: Collection[Any], steps: int) -> list[str]:

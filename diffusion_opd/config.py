@@ -184,6 +184,8 @@ class DiffusionConfig(_BaseConfig):
         image_num_inference_steps (`int`, *optional*):
             Denoising steps of the sample images, drawn with the pipeline's own scheduler. `None`:
             `num_inference_steps`.
+        resume_from_checkpoint (`str` or `bool`, *optional*):
+            What `train()` goes on from: the folder of a checkpoint, or `True`, the last whole one of `output_dir`.
 
     Defaults that differ from TRL's: `learning_rate` (3e-4), `bf16` (on where the hardware computes in it, which
     excludes NVIDIA before Ampere, Apple's mps and CPUs: these train in float32 unless told otherwise),
@@ -234,6 +236,14 @@ class DiffusionConfig(_BaseConfig):
         default=None, metadata={"help": "Denoising steps of the sample images. None: `num_inference_steps`."}
     )
 
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "What `train()` goes on from: the folder of a checkpoint, or true, the last one of `output_dir`.",
+            "nargs": "?",
+            "const": "true",
+        },
+    )
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate."})
     gradient_checkpointing: bool | None = field(  # type: ignore[assignment]  # TRL's is never None
         default=None, metadata={"help": "Recompute activations in the backward pass to save memory."}
@@ -251,11 +261,8 @@ class DiffusionConfig(_BaseConfig):
         if isinstance(resumes, bool):  # from YAML
             self.resume_from_checkpoint = str(resumes).lower()
         check_types(self)
-        if self.max_steps == 0 or self.num_train_epochs == 0:
-            raise ValueError(
-                "`max_steps` must be at least 1, or -1 to go by `num_train_epochs`, which must be above 0; got "
-                f"max_steps={self.max_steps}, num_train_epochs={self.num_train_epochs}."
-            )
+        if self.max_steps == 0:  # Trainer would go by the epochs
+            self.max_steps, self.num_train_epochs = -1, 0
         for name in ("call_kwargs", "model_init_kwargs"):
             setattr(self, name, parse_json(name, getattr(self, name)))
             if not isinstance(getattr(self, name), (dict, type(None))):

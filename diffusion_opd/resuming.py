@@ -38,8 +38,8 @@ logger = get_logger(__name__)
 
 # Of what this package adds to Trainer's arguments: what changes nothing that is learnt
 _OF_A_START = set(
-    "model_init_kwargs nan_policy teacher_placement gradient_checkpointing logging_nan_inf_filter "
-    "remove_unused_columns image_steps image_prompts image_num_inference_steps".split()
+    "model_init_kwargs resume_from_checkpoint nan_policy teacher_placement gradient_checkpointing "
+    "logging_nan_inf_filter remove_unused_columns image_steps image_prompts image_num_inference_steps".split()
 )
 # Of Trainer's own: what changes it
 _OF_TRAINER = (
@@ -71,18 +71,23 @@ class Resuming(Publishing):
             last = next((path for path in reversed(checkpoints_in(run_dir)) if what_is_torn(path) is None), None)
             error.add_note(f"This was while {folder} was saved; the last whole checkpoint is {last}.")
             raise
+        self._seal(str(folder))
         if args.should_save and limit is not None and limit > 0:
             rotate(run_dir, self._runs, limit, self.state.best_model_checkpoint)
 
-    # The last that every process writes: then Trainer adds trainer_state.json and publishes, all before `on_save`
+    # The last that every process writes: then Trainer adds trainer_state.json and publishes
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self._seal(output_dir)
 
     def _seal(self, checkpoint: str) -> None:
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
+        if self.args.should_save and not self.args.save_only_model:  # nothing can be resumed from weights alone
             seal(Path(checkpoint))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._seal(checkpoint_folder)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     # With `save_total_limit=1` Trainer deletes whatever is named like a checkpoint, and is not the best
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:

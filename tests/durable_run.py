@@ -9,7 +9,6 @@ import io
 import math
 import os
 import resource
-import shutil
 import signal
 import time
 import traceback
@@ -94,13 +93,13 @@ class Die(TrainerCallback):
         if self.place == "state":
             TrainerState.save_to_json = self.torn(TrainerState.save_to_json, lambda _, path: path)
         if self.place == "rotate":
-            shutil.rmtree = lambda path, **_: (Path(path, "scheduler.pt").unlink(), self.count())
+            Path.unlink = self.torn(Path.unlink, lambda path, **_: path if path.name == "scheduler.pt" else None, None)
 
-    def torn(self, function: Callable, path_of: Callable) -> Callable:
+    def torn(self, function: Callable, path_of: Callable, harm: Callable | None = halve) -> Callable:
         def wrapped(*args, **kwargs):
             result = function(*args, **kwargs)
             if path := path_of(*args):
-                self.count(lambda: halve(path))
+                self.count(lambda: harm and harm(path))
             return result
 
         return wrapped

@@ -16,8 +16,9 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
+from trl import TrlParser
 
-from diffusion_opd import DiffusionNFTConfig, DiffusionNFTTrainer, Teacher
+from diffusion_opd import DiffusionNFTConfig, DiffusionNFTTrainer, DiffusionOPDConfig, Teacher
 from diffusion_opd.checkpoints import last_checkpoint, what_is_torn
 from tests.tiny_pipelines import BUILDERS, CALL
 from tests.training import DATA, history, lora, trained, trainer_of
@@ -150,6 +151,7 @@ import sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from transformers import TrainerCallback
+from trl import TrlParser
 from tests.training import trainer_of
 class Wait(TrainerCallback):
     def on_step_end(self, *args, **kwargs):
@@ -176,6 +178,20 @@ def test_two_runs_at_the_same_time(tmp_path):
     trainer_of(out).train()
 
 
+def test_a_student_in_shards_in_the_place_of_a_whole_one(tmp_path):
+    trainer = trainer_of(tmp_path / "run", full=True, learning_rate=1e-3)
+    trainer.train()
+    out, save = tmp_path / "out", trainer.pipeline.save_pretrained
+    BUILDERS["sd3"](5).save_pretrained(out)
+    (out / "transformer/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another variant")
+    trainer.pipeline.save_pretrained = lambda folder: save(folder, max_shard_size="20KB")
+    trainer.save_model(str(out))
+    saved, wanted = DiffusionPipeline.from_pretrained(out).transformer.state_dict(), trainer.model.state_dict()
+    assert all(torch.equal(saved[key], wanted[key]) for key in wanted)
+    assert (out / "transformer/diffusion_pytorch_model.fp16.safetensors").exists()
+    trainer.load_weights(out)
+
+
 def test_a_full_student_in_the_place_of_shards(tmp_path):
     pipe = BUILDERS["sd3"](3)
     pipe.save_pretrained(tmp_path, max_shard_size="50KB")
@@ -196,7 +212,7 @@ def test_a_full_student_in_the_place_of_shards(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "optimizer.pt", "rng_state.pth"])
-def test_flipped_bytes_are_found(name: str, tmp_path):
+def test_flipped_bytes_are_found(name: str, tmp_path, caplog):
     trainer = run_in(tmp_path, 2)
     path = tmp_path / "checkpoint-2" / name
     content = bytearray(path.read_bytes())
@@ -206,6 +222,14 @@ def test_flipped_bytes_are_found(name: str, tmp_path):
     with pytest.raises(ValueError, match=f"checkpoint-2 is no whole checkpoint: its {name} is not as it was written"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    assert "checkpoint-2 is no whole checkpoint, and is passed over: its" in caplog.text
+
+
+def test_a_state_that_somebody_has_edited_is_found(tmp_path):
+    run_in(tmp_path, 1)
+    path = tmp_path / "checkpoint-1/trainer_state.json"
+    path.write_text(path.read_text().replace('"best_metric": null', '"best_metric": 1234'))
+    assert what_is_torn(tmp_path / "checkpoint-1") == "its trainer_state.json is not as it was written"
 
 
 def test_a_file_that_was_not_saved_with_it_does_not_win(tmp_path):
@@ -283,9 +307,48 @@ def test_resuming_by_the_arguments(value, tmp_path):
 
 
 @pytest.mark.parametrize("steps", [{"max_steps": 0}, {"max_steps": -1, "num_train_epochs": 0}])
-def test_no_steps_at_all_are_refused(steps: dict, tmp_path):
-    with pytest.raises(ValueError, match="`max_steps` must be at least 1, or -1 to go by `num_train_epochs`"):
-        trainer_of(tmp_path, **steps)
+def test_no_steps_at_all(steps: dict, tmp_path):
+    trainer = trainer_of(tmp_path, ema_decay=0.5, **EVERY_STEP | steps)
+    before = trained(trainer)
+    output = trainer.train()
+    assert (output.global_step, output.training_loss) == (0, 0.0) and torch.equal(trained(trainer), before)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_flags_and_yaml(tmp_path):
+    def parsed(*flags: str, text: str = "") -> str | None:
+        (tmp_path / "config.yaml").write_text(f"output_dir: out\n{text}\n")
+        parser = TrlParser(DiffusionOPDConfig)
+        (args,) = parser.parse_args_and_config(["--config", str(tmp_path / "config.yaml"), *flags])
+        return args.resume_from_checkpoint
+
+    flag = "--resume_from_checkpoint"
+    assert parsed() is None and parsed(flag, "out/checkpoint-3") == "out/checkpoint-3"
+    assert parsed(text="resume_from_checkpoint: true") == parsed(flag) == parsed(flag, "true") == "true"
+    assert parsed(text="resume_from_checkpoint: false") == parsed(flag, "false") == "false"
+
+
+def test_the_best_and_the_last_stay(tmp_path):
+    settings = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "metric_for_best_model": "kl",
+        "eval_dataset": DATA.select(range(4)),
+    }
+    for limit in (1, 2):
+        out = tmp_path / str(limit)
+        trainer = run_in(out, 5, load_best_model_at_end=True, save_total_limit=limit, **settings)
+        values = history(trainer, "eval_kl")
+        best = 1 + values.index(min(values))
+        stay = {best} if limit == 1 else {best, 5} if best != 5 else {4, 5}
+        assert sorted(path.name for path in out.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in sorted(stay)]
+
+
+def test_weights_alone_are_rotated_and_not_resumed(tmp_path):
+    run_in(tmp_path, 3, save_only_model=True, save_total_limit=2)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    with pytest.raises(ValueError, match="checkpoint-3 is no whole checkpoint: it has no readable checkpoint_files"):
+        trainer_of(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
 def test_a_step_that_is_left_out_moves_no_average(tmp_path):

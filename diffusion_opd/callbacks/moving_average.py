@@ -76,7 +76,11 @@ class MovingAverage(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         left_out = self._nan_policy is not None and self._nan_policy.leaves_out
-        if self.ema is not None and state.global_step % self.every == 0 and not left_out:
+        if self.ema is None or state.global_step % self.every:
+            return
+        if left_out:
+            self.ema.optimization_step += 1  # it counts, and moves nothing
+        else:
             with self.shards() as shards:
                 self.ema.step(shards)
 
@@ -98,7 +102,6 @@ class MovingAverage(TrainerCallback):
         with self.shards() as shards:
             raw = {f"raw.{i}": shard for i, shard in enumerate(shards)}
             averaged = {f"ema.{i}": shadow for i, shadow in enumerate(self.ema.shadow_params)}
-            averaged["updates"] = torch.tensor(self.ema.optimization_step)
             self.files.save(raw | averaged, Path(checkpoint), EMA_NAME)
 
     @torch.no_grad()
@@ -115,8 +118,7 @@ class MovingAverage(TrainerCallback):
             for index, (shard, shadow) in enumerate(zip(shards, self.ema.shadow_params, strict=True)):
                 shadow.copy_(tensors[f"ema.{index}"])
                 shard.copy_(tensors[f"raw.{index}"])
-        updates = tensors.get("updates", torch.tensor(global_step // self.every))  # older versions keep none
-        self.ema.optimization_step = int(updates)
+        self.ema.optimization_step = global_step // self.every
 
     def check(self, checkpoint: str) -> None:
         """Refuses a checkpoint that holds an average where there is none now, or none where there is one."""
