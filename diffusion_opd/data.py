@@ -442,9 +442,8 @@ def long_prompts(prompts: pa.ChunkedArray, most: int = 32) -> list[int]:
     letter counts as a quarter of a token, a space as none and any other byte as one."""
     whole = prompts.cast(pa.large_binary()).combine_chunks()
     offsets = np.frombuffer(whole.buffers()[1], np.int64)[whole.offset : whole.offset + len(whole) + 1]
-    quarters = np.full(
-        256, 4, np.uint16
-    )  # whose sum is wrong for prompts of thousands of bytes, which are found anyway
+    # Their sum overflows for prompts of many thousand bytes, which are found anyway
+    quarters = np.full(256, 4, np.uint16)
     quarters[[byte for byte in range(128) if chr(byte).isalpha()]], quarters[ord(" ")] = 1, 0
     of_bytes = quarters[np.frombuffer(whole.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]]
     estimates = np.add.reduceat(of_bytes, offsets[:-1] - offsets[0], dtype=np.uint16)
