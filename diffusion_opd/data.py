@@ -347,7 +347,7 @@ def routed_dataset(
         # Of a shuffled or filtered one `add_column` would write all rows anew, pictures too
         whole = Dataset(part.data, part.info, part.split, fingerprint=part._fingerprint)
         whole = whole.add_column(column, pa.repeat(task, len(part.data)))
-        return whole if part._indices is None else whole.select(part._indices.column(0).to_numpy())
+        return whole if part._indices is None else whole.select(part._indices.column(0).to_numpy().astype(np.int64))
 
     if not set(dataset if isinstance(dataset, Mapping) else ()) & set(task_ids):
         check_no_splits(dataset, name)

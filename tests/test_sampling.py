@@ -385,13 +385,14 @@ def test_one_teacher_needs_no_column():
     assert routed_dataset(named, ["aes"], "train_dataset")[:]["teacher_id"] == ["aes", "aes"]
 
 
-@pytest.mark.parametrize("how", ["shuffled", "filtered", "selected", "sorted by another"])
+@pytest.mark.parametrize("how", ["shuffled", "filtered", "selected", "sorted by another", "sorted as it was"])
 def test_rows_that_were_chosen_stay_in_their_order(how: str):
     data = Dataset.from_dict({"prompt": [f"prompt {i}" for i in range(9)], "n": [i % 4 for i in range(9)]})
     chosen = {
         "shuffled": lambda: data.shuffle(seed=1),
         "filtered": lambda: data.filter(lambda row: row["n"] != 1),
         "selected": lambda: data.select([7, 2, 2, 0]).select([3, 1]),
+        "sorted as it was": lambda: data.sort("prompt"),
         "sorted by another": lambda: data.sort("n").remove_columns("n"),
     }[how]()
     routed = routed_dataset(chosen, ["ocr"], "train_dataset")
