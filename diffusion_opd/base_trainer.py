@@ -185,7 +185,11 @@ class DiffusionTrainer(Resuming):
         self.nan_policy = NaNPolicy(args.nan_policy, self.tasks, self.accelerator)
         self.shard_files = ShardFiles(self.accelerator, self.shards_parameters, args.should_save)
         self.average = MovingAverage(
-            args.ema_decay, args.ema_update_every, self.trained_shards, self.shard_files, self.nan_policy
+            args.ema_decay,
+            args.ema_update_every,
+            self.trained_shards,
+            self.shard_files,
+            lambda: self.nan_policy.leaves_out,
         )
         self.pictures = Pictures(self)
         # Each follows the one before: a step's metrics are whole when `after_optimizer_step` has recorded its own, and

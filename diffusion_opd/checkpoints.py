@@ -30,6 +30,7 @@ logger = get_logger(__name__)
 
 FILES_NAME = "checkpoint_files.json"
 RUN_NAME = "run.json"
+MARK_NAME = "unfinished"  # while a folder is written
 
 _LOADED = (".safetensors", ".bin", ".pt", ".pth", ".index.json")  # what would be loaded
 
@@ -67,6 +68,7 @@ def begin(folder: Path, run: Mapping[str, Any], runs: Collection[Any]) -> None:
     if is_ours(folder):
         _remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK_NAME).touch()
     (folder / RUN_NAME).write_text(json.dumps(run, indent=2) + "\n")
 
 
@@ -77,11 +79,16 @@ def seal(folder: Path) -> None:
     listed = _read(folder / FILES_NAME) or {}
     for path in files:
         name = path.relative_to(folder).as_posix()
-        if name not in listed and name != FILES_NAME:
+        if name not in listed and name not in (FILES_NAME, MARK_NAME):
             listed[name] = {"size": path.stat().st_size, "sha256": _hash(path)}
     written = folder / f"{FILES_NAME}.new"
     written.write_text(json.dumps(listed, indent=2) + "\n")
     written.replace(folder / FILES_NAME)
+
+
+def end(folder: Path) -> None:
+    """Says that all of a checkpoint is there."""
+    (folder / MARK_NAME).unlink(missing_ok=True)
 
 
 def what_is_torn(folder: str | os.PathLike) -> str | None:
@@ -149,7 +156,7 @@ def remove_half_written(output_dir: str | os.PathLike, runs: Collection[Any]) ->
         output_dir (`str`): Of the run.
         runs (`Collection`): Ids of the run that is resumed; no other's are touched.
     """
-    torn = [path for path in _own(output_dir, runs) if _read(path / TRAINER_STATE_NAME) is None]
+    torn = [path for path in _own(output_dir, runs) if (path / MARK_NAME).exists() and what_is_torn(path) is not None]
     for path in torn:
         _remove(path)
     return [str(path) for path in torn]
@@ -158,8 +165,9 @@ def remove_half_written(output_dir: str | os.PathLike, runs: Collection[Any]) ->
 def rotate(
     output_dir: str | os.PathLike, runs: Collection[Any], keep: int, best: str | None, latest: bool = True
 ) -> None:
-    """Deletes a run's older checkpoints until `keep` are left, the best and, if asked for, the `latest` among them."""
-    whole = [path for path in _own(output_dir, runs) if (path / TRAINER_STATE_NAME).is_file()]
+    """Deletes a run's older checkpoints until `keep` are left, the best and, if asked for, the `latest` among them. One
+    from which somebody has taken files is left alone."""
+    whole = [path for path in _own(output_dir, runs) if _has_its_files(path)]
     # A run that was resumed from an earlier one may have left some with higher numbers
     whole.sort(key=lambda path: (path / TRAINER_STATE_NAME).stat().st_mtime_ns)
     kept = {path for path in whole if best is not None and os.path.isdir(best) and path.samefile(best)}
@@ -169,6 +177,11 @@ def rotate(
         _remove(path)
 
 
+def _has_its_files(folder: Path) -> bool:
+    names = [TRAINER_STATE_NAME, *(_read(folder / FILES_NAME) or {})]
+    return all((folder / name).is_file() for name in names)
+
+
 def _own(output_dir: str | os.PathLike, runs: Collection[Any]) -> list[Path]:
     folders = [path for path in checkpoints_in(output_dir) if not path.is_symlink()]
     return [path for path in folders if _read(path / RUN_NAME) is not None and run_of(path).get("id") in runs]
@@ -176,10 +189,11 @@ def _own(output_dir: str | os.PathLike, runs: Collection[Any]) -> list[Path]:
 
 def _remove(folder: Path) -> None:
     """Deletes a folder so that it is no checkpoint from the first moment on, and ours to the last."""
+    (folder / MARK_NAME).touch()
     for name in (TRAINER_STATE_NAME, FILES_NAME):
         (folder / name).unlink(missing_ok=True)
     for path in folder.iterdir():
-        if path.name != RUN_NAME:
+        if path.name not in (RUN_NAME, MARK_NAME):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     shutil.rmtree(folder)
 

@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from .checkpoints import (
     begin,
     checkpoints_in,
+    end,
     last_checkpoint,
     of_others,
     remove_half_written,
@@ -30,9 +31,8 @@ from .checkpoints import (
 )
 from .errors import first_few
 from .files import name_or_path
-from .inputs import PROMPT
 from .publishing import Publishing
-from .runs import alone, differences, hash_texts, new_run, plain
+from .runs import alone, differences, hash_data, new_run, plain
 
 logger = get_logger(__name__)
 
@@ -44,7 +44,7 @@ _OF_A_START = set(
 # Of Trainer's own: what changes it
 _OF_TRAINER = (
     "seed data_seed learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon "
-    "max_grad_norm optim per_device_train_batch_size gradient_accumulation_steps bf16 fp16"
+    "max_grad_norm optim bf16 fp16"
 ).split()
 
 
@@ -60,9 +60,8 @@ class Resuming(Publishing):
         self.write_model_card()
         run_dir, args = self._get_output_dir(trial), self.args
         folder = Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if args.should_save:
-            begin(folder, self._run | {"loss": self._losses(self._tr_loss.item())}, self._runs)
-        self.accelerator.wait_for_everyone()
+        run = self._run | {"loss": self._losses(self._tr_loss.item())}
+        self._agreed(lambda: begin(folder, run, self._runs))
         self._keeps = args.save_total_limit
         try:
             with _hidden(args, "save_total_limit") as limit:
@@ -72,6 +71,8 @@ class Resuming(Publishing):
             error.add_note(f"This was while {folder} was saved; the last whole checkpoint is {last}.")
             raise
         self._seal(str(folder))
+        if args.should_save:
+            end(folder)
         if args.should_save and limit is not None and limit > 0:
             rotate(run_dir, self._runs, limit, self.state.best_model_checkpoint)
 
@@ -87,6 +88,8 @@ class Resuming(Publishing):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._seal(checkpoint_folder)
+        if self.args.should_save:
+            end(Path(checkpoint_folder))
         super()._push_from_checkpoint(checkpoint_folder)
 
     # With `save_total_limit=1` Trainer deletes whatever is named like a checkpoint, and is not the best
@@ -163,13 +166,14 @@ class Resuming(Publishing):
         ours = [cls for cls in type(self.args).__mro__ if cls.__module__.startswith(f"{__package__}.")]
         own = {entry.name for entry in dataclasses.fields(self.args) if any(entry.name in vars(cls) for cls in ours)}
         made_of = {name: getattr(self.args, name) for name in (*sorted(own - _OF_A_START), *_OF_TRAINER)}
+        samples = self._train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
         made_of |= {
-            "processes": self.accelerator.num_processes,
+            "samples of a step": samples,
+            "scheduler": {k: v for k, v in self.student.pipeline.scheduler.config.items() if not k.startswith("_")},
             "model": name_or_path(self.student.pipeline) or type(self.student.pipeline).__name__,
         }
         if isinstance(self.train_dataset, Dataset):
-            columns = [self.train_dataset[name] for name in (PROMPT, self.data.task_column)]
-            made_of["train_dataset"] = hash_texts(text for column in columns for text in column)
+            made_of["train_dataset"] = hash_data(self.train_dataset, self.data.names)
         if self.student.trains_lora:
             made_of |= {"student_lora": self._start, "peft_config": self.student.lora_settings}
         return plain(made_of)

@@ -5,16 +5,19 @@ This file knows folders and values, and no trainer.
 """
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, List, Value
 from filelock import FileLock, Timeout
 
+from .data import column_of
 from .disclosure import disclosed
 from .errors import brief
 
@@ -69,19 +72,43 @@ def _word(value: Any) -> str:
     return "none" if value is None else brief(value).partition(": ")[2]
 
 
-def hash_texts(texts: Iterable[Any]) -> str:
-    """A short hash of texts in their order."""
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(str(text).encode(errors="surrogatepass") + b"\0")
-    return digest.hexdigest()[:12]
+def hash_data(dataset: Dataset, columns: Sequence[str]) -> str:
+    """A short hash of columns of a dataset: of all rows of text and numbers, and of the first pictures."""
+    content = {}
+    for name in columns:
+        column = column_of(dataset, name)
+        if isinstance(dataset.features[name], (Value, List)):
+            content[name] = column.to_pylist()
+        else:
+            content[name] = [_file(one) for one in column.slice(0, 16).to_pylist()]
+    return _hash(content)
 
 
-def hash_function(function: Callable) -> str:
-    """A short hash of how a function, or the class of a callable object, is written; of its name, where that cannot be
-    read."""
-    written: Any = inspect.unwrap(function) if inspect.isroutine(function) else type(function)
+def _file(one: Any) -> Any:
+    """What tells a picture, in a dataset, from another, wherever its file is."""
+    if not isinstance(one, dict):
+        return None
+    return _hash(list(one["bytes"])) if one.get("bytes") else Path(str(one.get("path"))).name
+
+
+def hash_function(function: Any) -> str:
+    """A short hash of what a function, or a callable object, does, as far as it can be read: how it is written, its
+    defaults, and the plain values that it holds."""
+    if isinstance(function, functools.partial):
+        return _hash([hash_function(function.func), function.args, function.keywords])
+    is_written = inspect.isroutine(function) or inspect.isclass(function)
+    written: Any = inspect.unwrap(function) if is_written else type(function)
+    owner = getattr(function, "__self__", None) if is_written else function
     try:
-        return hash_texts([inspect.getsource(written)])
+        source = inspect.getsource(written)
     except (OSError, TypeError):
-        return hash_texts([getattr(written, "__qualname__", written)])
+        source = f"{written.__module__}.{written.__qualname__}"
+    cells = [getattr(cell, "cell_contents", None) for cell in getattr(written, "__closure__", None) or ()]
+    defaults = [getattr(written, "__defaults__", None), getattr(written, "__kwdefaults__", None)]
+    held = None if inspect.ismodule(owner) or inspect.isclass(owner) else getattr(owner, "__dict__", None)
+    return _hash([source, cells, defaults, held])
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, default=lambda one: type(one).__name__, skipkeys=True, sort_keys=True)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:12]

@@ -157,9 +157,8 @@ class Student:
                 for part in self.trained.values():
                     vars(part).pop("state_dict", None)
         folders = [Path(folder, name) for name in self.pipeline.components]
-        for index in (path for part in folders for path in part.glob("*.safetensors.index.json")):
-            if not _is_in_force(index):
-                index.unlink()  # of shards that lay here before, which loading would ask for
+        for part in folders:
+            forget_old_shards(part)
         loras = [Path(folder, name) for name in self.lora_files.values()]
         give_ordinary_mode(*loras, *(file for f in folders for file in f.glob("*.safetensors")))
 
@@ -252,6 +251,13 @@ def _weight_files(folder: Path) -> list[Path]:
         if _is_in_force(index):
             return sorted({folder / name for name in read_json(index)["weight_map"].values()})
     return sorted(folder.glob("*.safetensors"))
+
+
+def forget_old_shards(folder: Path) -> None:
+    """Deletes an index of shards that lay in a folder before one file was written there: loading would ask for them."""
+    for index in folder.glob("*.safetensors.index.json"):
+        if not _is_in_force(index):
+            index.unlink()
 
 
 def _is_in_force(index: Path) -> bool:

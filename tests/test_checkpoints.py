@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl import TrlParser
 
-from diffusion_opd import DiffusionNFTConfig, DiffusionNFTTrainer, DiffusionOPDConfig, Teacher
+from diffusion_opd import DiffusionNFTConfig, DiffusionNFTTrainer, DiffusionOPDConfig, DiffusionOPDTrainer, Teacher
 from diffusion_opd.checkpoints import last_checkpoint, what_is_torn
+from diffusion_opd.runs import hash_function
 from tests.tiny_pipelines import BUILDERS, CALL
-from tests.training import DATA, history, lora, trained, trainer_of
+from tests.training import DATA, config, history, lora, trained, trainer_of
 
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
 CONSTANT = {"lr_scheduler_type": "constant"}  # whatever `max_steps` is
@@ -108,6 +110,18 @@ def test_a_link_to_a_checkpoint_is_resumed_and_not_rotated(tmp_path):
     assert torch.equal(trained(trainer), trained(run_in(tmp_path / "whole", 4, **CONSTANT)))
 
 
+@pytest.mark.parametrize("names", [["optimizer.pt", "scheduler.pt"], ["optimizer.pt", "trainer_state.json"]])
+def test_a_checkpoint_of_its_own_that_somebody_has_slimmed_stays(names: list[str], tmp_path):
+    run_in(tmp_path, 2, **CONSTANT)
+    for name in names:
+        (tmp_path / "checkpoint-1" / name).unlink()
+    before = snapshot(tmp_path / "checkpoint-1")
+    trainer = trainer_of(tmp_path, max_steps=4, save_total_limit=1, **CONSTANT, **EVERY_STEP)
+    trainer.train(resume_from_checkpoint=True)
+    assert snapshot(tmp_path / "checkpoint-1") == before
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-4"]
+
+
 # Two runs in one folder
 
 
@@ -136,9 +150,10 @@ def test_a_trainer_that_trains_again_is_the_same_run(tmp_path):
 def test_half_written_checkpoints_of_other_runs_stay(tmp_path):
     run_in(tmp_path / "a", 3)
     run_in(tmp_path / "b", 4)
-    (tmp_path / "a/checkpoint-3/trainer_state.json").unlink()  # as a run that was killed meanwhile leaves it
     theirs = shutil.copytree(tmp_path / "b/checkpoint-4", tmp_path / "a/checkpoint-4")
-    (theirs / "trainer_state.json").unlink()
+    for folder in (tmp_path / "a/checkpoint-3", theirs):  # as a run that was killed meanwhile leaves it
+        (folder / "trainer_state.json").unlink()
+        (folder / "unfinished").touch()
     before = snapshot(theirs)
     trainer_of(tmp_path / "c", max_steps=3, **EVERY_STEP).train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
     assert (tmp_path / "a/checkpoint-3").is_dir()  # another folder than that of the run
@@ -400,6 +415,46 @@ OTHERS = {
         "teachers.a.call_kwargs.guidance_scale: none -> 1.5",
     ),
 }
+
+
+class Judge:
+    def __init__(self, wanted: int):
+        self.wanted = wanted
+
+    def __call__(self, images, **kwargs) -> list[float]:
+        return [float(image.width == self.wanted) for image in images]
+
+
+def judge(images, wanted: int = 1, **kwargs) -> list[float]:
+    return [float(image.width == wanted) for image in images]
+
+
+def closure(wanted: int):
+    return lambda images, **kwargs: [float(image.width == wanted) for image in images]
+
+
+@pytest.mark.parametrize("make", [Judge, closure, lambda wanted: partial(judge, wanted=wanted)])
+def test_functions_are_told_apart_by_what_they_hold(make):
+    assert hash_function(make(1)) == hash_function(make(1)) != hash_function(make(2))
+
+
+def test_what_makes_no_difference_is_not_mentioned(tmp_path, caplog):
+    """The samples of a step, in other micro-batches; and another place of the same pictures and prompts."""
+    run_in(tmp_path, 1, per_device_train_batch_size=2)
+    other = trainer_of(
+        tmp_path / "b", max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=4, **EVERY_STEP
+    )
+    assert warnings_of(caplog, other, tmp_path / "checkpoint-1") == []
+
+
+def test_another_schedule_is_mentioned(tmp_path, caplog):
+    run_in(tmp_path, 1)
+    pipe = BUILDERS["sd3"](0)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=7.0)
+    teachers = {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)}
+    other = DiffusionOPDTrainer(pipe, teachers, config(tmp_path / "c", max_steps=1), DATA, peft_config=lora())
+    (warning,) = warnings_of(caplog, other, tmp_path / "checkpoint-1")
+    assert "scheduler.shift: " in warning and "-> 7.0" in warning
 
 
 @pytest.mark.parametrize("kind", OTHERS)

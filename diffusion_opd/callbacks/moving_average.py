@@ -15,7 +15,6 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..shards import ShardFiles
-from .nan_policy import NaNPolicy
 
 EMA_NAME = "ema_and_raw_weights.safetensors"
 
@@ -30,7 +29,7 @@ class MovingAverage(TrainerCallback):
         shards (`Callable[[], AbstractContextManager[list[nn.Parameter]]]`): What this process holds of the trained
             parameters, to be read and written.
         files ([`ShardFiles`]): Where that is kept.
-        nan_policy ([`NaNPolicy`], *optional*): That may leave a step out, at which nothing moves.
+        is_left_out (`Callable[[], bool]`, *optional*): Whether the step that ends was left out: then nothing moves.
 
     Attributes:
         ema ([`~diffusers.training_utils.EMAModel`], *optional*): `None` before [`begin`].
@@ -42,10 +41,10 @@ class MovingAverage(TrainerCallback):
         every: int,
         shards: Callable[[], AbstractContextManager[list[nn.Parameter]]],
         files: ShardFiles,
-        nan_policy: NaNPolicy | None = None,
+        is_left_out: Callable[[], bool] = lambda: False,
     ):
         self.decay, self.every, self.shards, self.files = decay, every, shards, files
-        self._nan_policy = nan_policy
+        self._is_left_out = is_left_out
         self.ema: EMAModel | None = None
         self._is_in_place = False
 
@@ -75,10 +74,9 @@ class MovingAverage(TrainerCallback):
             self._is_in_place = False
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        left_out = self._nan_policy is not None and self._nan_policy.leaves_out
         if self.ema is None or state.global_step % self.every:
             return
-        if left_out:
+        if self._is_left_out():
             self.ema.optimization_step += 1  # it counts, and moves nothing
         else:
             with self.shards() as shards:
