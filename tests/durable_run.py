@@ -89,7 +89,7 @@ class Die(TrainerCallback):
         if self.place == "save":
             torch.save = self.torn(torch.save, lambda _, path: path)
         if self.place == "list":
-            Path.write_text = self.torn(Path.write_text, lambda path, _: path if path.name == FILES_NAME else None)
+            Path.replace = self.torn(Path.replace, lambda _, path: path if path.name == FILES_NAME else None)
         if self.place == "state":
             TrainerState.save_to_json = self.torn(TrainerState.save_to_json, lambda _, path: path)
         if self.place == "rotate":

@@ -327,13 +327,14 @@ def test_nan_in_an_evaluation(tmp_path, method, caplog):
     settings |= dict(load_best_model_at_end=True, nan_policy="skip")
 
     def make(steps, **kwargs):
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         if method == "opd":
             data = DATA.select(range(2))
-            trainer = trainer_of(tmp_path, teachers=teachers(), eval_dataset=data, **settings | kwargs)
+            trainer = trainer_of(out, teachers=teachers(), eval_dataset=data, **settings | kwargs)
             weight = next(trainer.teachers["b"].denoiser.parameters())
         else:
             data = rl_training.DATA.select(range(2))
-            trainer = rl_training.trainer_of(GRPO, tmp_path, eval_dataset=data, **settings | kwargs)
+            trainer = rl_training.trainer_of(GRPO, out, eval_dataset=data, **settings | kwargs)
             weight = trainer.pipeline.vae.decoder.conv_out.bias
         trainer.add_callback(Bad(weight, steps))
         return trainer

@@ -543,7 +543,7 @@ def pushed(hub: HubServer, home: Path) -> dict:
 @pytest.mark.slow
 def test_what_lies_on_the_hub_after_each_strategy(hub: HubServer, pushed: dict):
     student = {"pytorch_lora_weights.safetensors", "README.md", "teacher_manifest.json", "metrics.json"}
-    state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "checkpoint_files.json"}
+    state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "checkpoint_files.json", "run.json"}
     checkpoint = {"pytorch_lora_weights.safetensors", "teacher_manifest.json", "training_args.bin"} | state
     folders = {"end": [], "every_save": [], "checkpoint": ["last-checkpoint"]}
     folders |= {"all_checkpoints": ["checkpoint-1", "checkpoint-2"]}

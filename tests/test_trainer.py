@@ -619,7 +619,7 @@ def test_resume_with_other_teachers_is_refused(tmp_path):
 
 def test_checkpoint_of_another_student_is_refused(tmp_path):
     trainer_of(tmp_path, save_strategy="steps", save_steps=1).train()
-    with pytest.raises(ValueError, match="does not hold this student"):
+    with pytest.raises(ValueError, match=r"was trained with another `peft_config` of the transformer \(r: 4 -> 8"):
         trainer_of(tmp_path, peft_config=lora(r=8)).train(resume_from_checkpoint=True)
 
 

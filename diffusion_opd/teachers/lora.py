@@ -202,7 +202,7 @@ def _read_diffusers_lora(
         try:
             plain = read_plainly(student, name, file, metadata, converted)
         except Exception as error:
-            why = f"{_unreadable(student, tensors)}: {reason(error).rstrip('.')}"
+            why = f"{_unreadable(student, tensors)}: {reason(error, 140).rstrip('.')}"
         else:
             if not plain.unread and not plain.missing and name in plain.adapters:
                 for adapter in plain.adapters.values() if not (metadata or plain.changes_base) else ():
