@@ -70,9 +70,8 @@ class _Config(FrozenDict):
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "_Config":
-        parts = {
-            key: dict(cls.of(one)) for key, one in config.items() if isinstance(one, Mapping)
-        }  # of several denoisers
+        # Of several denoisers
+        parts = {key: dict(cls.of(one)) for key, one in config.items() if isinstance(one, Mapping)}
         read_from = {key: disclosed(one) for key, one in config.items() if key == "_name_or_path"}
         return cls({**config, **parts, **read_from})
 

@@ -30,7 +30,7 @@ from .errors import brief, one_sentence
 from .files import INDEX_NAME, LORA_NAME, MODULAR_INDEX_NAME, name_or_path
 from .inputs import PROMPT, sample_arguments
 from .modular import GUIDANCE, guiders_of, has_guiders, save_pipeline
-from .student import Student
+from .student import Student, forget_old_shards
 
 logger = get_logger(__name__)
 
@@ -157,6 +157,7 @@ class Publishing(_BaseTrainer):
             if source.name in self._published_names:
                 if source.is_dir():
                     shutil.copytree(source, output_dir / source.name, dirs_exist_ok=True)
+                    forget_old_shards(output_dir / source.name)
                 else:
                     shutil.copy(source, output_dir / source.name)
         by_steps, epoch = self.args.save_strategy == "steps", int(self.state.epoch or 0)

@@ -213,6 +213,7 @@ def test_a_quantised_student_and_teacher(int8, tmp_path):
     run = {"peft_config": student_lora(), "train_dataset": data}
     args = config(tmp_path / "out", max_steps=4, save_strategy="steps", save_steps=2)
     trainer = DiffusionOPDTrainer(int8(0), teachers, args, **run)
+    assert trainer.teachers["b"].denoiser is trainer.model  # a quantised base is shared as any
     trainer.train()
     again = DiffusionOPDTrainer(int8(0), {"a": int8(1), "b": style}, config(tmp_path / "again", max_steps=4), **run)
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))

@@ -282,6 +282,35 @@ def test_a_scale_of_what_is_no_lora_is_refused(tmp_path):
         load(Teacher(tmp_path, scale="0.5"), BUILDERS["sd3"](0))
 
 
+def test_a_scale_of_a_part_that_is_not_adapted_is_refused(tmp_path):
+    folder = save_diffusers(tmp_path, "sd15")
+    with pytest.raises(
+        ValueError, match=r"`scale` names \['text_encoder', 'unte'\], and the LoRA .* adapts \['unet'\]"
+    ):
+        load(Teacher(folder, scale={"unte": 0.5, "text_encoder": 1.0}), BUILDERS["sd15"](0))
+
+
+def test_variants(tmp_path):
+    BUILDERS["sd3"](1).save_pretrained(tmp_path / "fp16", variant="fp16")
+    BUILDERS["sd3"](1).transformer.save_pretrained(tmp_path / "both")
+    BUILDERS["sd3"](2).transformer.save_pretrained(tmp_path / "both", variant="ema")
+    expected = [draw(BUILDERS["sd3"](seed)) for seed in (1, 2)]
+    for teacher, wanted in (
+        (Teacher(tmp_path / "fp16"), expected[0]),
+        (Teacher(tmp_path / "fp16", variant="fp16"), expected[0]),
+        (Teacher(tmp_path / "fp16", subfolder="transformer"), expected[0]),
+        (Teacher(tmp_path / "both"), expected[0]),
+        (Teacher(tmp_path / "both", variant="ema"), expected[1]),
+    ):
+        (loaded,) = load(teacher, BUILDERS["sd3"](0))
+        assert torch.equal(draw(loaded.pipeline), wanted)
+    for folder in (tmp_path / "fp16", tmp_path / "both"):
+        with pytest.raises(ValueError, match="cannot be loaded as a SD3Transformer2DModel.*bf16"):
+            load(Teacher(folder, variant="bf16"), BUILDERS["sd3"](0))
+    with pytest.raises(ValueError, match="is a LoRA, and has no `variant`"):
+        load(Teacher(save_diffusers(tmp_path / "lora"), variant="fp16"), BUILDERS["sd3"](0))
+
+
 # Encoders
 
 
@@ -435,6 +464,8 @@ def test_norms_that_a_control_lora_replaces(tmp_path):
     (loaded,) = load(folder, student)
     assert torch.equal(draw(loaded.pipeline, "flux", loaded.adapter), by_diffusers(folder, "flux"))
     assert not torch.allclose(by_diffusers(folder, "flux"), by_diffusers(without, "flux"), rtol=1e-2)
+    other = save(tmp_path / "other", in_diffusers("flux", updates("flux")) | {k: 2 * v for k, v in norms.items()})
+    assert load(other, BUILDERS["flux"](0))[0].sha256 != loaded.sha256
     assert torch.equal(draw(student, "flux"), before)
 
 

@@ -77,6 +77,11 @@ def load_teachers(
             elif teacher.weight_name is None and (folder / CONFIG_NAME).is_file():
                 pipeline = _load_denoiser(teacher, folder, commit, student, dtype)
             else:
+                if teacher.variant is not None:
+                    raise ValueError(
+                        f"teacher {key!r}: {teacher.source!r} is a LoRA, and has no `variant`; name its file by "
+                        "`weight_name`."
+                    )
                 loras = read_loras(teacher, folder, student)
                 adapter, tensors = f"teacher_{index}", {}
                 if changed := [name for name, lora in loras.items() if lora.changes_base]:
@@ -196,7 +201,11 @@ def _load_pipeline(teacher: Teacher, located: Path, commit: str | None, dtype: t
         part = getattr({"diffusers": diffusers, "transformers": transformers}.get(str(library)), str(class_name), None)
         if key not in names and isinstance(part, type) and issubclass(part, nn.Module):
             # Whole checkpoints of CLIP and T5 hold more than their encoders
-            where: Any = {"subfolder": key, "revision": commit, "variant": variant_in(teacher, located, commit, key)}
+            where: Any = {
+                "subfolder": key,
+                "revision": commit,
+                "variant": variant_in(teacher, located, commit, key, False),
+            }
             parts[key] = _load_module(teacher, part, dtype, folder, refused=["missing_keys"], **where)
     with one_sentence(f"teacher {teacher.id!r}: {teacher.source!r} cannot be loaded as a pipeline"):
         return DiffusionPipeline.from_pretrained(folder, revision=commit, dtype=dtype, use_safetensors=True, **parts)

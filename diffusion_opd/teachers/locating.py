@@ -78,15 +78,18 @@ def weights_in(teacher: Teacher | Lora, folder: Path, commit: str | None, inside
     return sorted(found)
 
 
-def variant_in(teacher: Teacher, folder: Path, commit: str | None, inside: str = "") -> str | None:
-    """The variant of a model's weights: the teacher's own if it is there, else none, or the only one that there is."""
+def variant_in(
+    teacher: Teacher, folder: Path, commit: str | None, inside: str = "", is_denoiser: bool = True
+) -> str | None:
+    """The variant of a model's weights: what the teacher says (of a pipeline, other parts than denoisers need not have
+    it), or the only one that there is."""
     named = (
         re.match(r"(?:diffusion_pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors", name)
         for name in weights_in(teacher, folder, commit, inside)
     )
     variants = {match[1] for match in named if match}
     if teacher.variant is not None:
-        return teacher.variant if teacher.variant in variants or None not in variants else None
+        return teacher.variant if is_denoiser or teacher.variant in variants else None
     return variants.pop() if len(variants) == 1 else None
 
 

@@ -69,6 +69,9 @@ def add_loras(
 ) -> dict[str, Tensor]:
     """Adds what [`read_loras`] has read; `beneath` are adapters that are part of the base that it was made for."""
     denoisers = denoisers_of(pipeline)
+    adapted = sorted({key for lora in loras.values() for key in lora.adapters})
+    if isinstance(teacher.scale, Mapping) and (unknown := sorted(teacher.scale.keys() - set(adapted))):
+        raise ValueError(f"{teacher.who}: `scale` names {unknown}, and the LoRA {teacher.source!r} adapts {adapted}.")
     found: dict[str, Tensor] = {}
     for name, lora in loras.items():
         denoiser: Any = denoisers[name]
@@ -82,7 +85,7 @@ def add_loras(
             for layer in adapted_layers(part, adapter).values():
                 layer.scaling[adapter] *= _scale_of(teacher, key)
             prefix = f"{key}." if len(denoisers) > 1 or key != name else ""
-            own = read.tensors | scalings(part, adapter)
+            own = (lora.file if key == name and lora.changes_base else read.tensors) | scalings(part, adapter)
             found |= {f"{prefix}{entry}": value for entry, value in own.items()}
         if contradictions(denoiser, lora.fingerprint, beneath):
             hint = "" if beneath else "; as when another LoRA was fused into them: name that one by `base_lora`"
@@ -111,7 +114,7 @@ class ReadLora(NamedTuple):
     adapters: dict[str, Adapter]
     fingerprint: Fingerprint
     changes_base: bool = False
-    file: Mapping[str, Tensor] = {}
+    file: dict[str, Tensor] = {}
     metadata: dict[str, Any] | None = None
 
 

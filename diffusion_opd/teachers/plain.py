@@ -89,7 +89,7 @@ def read_plainly(
     """
     first = name.removesuffix("_2")
     denoiser = _empty(denoisers_of(pipeline)[name])
-    base = {id(parameter): parameter for parameter in denoiser.parameters()}
+    base = {parameter: parameter._version for parameter in denoiser.parameters()}
     twin = _twin(pipeline, name, denoiser)
     with _Origins(tensors) as origins:
         load_plainly(twin, dict(tensors), metadata, ADAPTER, converted)
@@ -106,9 +106,7 @@ def read_plainly(
         configs: Any = part.peft_config
         adapters[name if key == first else key] = Adapter(state, configs[ADAPTER], numbers)
     reached |= origins.of(denoiser.parameters())
-    changed = base.keys() != base.keys() & {id(p) for p in denoiser.parameters()} or any(
-        parameter._version for parameter in base.values()
-    )
+    changed = not base.keys() <= set(denoiser.parameters()) or any(p._version != before for p, before in base.items())
     config = adapters[name].config if name in adapters else None
     changed |= config is not None and (type(config) is not LoraConfig or changes_base(config))
     # What is loaded into empty layers leaves those of which there is nothing without data
