@@ -32,7 +32,7 @@ from .checkpoints import (
 from .errors import first_few
 from .files import name_or_path
 from .publishing import Publishing
-from .runs import alone, differences, hash_data, new_run, plain
+from .runs import alone, differences, hash_data, hash_values, new_run, plain
 
 logger = get_logger(__name__)
 
@@ -176,6 +176,8 @@ class Resuming(Publishing):
             made_of["train_dataset"] = hash_data(self.train_dataset, self.data.names)
         if self.student.trains_lora:
             made_of |= {"student_lora": self._start, "peft_config": self.student.lora_settings}
+        else:
+            made_of["first weights"] = hash_values(self.student.fingerprints)
         return plain(made_of)
 
     def _compare_runs(self, checkpoint: str, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -72,20 +72,28 @@ def _word(value: Any) -> str:
     return "none" if value is None else brief(value).partition(": ")[2]
 
 
+def hash_values(value: Any) -> str:
+    """A short hash of what JSON has; of anything else its class alone counts."""
+    text = json.dumps(value, default=lambda one: type(one).__name__, skipkeys=True, sort_keys=True)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:12]
+
+
 def hash_data(dataset: Dataset, columns: Sequence[str]) -> str:
     """A short hash of columns of a dataset: of all rows of text and numbers, and of the first pictures."""
     content = {}
     for name in columns:
-        column = column_of(dataset, name)
-        if isinstance(dataset.features[name], (Value, List)):
+        column, feature = column_of(dataset, name), dataset.features[name]
+        if isinstance(feature.feature if isinstance(feature, List) else feature, Value):
             content[name] = column.to_pylist()
         else:
             content[name] = [_file(one) for one in column.slice(0, 16).to_pylist()]
-    return _hash(content)
+    return hash_values(content)
 
 
 def _file(one: Any) -> Any:
     """What tells a picture, in a dataset, from another, wherever its file is."""
+    if isinstance(one, list):
+        return [_file(part) for part in one]
     if not isinstance(one, dict):
         return None
     return hashlib.sha256(one["bytes"]).hexdigest() if one.get("bytes") else Path(str(one.get("path"))).name
@@ -95,7 +103,7 @@ def hash_function(function: Any) -> str:
     """A short hash of what a function, or a callable object, does, as far as it can be read: how it is written, its
     defaults, and the plain values that it holds."""
     if isinstance(function, functools.partial):
-        return _hash([hash_function(function.func), function.args, function.keywords])
+        return hash_values([hash_function(function.func), function.args, function.keywords])
     is_written = inspect.isroutine(function) or inspect.isclass(function)
     written: Any = inspect.unwrap(function) if is_written else type(function)
     owner = getattr(function, "__self__", None) if is_written else function
@@ -106,9 +114,4 @@ def hash_function(function: Any) -> str:
     cells = [getattr(cell, "cell_contents", None) for cell in getattr(written, "__closure__", None) or ()]
     defaults = [getattr(written, "__defaults__", None), getattr(written, "__kwdefaults__", None)]
     held = None if inspect.ismodule(owner) or inspect.isclass(owner) else getattr(owner, "__dict__", None)
-    return _hash([source, cells, defaults, held])
-
-
-def _hash(value: Any) -> str:
-    text = json.dumps(value, default=lambda one: type(one).__name__, skipkeys=True, sort_keys=True)
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:12]
+    return hash_values([source, cells, defaults, held])

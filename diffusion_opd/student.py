@@ -72,6 +72,7 @@ class Student:
         denoiser (`nn.Module`): Of the pipeline, what is trained; of several the [`Denoisers`].
         trained (`dict[str, ModelMixin]`): By their names the denoisers of which something is trained.
         trains_lora (`bool`): Whether a LoRA of the denoiser is trained, else all of it.
+        fingerprints (`dict[str, dict[str, list[float]]]`): By the same names, of the weights that training begins with.
         policy ([`Policy`]): The pipeline as it is rolled out, with the arguments and the precision of the run; its
             trainer sets it.
     """
@@ -84,9 +85,9 @@ class Student:
         parts: dict[str, Any] = denoisers_of(pipeline)
         with_lora = {name for name, part in parts.items() if STUDENT_ADAPTER in getattr(part, "peft_config", {})}
         self.trains_lora = bool(with_lora)
-        # While they are whole
-        self._fingerprints = {name: take_fingerprint(parts[name]) for name in with_lora}
         self.trained: dict[str, ModelMixin] = {n: part for n, part in parts.items() if n in with_lora or not with_lora}
+        # While they are whole, and as they are before training
+        self.fingerprints = {name: take_fingerprint(part) for name, part in self.trained.items()}
 
     @property
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -141,7 +142,7 @@ class Student:
                     )
                 else:
                     _save_peft(folder, part.peft_config[STUDENT_ADAPTER], layers, name_or_path(self.pipeline))
-                write_fingerprint(Path(folder, self.lora_files[name]), self._fingerprints[name])
+                write_fingerprint(Path(folder, self.lora_files[name]), self.fingerprints[name])
         else:
             # `ModelMixin.save_pretrained` takes no state dict
             for name, part in self.trained.items() if state_dict is not None else ():
@@ -202,7 +203,7 @@ class Student:
         Raises:
             ValueError: naming the denoiser.
         """
-        for name, fingerprint in self._fingerprints.items():
+        for name, fingerprint in self.fingerprints.items() if self.trains_lora else ():
             file = Path(checkpoint, self.lora_files[name])
             if file.is_file() and differ(fingerprint, read_fingerprint(file)):
                 raise ValueError(

@@ -485,6 +485,17 @@ def test_another_function_of_the_same_weights_is_refused(tmp_path):
         other.train(resume_from_checkpoint=checkpoint)
 
 
+def test_another_base_of_a_full_student_is_mentioned(tmp_path, caplog):
+    """Its teachers may be LoRAs of that base."""
+    run_in(tmp_path, 1, full=True)
+    checkpoint = tmp_path / "checkpoint-1"
+    assert warnings_of(caplog, trainer_of(tmp_path / "b", full=True, max_steps=1), checkpoint) == []
+    teachers = {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)}
+    other = DiffusionOPDTrainer(BUILDERS["sd3"](5), teachers, config(tmp_path / "c", max_steps=1), DATA)
+    (warning,) = warnings_of(caplog, other, checkpoint)
+    assert "first weights: " in warning
+
+
 def brightness(images, **kwargs) -> list[float]:
     return [sum(image.resize((1, 1)).getpixel((0, 0))) / 765 for image in images]
 

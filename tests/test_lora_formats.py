@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from datasets import Dataset
+from diffusers import FluxTransformer2DModel
 from peft import get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch import Tensor
 from diffusion_opd import DiffusionOPDTrainer, Teacher
 from diffusion_opd.policy import Policy
 from diffusion_opd.teachers import hash_tensors
+from diffusion_opd.teachers.plain import read_plainly
 from tests.adapters import (
     LORA_FILE,
     assert_teaches,
@@ -168,6 +171,7 @@ READ: dict[str, Callable[[], dict]] = {
     },
     "flux: kohya": lambda: of_original_blocks("flux", KOHYA, flat("lora_unet_"), ALPHA),
     "flux: xlabs": xlabs,
+    "flux: OneTrainer": lambda: spelt(updates("flux"), flat("lora_transformer_"), *KOHYA, alpha=ALPHA),
     "flux: alphas": lambda: spelt(updates("flux"), dotted("transformer."), *AB, alpha=ALPHA),
     "flux2_klein: ai-toolkit": lambda: of_original_blocks("flux2_klein", AB, dotted("diffusion_model."), None),
     "flux2_klein: LoKr": lambda: lokr(lambda module: module),
@@ -467,6 +471,62 @@ def test_norms_that_a_control_lora_replaces(tmp_path):
     other = save(tmp_path / "other", in_diffusers("flux", updates("flux")) | {k: 2 * v for k, v in norms.items()})
     assert load(other, BUILDERS["flux"](0))[0].sha256 != loaded.sha256
     assert torch.equal(draw(student, "flux"), before)
+
+
+def bfls_control_lora(rank: int = 2) -> dict[str, Tensor]:
+    """FLUX.1's as its authors publish it, for all 19 and 38 blocks: its picture is half of what goes in."""
+    width = 3072
+    layers = {
+        "img_in": (width, 128),
+        "txt_in": (width, 4096),
+        "final_layer.linear": (64, width),
+        "final_layer.adaLN_modulation.1": (2 * width, width),
+    }
+    for name, columns in (("time_in", 256), ("vector_in", 768), ("guidance_in", 256)):
+        layers |= {f"{name}.in_layer": (width, columns), f"{name}.out_layer": (width, width)}
+    norms = []
+    for index in range(19):
+        for side in ("img", "txt"):
+            block = f"double_blocks.{index}.{side}"
+            layers |= {
+                f"{block}_mod.lin": (6 * width, width),
+                f"{block}_attn.qkv": (3 * width, width),
+                f"{block}_attn.proj": (width, width),
+                f"{block}_mlp.0": (4 * width, width),
+                f"{block}_mlp.2": (width, 4 * width),
+            }
+            norms += [f"{block}_attn.norm.{kind}_norm.scale" for kind in ("query", "key")]
+    for index in range(38):
+        block = f"single_blocks.{index}"
+        layers |= {
+            f"{block}.modulation.lin": (3 * width, width),
+            f"{block}.linear1": (7 * width, width),
+            f"{block}.linear2": (width, 5 * width),
+        }
+        norms += [f"{block}.norm.{kind}_norm.scale" for kind in ("query", "key")]
+    generator = torch.Generator().manual_seed(1)
+    tensors = {name: torch.rand(128, generator=generator) for name in norms}
+    for name, (rows, columns) in layers.items():
+        tensors |= {
+            f"{name}.lora_A.weight": torch.rand(rank, columns, generator=generator),
+            f"{name}.lora_B.weight": torch.rand(rows, rank, generator=generator),
+            f"{name}.lora_B.bias": torch.rand(rows, generator=generator),
+        }
+    return tensors
+
+
+def test_the_control_lora_of_bfl_is_read_whole():
+    """Its converter knows one size alone: FLUX.1 in its full size, without weights."""
+    pipe, file = BUILDERS["flux"](0), bfls_control_lora()
+    with init_empty_weights():
+        pipe.transformer = FluxTransformer2DModel(guidance_embeds=True)
+    plain = read_plainly(pipe, "transformer", file, None, {})
+    assert plain.changes_base and not plain.unread and not plain.missing
+    tensors = plain.adapters["transformer"].tensors
+    assert tensors["x_embedder.lora_A.weight"].shape == (2, 128)
+    qkv = file["double_blocks.18.txt_attn.qkv.lora_B.weight"].chunk(3)
+    for part, expected in zip("qkv", qkv, strict=True):
+        assert torch.equal(tensors[f"transformer_blocks.18.attn.add_{part}_proj.lora_B.weight"], expected)
 
 
 # What is left out is refused by name
