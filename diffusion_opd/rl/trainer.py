@@ -38,6 +38,7 @@ from ..errors import one_sentence
 from ..files import read_json
 from ..inputs import PROMPT, Inputs, inputs_of, packed, unpacked
 from ..policy import BACKBONE, Move, Policy, Visit, Walk
+from ..rewards.functions import Rewards
 from ..runs import plain
 from ..sampling import SEED_TRAIN, TASK
 from ..scheduler_proxy import Step
@@ -46,7 +47,6 @@ from ..student import load_student
 from ..transitions import BoundKernel, Schedule
 from .config import DiffusionRLConfig
 from .objectives import combine, group_advantages, nanstd
-from .rewards import Rewards
 
 logger = get_logger(__name__)
 

@@ -1,6 +1,6 @@
 """A second judge of the text task that nobody here wrote: RapidOCR reads the pictures, enlarged.
 
-    pip install -e ".[ocr]"
+    pip install -e ".[rewards]"
     python -m examples.toy_world.study.ocr                         # base, text specialist
     python -m examples.toy_world.study.ocr runs/study/opd/seed-0   # and these students
 
@@ -32,7 +32,7 @@ def reader() -> Callable[[Image.Image], str]:
     try:
         from rapidocr import RapidOCR
     except ImportError as error:
-        raise ImportError("reading the pictures needs RapidOCR: pip install 'diffusion-opd[ocr]'") from error
+        raise ImportError("reading the pictures needs RapidOCR: pip install 'diffusion-opd[rewards]'") from error
     # "max": a picture is taken as it is; by default its short side would be enlarged to 736 pixels
     engine = RapidOCR(
         params={
