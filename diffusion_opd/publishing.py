@@ -47,6 +47,7 @@ class Publishing(_BaseTrainer):
 
     _tag_names = ["trl", "diffusion-opd"]
     _has_card = False  # of this run
+    _has_pipeline = False  # whose frozen parts lie in `output_dir`
     _keeps: int | None = None  # checkpoints, which may be deleted in a moment
     _start: str | None = None  # of a LoRA that the student began with
 
@@ -143,8 +144,7 @@ class Publishing(_BaseTrainer):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         output_dir = Path(self.args.output_dir)
-        has_index = any((output_dir / name).is_file() for name in (INDEX_NAME, MODULAR_INDEX_NAME))
-        if not self.student.trains_lora and not has_index:
+        if not self.student.trains_lora and not self._has_pipeline:
             # Its denoiser, which may be sharded, is copied from the checkpoint
             for part in self.student.trained.values():
                 part.save_pretrained = lambda *args, **kwargs: None
@@ -153,13 +153,15 @@ class Publishing(_BaseTrainer):
             finally:
                 for part in self.student.trained.values():
                     del part.save_pretrained
+            self._has_pipeline = True
         for source in Path(checkpoint_folder).iterdir():
             if source.name in self._published_names:
                 if source.is_dir():
                     shutil.copytree(source, output_dir / source.name, dirs_exist_ok=True)
-                    forget_old_shards(output_dir / source.name)
                 else:
                     shutil.copy(source, output_dir / source.name)
+        for name in () if self.student.trains_lora else self.student.pipeline.components:
+            forget_old_shards(output_dir / name)
         by_steps, epoch = self.args.save_strategy == "steps", int(self.state.epoch or 0)
         message = f"Training in progress, {f'step {self.state.global_step}' if by_steps else f'epoch {epoch}'}"
         jobs = [hf_api().run_as_future(self._upload, self._published(), message)]

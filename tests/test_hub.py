@@ -239,6 +239,12 @@ def train(output_dir, **how):
     torch.save(after, f"{output_dir}.pt")
 
 train("student-lora", peft_config=LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_v"]))
+# Another pipeline lies there already, in shards
+other = DiffusionPipeline.from_pretrained("acme/base")
+for part in (other.transformer, other.text_encoder):
+    for parameter in part.parameters():
+        parameter.data.zero_()
+other.save_pretrained("student-full", max_shard_size="50KB")
 train("student-full")
 result = {}
 """
@@ -335,6 +341,11 @@ def test_every_checkpoint_was_pushed_whole(student: str, hub: HubServer, trained
         assert {weights, "README.md", "teacher_manifest.json"} <= files.keys()
         assert ("model_index.json" in files) == (student == "student-full")
         assert not any(path.startswith("checkpoint-") for path in files)
+        if student == "student-full":  # nothing of the pipeline that lay there
+            assert not [path for path in files if path.endswith(".index.json")]
+            encoder, base = "text_encoder/model.safetensors", hub.repositories["models/acme/base"].at("main").files
+            base_encoder = load(base[encoder].data)
+            assert all(torch.equal(tensor, base_encoder[key]) for key, tensor in load(files[encoder].data).items())
     for step in (1, 2):  # what was pushed is what was saved
         assert (trained / student / f"checkpoint-{step}" / weights).read_bytes() == pushed[step - 1][weights].data
     first, second, last = (load(files[weights].data) for files in (*pushed, commits["End of training"]))
