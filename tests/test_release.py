@@ -24,7 +24,6 @@ FOR_OTHERS = {
     "protobuf": "T5 tokenizers, within transformers",
     "sentencepiece": "T5 tokenizers, within transformers",
 }
-OF_ANOTHER_EXTRA = {"rapidocr"}
 BROUGHT = {"tqdm"}  # by transformers and datasets, which show their progress with it
 TRACKERS = {"trackio", "wandb"}  # imported by who names them in `report_to`, and has them
 
@@ -47,13 +46,14 @@ def declared(lines: list[str]) -> set[str]:
 
 def test_what_the_package_imports_is_what_it_depends_on():
     found, needed = imported(PACKAGE), declared(PROJECT["dependencies"])
-    assert found - TRACKERS == needed - FOR_OTHERS.keys()
+    of_scorers = declared(PROJECT["optional-dependencies"]["rewards"])
+    assert found - TRACKERS - of_scorers == needed - FOR_OTHERS.keys()
     assert needed >= FOR_OTHERS.keys() and found >= TRACKERS  # no entry of a table outlives its use
 
 
 def test_what_the_examples_import_beside_it_is_in_their_extra():
     found = imported(ROOT / "examples") - {"examples", *declared(PROJECT["dependencies"])}
-    assert found - OF_ANOTHER_EXTRA - BROUGHT == declared(PROJECT["optional-dependencies"]["examples"])
+    assert found - BROUGHT == declared(PROJECT["optional-dependencies"]["examples"])
 
 
 def test_every_dependency_has_a_lower_bound():

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from diffusion_opd.rewards.ocr import TextReader
 from examples.toy_world.evaluate import SEED, generate
 from examples.toy_world.judges import edit_distance, judge_text
 from examples.toy_world.pipeline import TEACHERS, load_base
@@ -29,23 +30,11 @@ def reader() -> Callable[[Image.Image], str]:
     Raises:
         ImportError: if RapidOCR is missing.
     """
-    try:
-        from rapidocr import RapidOCR
-    except ImportError as error:
-        raise ImportError("reading the pictures needs RapidOCR: pip install 'diffusion-opd[rewards]'") from error
     # "max": a picture is taken as it is; by default its short side would be enlarged to 736 pixels
-    engine = RapidOCR(
-        params={
-            "Global.log_level": "error",
-            "Global.use_cls": False,
-            "Det.limit_side_len": SCALE * SIZE,
-            "Det.limit_type": "max",
-        }
-    )
+    engine = TextReader(**{"Det.limit_side_len": SCALE * SIZE, "Det.limit_type": "max"})
 
     def read(picture: Image.Image) -> str:
-        large = picture.convert("RGB").resize((SCALE * SIZE,) * 2, Image.Resampling.BICUBIC)
-        return "".join(engine(np.asarray(large)[:, :, ::-1]).txts or ())
+        return engine(picture.convert("RGB").resize((SCALE * SIZE,) * 2, Image.Resampling.BICUBIC))
 
     return read
 
