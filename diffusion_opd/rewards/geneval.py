@@ -138,7 +138,7 @@ class GenEval(Scorer):
             A Mask2Former for the 80 classes of COCO, in the order of COCO.
         clip (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
             Tells the colours.
-        kwargs: As of [`Scorer`].
+        kwargs: As of [`Scorer`]. Pictures go through the detector one at a time, whatever `batch_size` is.
 
     Raises:
         ValueError: at the first call, if the detector knows other than 80 classes; for a row that names a class, a
@@ -170,13 +170,15 @@ class GenEval(Scorer):
         excludes = [_read(given) for given in columns.get("exclude", [None] * len(images))]
         scores: list[float | None] = []
         finder: Any = self.model
-        for image, found, include, exclude, tag in zip(
-            images, finder.find(images), includes, excludes, columns["tag"], strict=True
-        ):
+        for image, include, exclude, tag in zip(images, includes, excludes, columns["tag"], strict=True):
+            if not include:
+                scores.append(None)
+                continue
             least = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
+            found = finder.find(image)
             kept = {name: [one for one in objects if one.score > least][:MOST] for name, objects in found.items()}
             colours = functools.partial(finder.colours, image)
-            scores.append(judge(include, exclude, kept, colours, self.scale) if include else None)
+            scores.append(judge(include, exclude, kept, colours, self.scale))
         return scores
 
 
@@ -221,32 +223,25 @@ class ObjectFinder(nn.Module):
         self._crops, self._tokenizer = CLIPImageProcessorPil.from_pretrained(clip), AutoTokenizer.from_pretrained(clip)
         self._anchors: dict[str, Tensor] = {}
 
-    def find(self, images: Sequence[Image.Image]) -> list[dict[str, list[Found]]]:
-        """The objects in each picture with a score above `THRESHOLD`, by class, the surest first.
+    def find(self, image: Image.Image) -> dict[str, list[Found]]:
+        """The objects in a picture with a score above `THRESHOLD`, by class, the surest first.
 
         A score is the class's probability times the mask's mean probability within it, as mmdet has it.
         """
-        inputs = self._pictures(list(images), return_tensors="pt").to(self.detector.device)
+        # Not in a batch: a smaller picture would be filled up, and its objects then depend on the others
+        inputs = self._pictures(image, return_tensors="pt").to(self.detector.device)
         pixels = inputs["pixel_values"].to(self.detector.dtype)
-        outputs = self.detector(pixel_values=pixels, pixel_mask=inputs["pixel_mask"])
-        found: list[dict[str, list[Found]]] = []
-        for image, valid, logits, masks in zip(
-            images, inputs["pixel_mask"], outputs.class_queries_logits, outputs.masks_queries_logits, strict=True
-        ):
-            found.append({})
-            height, width = valid.any(1).sum(), valid.any(0).sum()  # without what fills the batch up
-            chances = logits.float().softmax(-1)[:, :-1]  # the last is "nothing"
-            for query, label in (chances > THRESHOLD).nonzero().tolist():
-                mask = interpolate(masks[query][None, None].float(), pixels.shape[-2:], mode="bilinear")
-                mask = interpolate(mask[..., :height, :width], image.size[::-1], mode="bilinear")[0, 0]
-                inside = mask > 0
-                score = float(chances[query, label] * mask[inside].sigmoid().mean())
-                if score > THRESHOLD:  # never so if the mask is empty: its mean is NaN
-                    object_ = Found(_box(inside), score, inside.cpu().numpy())
-                    found[-1].setdefault(OBJECTS[label], []).append(object_)
-            for objects in found[-1].values():
-                objects.sort(key=lambda one: -one.score)
-        return found
+        outputs = self.detector(pixel_values=pixels)
+        masks = interpolate(outputs.masks_queries_logits.float(), pixels.shape[-2:], mode="bilinear")[0]
+        chances = outputs.class_queries_logits[0].float().softmax(-1)[:, :-1]  # the last is "nothing"
+        found: dict[str, list[Found]] = {}
+        for query, label in (chances > THRESHOLD).nonzero().tolist():
+            mask = interpolate(masks[query][None, None], image.size[::-1], mode="bilinear")[0, 0]
+            inside = mask > 0
+            score = (chances[query, label] * mask[inside].sigmoid().mean()).item()
+            if score > THRESHOLD:  # never so if the mask is empty: its mean is NaN
+                found.setdefault(OBJECTS[label], []).append(Found(_box(inside), score, inside.cpu().numpy()))
+        return {name: sorted(objects, key=lambda one: -one.score) for name, objects in found.items()}
 
     def colours(self, image: Image.Image, name: str, objects: Sequence[Found]) -> list[str]:
         """The colours of objects of a class in a picture."""
