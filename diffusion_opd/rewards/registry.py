@@ -52,14 +52,25 @@ def load_reward(reward: str | Mapping[str, Any] | RewardFunc, **defaults: Any) -
         raise ValueError(f"a reward function is a name, or a dict with `name` and arguments; got {reward!r}.")
     arguments = {key: value for key, value in reward.items() if key != "name"}
     made = _found(reward["name"])
-    taken = inspect.signature(made).parameters
+    taken, takes_more = _arguments(made)
     if isinstance(made, type):
         arguments = {key: value for key, value in defaults.items() if key in taken} | arguments
-    if not any(p.kind == p.VAR_KEYWORD for p in taken.values()) and (unknown := sorted(arguments.keys() - taken)):
-        raise ValueError(f"the reward {reward['name']!r} takes no {unknown}; its arguments are {list(taken)}.")
+    if not takes_more and (unknown := sorted(arguments.keys() - set(taken))):
+        raise ValueError(f"the reward {reward['name']!r} takes no {unknown}; its arguments are {taken}.")
     if isinstance(made, type):
         return made(**arguments)
     return functools.partial(made, **arguments) if arguments else made
+
+
+def _arguments(made: Any) -> tuple[list[str], bool]:
+    """By name what a function takes, or a class and those that its `**kwargs` go to; and whether it takes any other."""
+    names: list[str] = []
+    for one in made.__mro__[:-1] if isinstance(made, type) else [made]:
+        parameters = inspect.signature(one).parameters.values()
+        names += [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            return list(dict.fromkeys(names)), False
+    return names, True
 
 
 def _found(name: str) -> Any:

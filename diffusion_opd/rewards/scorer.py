@@ -74,7 +74,7 @@ class Scorer(ABC):
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], images: Sequence[Any], **columns: Any) -> list[float | None]:
-        frames = [self._frames(image) for image in images]
+        frames = [frames_of(image, self.num_frames) for image in images]
         flat = [(row, frame) for row, own in enumerate(frames) for frame in own]
         scores: list[list[float | None]] = [[] for _ in images]
         with self._on_device():
@@ -87,13 +87,6 @@ class Scorer(ABC):
                 for row, score in zip(rows, self.score([prompts[row] for row in rows], pictures, **own), strict=True):
                     scores[row].append(None if score is None else float(score))
         return [None if None in own else sum(own) / len(own) for own in scores]  # type: ignore[arg-type]
-
-    def _frames(self, image: Any) -> list[Image]:
-        if isinstance(image, Image):
-            return [image.convert("RGB")]
-        count = min(self.num_frames, len(image))
-        places = [round(index * (len(image) - 1) / max(1, count - 1)) for index in range(count)]
-        return [image[place].convert("RGB") for place in places]
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -112,6 +105,15 @@ class Scorer(ABC):
         finally:
             if self.placement == "cpu":
                 self.model.to("cpu")
+
+
+def frames_of(image: Any, most: int) -> list[Image]:
+    """A picture, or of a video at most so many of its frames, evenly spaced; RGB."""
+    if isinstance(image, Image):
+        return [image.convert("RGB")]
+    count = min(most, len(image))
+    places = [round(index * (len(image) - 1) / max(1, count - 1)) for index in range(count)]
+    return [image[place].convert("RGB") for place in places]
 
 
 def _of_rows(values: Any, images: Sequence[Any]) -> bool:
