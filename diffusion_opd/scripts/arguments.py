@@ -1,0 +1,223 @@
+"""What the training scripts share: whose weights, which prompts and which rewards, from flags or YAML to objects.
+
+This file knows files, names and dicts as users write them, and no trainer.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from peft import LoraConfig
+from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
+
+from ..errors import one_sentence
+from ..rewards import RewardFunc, load_reward
+from ..teachers import Lora
+
+# How `datasets` calls what a file holds
+_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+
+
+@dataclass
+class TrainingScriptArguments(DatasetMixtureConfig, ScriptArguments):
+    """
+    What to train and on which prompts. Extends TRL's script arguments (`dataset_name`, ...) and its mixture of datasets
+    (`datasets`, `streaming`, `test_split_size`); the prompts are given in one of the three ways.
+
+    Args:
+        model_name_or_path (`str`, *optional*, defaults to `"stabilityai/stable-diffusion-3.5-medium"`):
+            The pipeline to train.
+        student_lora (`str`, *optional*):
+            Hub id or folder of a LoRA whose training goes on; in YAML also a dict of the fields of [`Lora`].
+        use_peft (`bool`, *optional*, defaults to `True`):
+            Trains a LoRA; `--no_use_peft` trains the whole denoiser.
+        lora_r (`int`), lora_alpha (`int`), lora_init (`str`), lora_target_modules (`list[str]`):
+            A new LoRA. Default to those of the paper's recipe for SD3.5; `lora_init` is PEFT's `init_lora_weights`.
+        train_files, eval_files (`list[str]`, *optional*):
+            Files of prompts, one a task in the order of the tasks, in YAML also `{task: file}`: `.txt` with one prompt
+            a line; `.json`, `.jsonl` and `.csv` with a column `prompt`, whose other columns reach reward functions.
+    """
+
+    model_name_or_path: str = field(
+        default="stabilityai/stable-diffusion-3.5-medium", metadata={"help": "The pipeline to train."}
+    )
+    student_lora: str | None = field(default=None, metadata={"help": "A LoRA whose training goes on."})
+    use_peft: bool = field(default=True, metadata={"help": "Train a LoRA; --no_use_peft: the whole denoiser."})
+    lora_r: int = field(default=32, metadata={"help": "Rank of the LoRA."})
+    lora_alpha: int = field(default=64, metadata={"help": "Alpha of the LoRA."})
+    lora_init: str = field(default="gaussian", metadata={"help": "How PEFT begins it; true: PEFT's default."})
+    lora_target_modules: list[str] = field(
+        # `attn` alone: the second attention of SD3.5's first blocks is `attn2`
+        default_factory=lambda: (
+            "attn.to_q attn.to_k attn.to_v attn.to_out.0 "
+            "attn.add_q_proj attn.add_k_proj attn.add_v_proj attn.to_add_out"
+        ).split(),
+        metadata={"help": "Modules that the LoRA adapts. Default: the attention of SD3.5, without attn2."},
+    )
+    train_files: list[str] | None = field(
+        default=None, metadata={"help": "Files of prompts, one a task (.txt, .json, .jsonl, .csv)."}
+    )
+    eval_files: list[str] | None = field(default=None, metadata={"help": "The same for evaluation."})
+
+
+@dataclass
+class RLScriptArguments(TrainingScriptArguments):
+    """
+    What to reward. Extends [`TrainingScriptArguments`], whose tasks are the keys of `reward_funcs`, if it has any.
+
+    Args:
+        reward_funcs (`list[str]`):
+            Names of [`REWARDS`] or dotted paths of functions; in YAML also dicts with `name`, arguments and `weight`,
+            and all of it by task (`{task: [...]}`).
+    """
+
+    reward_funcs: list[str] = field(
+        default_factory=list, metadata={"help": "Names of rewards, or dotted paths of functions."}
+    )
+
+
+def student_arguments(script_args: TrainingScriptArguments) -> dict[str, Any]:
+    """What every trainer is told of the model and its LoRA."""
+    start: Any = script_args.student_lora
+    init: Any = script_args.lora_init
+    if isinstance(start, Mapping):
+        start = filled(Lora, start, "`student_lora`")
+    peft_config = None
+    if script_args.use_peft and start is None:
+        peft_config = LoraConfig(
+            r=script_args.lora_r,
+            lora_alpha=script_args.lora_alpha,
+            init_lora_weights=True if str(init).lower() == "true" else init,
+            target_modules=script_args.lora_target_modules,
+        )
+    return {"model": script_args.model_name_or_path, "peft_config": peft_config, "student_lora": start}
+
+
+def filled(cls: Any, values: Mapping[str, Any], who: str) -> Any:
+    """A dataclass from a dict of YAML.
+
+    Raises:
+        ValueError: if it has no such field, or `path` is missing.
+    """
+    names = [entry.name for entry in fields(cls)]
+    if unknown := sorted(values.keys() - names):
+        raise ValueError(f"{who} has no {unknown}; a {cls.__name__} has {names}.")
+    if "path" not in values:
+        raise ValueError(f"{who} needs a `path`, got {dict(values)}.")
+    return cls(**values)
+
+
+def load_data(script_args: TrainingScriptArguments, evaluates: bool, tasks: Sequence[str] | None) -> dict[str, Any]:
+    """The datasets that a trainer is given.
+
+    Args:
+        script_args ([`TrainingScriptArguments`]): Where they are.
+        evaluates (`bool`): Whether one for evaluation is needed.
+        tasks (`Sequence[str]`, *optional*): In the order of the files. `None`: one file is for all.
+
+    Raises:
+        ValueError: if the prompts are given in no way or in several, or a file or dataset cannot be read.
+    """
+    ways = {name: getattr(script_args, name) for name in ("train_files", "dataset_name", "datasets")}
+    if len(given := [name for name, value in ways.items() if value]) != 1:
+        raise ValueError(f"give the prompts in one of the ways {list(ways)}; got {given or 'none'}.")
+    if script_args.train_files:
+        found: Any = {"train": load_files(script_args.train_files, tasks, "train_files")}
+    elif script_args.dataset_name:
+        name = script_args.dataset_name
+        with one_sentence(f"the dataset {name!r} cannot be loaded"):
+            found = load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
+    else:
+        with one_sentence("the mixture `datasets` cannot be loaded"):
+            found = get_dataset(script_args)
+    splits = {"train_dataset": script_args.dataset_train_split if script_args.dataset_name else "train"}
+    if evaluates and script_args.eval_files:
+        found["eval"] = load_files(script_args.eval_files, tasks, "eval_files")
+        splits["eval_dataset"] = "eval"
+    elif evaluates and not script_args.train_files:
+        splits["eval_dataset"] = script_args.dataset_test_split
+    if missing := [split for split in splits.values() if split not in found]:
+        raise ValueError(f"the dataset has no split {missing[0]!r}, only {list(found)}.")
+    return {argument: found[split] for argument, split in splits.items()}
+
+
+def load_files(files: Any, tasks: Sequence[str] | None, name: str) -> Dataset | dict[str, Dataset]:
+    """Files of prompts, by task where there are tasks."""
+    files = [files] if isinstance(files, str) else files
+    if not isinstance(files, Mapping):
+        if len(files) != len(tasks or [None]):
+            wanted = f"one file for each of {list(tasks)}" if tasks else "one file"
+            raise ValueError(f"`{name}` needs {wanted}; got {files}.")
+        if not tasks:
+            return load_file(files[0])
+        files = dict(zip(tasks, files, strict=True))
+    return {task: load_file(file) for task, file in files.items()}
+
+
+def load_file(file: str) -> Dataset:
+    path = Path(file)
+    if path.suffix not in _FORMATS:
+        raise ValueError(f"a file of prompts ends in one of {list(_FORMATS)}, got {file!r}.")
+    if not path.is_file():
+        raise ValueError(f"there is no file of prompts {file!r}.")
+    with one_sentence(f"the prompts {file!r} cannot be read"):
+        dataset = load_dataset(_FORMATS[path.suffix], data_files=file, split="train")
+    return dataset.rename_column("text", "prompt") if path.suffix == ".txt" else dataset
+
+
+def load_rewards(reward_funcs: Any) -> tuple[Any, Any]:
+    """Reward functions as YAML and flags name them.
+
+    Args:
+        reward_funcs (`str`, `dict` or a list of them, or `{task: the same}`):
+            Names and dotted paths as [`load_reward`] takes them, a dict with a `weight` too. The same entry of two
+            tasks is one function.
+
+    Returns:
+        What trainers take as `reward_funcs` and `reward_weights`; the latter `None` if nobody has a weight.
+    """
+    made: dict[str, RewardFunc] = {}
+
+    def load(entries: Any) -> tuple[list[RewardFunc], list[float | None]]:
+        entries = entries if isinstance(entries, (list, tuple)) else [entries]
+        rewards = [dict(entry) if isinstance(entry, Mapping) else {"name": entry} for entry in entries]
+        weights = [reward.pop("weight", None) for reward in rewards]
+        return [made.get(str(one)) or made.setdefault(str(one), load_reward(one)) for one in rewards], weights
+
+    is_by_task = isinstance(reward_funcs, Mapping) and "name" not in reward_funcs
+    loaded = {task: load(own) for task, own in (reward_funcs if is_by_task else {None: reward_funcs}).items()}
+    funcs = {task: own for task, (own, _) in loaded.items()}
+    weights = {task: [1.0 if one is None else one for one in own] for task, (_, own) in loaded.items()}
+    is_weighted = any(one is not None for _, own in loaded.values() for one in own)
+    if is_by_task:
+        return funcs, weights if is_weighted else None
+    return funcs[None], weights[None] if is_weighted else None
+
+
+def make_rl_trainer(trainer_class: Any, script_args: RLScriptArguments, training_args: Any) -> Any:
+    """A trainer that learns from rewards."""
+    reward_funcs, weights = load_rewards(script_args.reward_funcs)
+    if weights is not None and training_args.reward_weights is not None:
+        raise ValueError("give weights either in `reward_funcs` or as `reward_weights`.")
+    training_args.reward_weights = training_args.reward_weights or weights
+    tasks = list(reward_funcs) if isinstance(reward_funcs, Mapping) else None
+    return trainer_class(
+        reward_funcs=reward_funcs,
+        args=training_args,
+        **student_arguments(script_args),
+        **load_data(script_args, training_args.eval_strategy != "no", tasks),
+    )
+
+
+def train(trainer: Any, dataset_name: str | None) -> None:
+    """From the first step, or where the run stopped, to the saved and published student."""
+    args = trainer.args
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    trainer.accelerator.print(f"Student saved to {args.output_dir}.")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+        trainer.accelerator.print(f"Student pushed to https://huggingface.co/{trainer.hub_model_id}.")
+    trainer.end()

@@ -1,0 +1,115 @@
+"""
+On-policy distillation from YAML or flags: one student learns, on its own trajectories, from many specialists.
+
+Without more it is the released recipe of DiffusionOPD (arXiv 2605.15055), whose settings are those of
+`examples/configs/sd35/opd.yaml`. Its prompts are in https://github.com/yifan123/flow_grpo under `dataset/`.
+
+8 GPUs, as in the paper:
+
+    diffusion-opd opd --config examples/configs/sd35/opd.yaml --accelerate_config multi_gpu --num_processes 8
+
+1 GPU, the same 72 samples an optimizer step (3 x 3 tasks x 8 cycles):
+
+    diffusion-opd opd --config examples/configs/sd35/opd.yaml --gradient_accumulation_steps 24
+
+The whole transformer instead of a LoRA, its optimizer sharded by DeepSpeed; the student goes to the Hub:
+
+    diffusion-opd opd --config examples/configs/sd35/opd.yaml --accelerate_config zero2 --num_processes 8 \
+        --no_use_peft --learning_rate 1e-5 --push_to_hub
+
+One specialist of your own, for any pipeline that diffusers has:
+
+    diffusion-opd opd --model_name_or_path black-forest-labs/FLUX.1-dev --output_dir flux-opd --guidance_scale 3.5 \
+        --teachers style=me/style-lora --lora_target_modules to_q to_k to_v to_out.0 --train_files prompts.txt
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, Lora, Teacher
+from diffusion_opd.scripts.arguments import (
+    TrainingScriptArguments,
+    filled,
+    load_data,
+    load_rewards,
+    student_arguments,
+    train,
+)
+from diffusion_opd.scripts.parser import Parser
+from diffusion_opd.teachers import name_teachers
+
+# The paper's specialists, as YAML names them
+PUBLISHED: list[Any] = [
+    {"path": "quanhaol/DiffusionOPD", "subfolder": f"{folder}/lora", "id": name, "guidance_scale": scale}
+    for name, folder, scale in (
+        ("aesthetic", "AesTeacher", 4.5),
+        ("ocr", "OCRTeacher", 4.5),
+        ("geneval", "GenEvalTeacher", 1.0),
+    )
+]
+
+
+@dataclass
+class OPDScriptArguments(TrainingScriptArguments):
+    """
+    Whom to learn from. Extends [`TrainingScriptArguments`], whose tasks are the ids of the teachers.
+
+    Args:
+        teachers (`list[str]`, *optional*, defaults to the three of `quanhaol/DiffusionOPD`):
+            In the order in which they are visited: Hub ids or folders, with a name as `id=path`; in YAML also dicts of
+            the fields of [`Teacher`].
+        eval_reward_funcs (`list[str]`, *optional*):
+            Rewards that score pictures at each evaluation, in YAML by teacher id.
+    """
+
+    teachers: list[str] = field(
+        default_factory=lambda: list(PUBLISHED),
+        metadata={"help": "Hub ids or folders, or id=path, in the order of their visits. Default: the paper's."},
+    )
+    eval_reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "Rewards that score pictures at each evaluation."}
+    )
+
+
+def load_teachers(teachers: Any) -> dict[str, Teacher]:
+    """By id, from what flags or YAML say."""
+    if isinstance(teachers, Mapping):
+        return name_teachers({key: _teacher(value) for key, value in teachers.items()})
+    return name_teachers([_teacher(value) for value in ([teachers] if isinstance(teachers, str) else teachers)])
+
+
+def _teacher(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        teacher = filled(Teacher, value, "a teacher")
+        if isinstance(teacher.base_lora, Mapping):
+            teacher.base_lora = filled(Lora, teacher.base_lora, "`base_lora`")
+        return teacher
+    key, named, path = str(value).partition("=")
+    return Teacher(path, id=key) if named else value
+
+
+def make_trainer(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> DiffusionOPDTrainer:
+    teachers = load_teachers(script_args.teachers)
+    judged = {}
+    if script_args.eval_reward_funcs is not None:
+        judged["eval_reward_funcs"] = load_rewards(script_args.eval_reward_funcs)[0]
+    return DiffusionOPDTrainer(
+        teachers=teachers,
+        args=training_args,
+        **student_arguments(script_args),
+        **load_data(script_args, training_args.eval_strategy != "no", list(teachers)),
+        **judged,
+    )
+
+
+def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> None:
+    train(make_trainer(script_args, training_args), script_args.dataset_name)
+
+
+def make_parser(prog: str | None = None) -> Parser:
+    return Parser((OPDScriptArguments, DiffusionOPDConfig), prog=prog, description=__doc__.strip().partition("\n\n")[0])
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))
