@@ -114,4 +114,6 @@ def hash_function(function: Any) -> str:
     cells = [getattr(cell, "cell_contents", None) for cell in getattr(written, "__closure__", None) or ()]
     defaults = [getattr(written, "__defaults__", None), getattr(written, "__kwdefaults__", None)]
     held = None if inspect.ismodule(owner) or inspect.isclass(owner) else getattr(owner, "__dict__", None)
+    if not is_written and hasattr(function, "made_of"):  # it says itself what counts
+        held = function.made_of()
     return hash_values([source, cells, defaults, held])

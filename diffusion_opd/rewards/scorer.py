@@ -4,15 +4,23 @@ This file knows pictures and modules, and no model by name.
 """
 
 import contextlib
+import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from PIL.Image import Image
 from torch import nn
 
+from ..errors import one_sentence
+
 SCALES = ("training", "table")
+# Of a scorer, what may be another without another score
+_ANYWHERE = ("model", "device", "batch_size", "placement")
 PLACEMENTS = ("device", "cpu")
 
 
@@ -63,6 +71,10 @@ class Scorer(ABC):
             if number < 1:
                 raise ValueError(f"`{name}` of {self.__name__} must be at least 1, got {number}.")
 
+    def made_of(self) -> dict[str, Any]:
+        """What its numbers depend on: what a resumed run must have again."""
+        return {key: value for key, value in vars(self).items() if key not in _ANYWHERE} | {"dtype": str(self.dtype)}
+
     @abstractmethod
     def load(self) -> nn.Module:
         """The model, on the CPU, and whatever else `score` needs."""
@@ -85,6 +97,8 @@ class Scorer(ABC):
                     key: [values[row] for row in rows] for key, values in columns.items() if _of_rows(values, images)
                 }
                 for row, score in zip(rows, self.score([prompts[row] for row in rows], pictures, **own), strict=True):
+                    if score is not None and not math.isfinite(score):
+                        raise ValueError(f"the scorer {self.__name__!r} gave {score} for {prompts[row]!r}.")
                     scores[row].append(None if score is None else float(score))
         return [None if None in own else sum(own) / len(own) for own in scores]  # type: ignore[arg-type]
 
@@ -114,6 +128,26 @@ def frames_of(image: Any, most: int) -> list[Image]:
     count = min(most, len(image))
     places = [round(index * (len(image) - 1) / max(1, count - 1)) for index in range(count)]
     return [image[place].convert("RGB") for place in places]
+
+
+def read_pickle(path: str | os.PathLike, file: str, name: str) -> dict[str, Any]:
+    """The weights in a pickle, of which nothing but tensors and plain containers is read.
+
+    Args:
+        path (`str`): Hub id, folder or file.
+        file (`str`): Its name in a repository or a folder.
+        name (`str`): Of the scorer, for the message.
+
+    Raises:
+        ValueError: if it cannot be had, or holds anything else.
+    """
+    with one_sentence(f"the weights {file!r} of {str(path)!r} for the scorer {name!r} cannot be loaded"):
+        place = Path(path)
+        if place.is_dir():
+            place = place / file
+        elif not place.is_file():
+            place = Path(hf_hub_download(str(path), file))
+        return torch.load(place, map_location="cpu", weights_only=True)
 
 
 def _of_rows(values: Any, images: Sequence[Any]) -> bool:
