@@ -19,8 +19,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from diffusion_opd.rewards import REWARDS
-from diffusion_opd.scripts.opd import make_parser
-from tests.tiny_pipelines import CALL, LORA_TARGETS, sd3
+from tests.tiny_pipelines import LORA_TARGETS, sd3
 
 FOLDER = Path(__file__).parents[1] / "examples" / "configs" / "sd35"
 BASE = "stabilityai/stable-diffusion-3.5-medium"

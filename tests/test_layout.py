@@ -33,6 +33,7 @@ LAYERS = [
     ["data"],
     ["scheduler_proxy", "encode_cache", "runs"],
     ["rewards.functions", "rewards.scorer"],
+    ["rewards.clip"],
     ["rewards.registry", "rewards.[!_]*"],
     ["rewards.__init__"],
     ["policy"],

@@ -17,8 +17,8 @@ from . import worker
 
 _CONFIGS = {path.stem: path for path in (Path(__file__).parents[1] / "accelerate_configs").glob("*.yaml")}
 _EPILOG = (
-    "launching: --num_processes N, --accelerate_config NAME or FILE, and what else `accelerate launch` takes; this package "
-    f"has the configs {', '.join(sorted(_CONFIGS))}."
+    "launching: --num_processes N, --accelerate_config NAME or FILE, and what else `accelerate launch` takes; this "
+    f"package has the configs {', '.join(sorted(_CONFIGS))}."
 )
 
 
