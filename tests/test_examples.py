@@ -1,10 +1,9 @@
-"""The example scripts, started as a user starts them: `python`, `accelerate launch` with the configs that the package
-ships, settings from YAML or from flags. What they leave behind is loaded in plain diffusers."""
+"""The recipe, started as a user starts it: `diffusion-opd opd`, with the configs of accelerate that the package ships,
+settings from YAML or from flags. What it leaves behind is loaded in plain diffusers."""
 
 import copy
 import json
 import os
-import shlex
 import subprocess
 import sys
 from dataclasses import asdict
@@ -17,20 +16,18 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model
 
-from diffusion_opd import Teacher
-from examples import opd_sd35
+from diffusion_opd import Lora, Teacher
+from diffusion_opd.scripts import opd
 from tests.hub_server import HubServer, client
 from tests.tiny_pipelines import CALL, sd3
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "examples" / "opd_sd35.py"
-RECIPE = ROOT / "examples" / "configs" / "opd_sd35.yaml"
-CONFIGS = ROOT / "diffusion_opd" / "accelerate_configs"
+RECIPE = ROOT / "examples" / "configs" / "sd35" / "opd.yaml"
 TASKS = ("aesthetic", "ocr", "geneval")
 
 
 def parse(*flags: str) -> tuple:
-    return opd_sd35.make_parser().parse_args_and_config([str(flag) for flag in flags])
+    return opd.make_parser().parse_args_and_config([str(flag) for flag in flags])
 
 
 TARGETS = parse("--output_dir", "x", "--use_cpu", "true")[0].lora_target_modules
@@ -53,19 +50,21 @@ def test_recipe_is_the_released_one():
     assert (config.learning_rate, config.weight_decay, config.adam_epsilon) == (3e-4, 1e-4, 1e-8)
     assert (config.adam_beta1, config.adam_beta2, config.max_grad_norm) == (0.9, 0.999, 1.0)
     assert (config.ema_decay, config.ema_update_every, config.lr_scheduler_type) == (0.9, 8, "constant")
-    assert [
-        (teacher.source, teacher.id, teacher.guidance_scale) for teacher in opd_sd35.load_teachers(script_args)
-    ] == [
+    teachers = opd.load_teachers(script_args.teachers).values()
+    assert [(teacher.source, teacher.id, teacher.guidance_scale) for teacher in teachers] == [
         ("quanhaol/DiffusionOPD/AesTeacher/lora", "aesthetic", 4.5),
         ("quanhaol/DiffusionOPD/OCRTeacher/lora", "ocr", 4.5),
         ("quanhaol/DiffusionOPD/GenEvalTeacher/lora", "geneval", 1.0),
     ]
     # The parties of the file are also those of the script without it
+    assert script_args.train_files.keys() == set(TASKS)
+    script_args.train_files = None
     assert script_args == parse("--output_dir", "x", "--use_cpu", "true")[0]
 
 
 def test_flags_and_yaml_give_the_same_config(tmp_path):
     settings = {**yaml.safe_load(RECIPE.read_text()), "fp16": False, "use_cpu": True, "lora_r": 8}
+    settings |= {"teachers": ["style=me/style", "me/ocr"], "train_files": ["style.txt", "ocr.txt"]}
     file = tmp_path / "settings.yaml"
     file.write_text(yaml.safe_dump(settings))
     flags = []
@@ -78,15 +77,6 @@ def test_flags_and_yaml_give_the_same_config(tmp_path):
     assert from_file[0].lora_r == 8
 
 
-def test_documented_commands_parse():
-    commands = [text.split("examples/opd_sd35.py", 1)[1] for text in opd_sd35.__doc__.split("\n\n") if "    " in text]
-    assert len(commands) == 4
-    for command in commands:
-        script_args, config = parse(*shlex.split(command.replace("\\\n", " ")), "--fp16", "false", "--use_cpu", "true")
-        assert len(opd_sd35.load_teachers(script_args)) == len(script_args.teacher_ids)
-        assert config.gradient_accumulation_steps % len(script_args.teacher_ids) == 0
-
-
 def test_a_flag_wins_over_the_file():
     script_args, config = parse(
         "--config", RECIPE, "--fp16", "false", "--use_cpu", "true", "--learning_rate", "1e-5", "--no_use_peft"
@@ -94,26 +84,46 @@ def test_a_flag_wins_over_the_file():
     assert (config.learning_rate, config.num_inference_steps, script_args.use_peft) == (1e-5, 10, False)
 
 
-def test_one_value_holds_for_all_teachers():
-    flags = ["--output_dir", "x", "--use_cpu", "true", "--teacher_ids", "a", "b", "--teacher_paths", "me/a", "me/b"]
-    script_args, _ = parse(*flags, "--teacher_subfolders", ".", "--teacher_guidance_scales", "2")
-    assert opd_sd35.load_teachers(script_args) == [
-        Teacher("me/a", id="a", guidance_scale=2.0),
-        Teacher("me/b", id="b", guidance_scale=2.0),
-    ]
+def test_teachers_as_flags_and_yaml_name_them():
+    base = {"path": "me/first", "subfolder": "lora"}
+    in_yaml = [{"path": "me/a", "id": "x", "scale": 0.5, "base_lora": base}, "me/b", "c=me/c"]
+    first, second, third = opd.load_teachers(in_yaml).values()
+    assert first == Teacher("me/a", id="x", scale=0.5, base_lora=Lora("me/first", subfolder="lora"))
+    assert (second, third) == (Teacher("me/b", id="b"), Teacher("me/c", id="c"))
+    assert opd.load_teachers({"c": "me/c"}) == opd.load_teachers("c=me/c") == {"c": third}
+
+
+@pytest.mark.parametrize(
+    ("teachers", "message"),
+    [
+        (
+            [{"path": "me/a", "guidence_scale": 1.0}],
+            r"a teacher has no \['guidence_scale'\]; a Teacher has \['path', 'id'",
+        ),
+        ([{"id": "a"}], r"a teacher needs a `path`, got \{'id': 'a'\}"),
+    ],
+)
+def test_teachers_that_do_not_fit_are_refused(teachers, message):
+    with pytest.raises(ValueError, match=message):
+        opd.load_teachers(teachers)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "either as --train_files or as --dataset_name"),
-        (["--train_files", "a.txt", "--dataset_name", "me/prompts"], "either as --train_files or as --dataset_name"),
-        (["--train_files", "a.txt"], r"--train_files needs one file for each of the teachers \['aesthetic', 'ocr'"),
+        ([], r"in one of the ways \['train_files', 'dataset_name', 'datasets'\]; got none"),
+        (["--train_files", "a.txt", "--dataset_name", "me/prompts"], r"got \['train_files', 'dataset_name'\]"),
+        (["--train_files", "a.txt"], r"`train_files` needs one file for each of \['aesthetic', 'ocr', 'geneval'\]"),
+        (["--train_files", "a.txt", "b.txt", "c.txt"], "there is no file of prompts 'a.txt'"),
+        (
+            ["--train_files", "a.doc", "b.txt", "c.txt"],
+            r"ends in one of \['.txt', '.json', '.jsonl', '.csv'\], got 'a.doc'",
+        ),
     ],
 )
-def test_what_does_not_fit_is_refused(flags, message):
+def test_prompts_that_do_not_fit_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
-        opd_sd35.main(*parse("--output_dir", "x", "--use_cpu", "true", *flags))
+        opd.main(*parse("--output_dir", "x", "--use_cpu", "true", *flags))
 
 
 # The runs
@@ -122,7 +132,7 @@ def test_what_does_not_fit_is_refused(flags, message):
 @pytest.fixture(scope="session")
 def files(tmp_path_factory) -> Path:
     """A tiny SD3, three teachers as the published ones lie on the Hub, and their prompts."""
-    root = tmp_path_factory.mktemp("opd_sd35")
+    root = tmp_path_factory.mktemp("opd")
     pipeline = sd3()
     pipeline.save_pretrained(root / "base")
     for seed, name in enumerate(("AesTeacher", "OCRTeacher", "GenEvalTeacher")):
@@ -138,15 +148,27 @@ def files(tmp_path_factory) -> Path:
     # GenEval's prompts come with what its judge needs
     lines = [{"tag": "counting", "include": [{"class": "dog", "count": i}], "prompt": f"{i} dogs"} for i in range(8)]
     (root / "geneval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = yaml.safe_load(RECIPE.read_text())
+    for teacher in settings["teachers"]:
+        teacher["path"] = str(root / "teachers")
+    names = {"aesthetic": "aesthetic.txt", "ocr": "ocr.txt", "geneval": "geneval.jsonl"}
+    settings["train_files"] = {task: str(root / name) for task, name in names.items()}
+    (root / "recipe.yaml").write_text(yaml.safe_dump(settings))
     return root
 
 
 def run(
-    files: Path, out: Path, *flags: str, launcher: tuple[str, ...] = (), last: int = 2, **environment: str
+    files: Path,
+    out: Path,
+    *flags: str,
+    launched: bool = False,
+    last: int = 2,
+    config: str = "recipe.yaml",
+    **environment: str,
 ) -> list[dict]:
-    """Starts the script on the recipe, smaller; returns what it logged."""
-    command = [sys.executable, *launcher, SCRIPT, "--config", RECIPE, "--output_dir", out]
-    command += ["--model_name_or_path", files / "base", "--teacher_paths", files / "teachers"]
+    """Starts the recipe, smaller, in this process's place or `launched`; returns what it logged."""
+    command = [sys.executable, "-m", f"diffusion_opd.cli.{'main' if launched else 'worker'}", "opd"]
+    command += ["--config", files / config, "--output_dir", out, "--model_name_or_path", files / "base"]
     command += ["--height", "16", "--width", "16", "--call_kwargs", '{"max_sequence_length": 32}', "--fp16", "false"]
     command += ["--num_inference_steps", "3", "--image_num_inference_steps", "2", "--ema_update_every", "1"]
     command += ["--max_steps", "2", "--save_steps", "2", "--learning_rate", "1e-2", "--report_to", "none", *flags]
@@ -160,10 +182,6 @@ def run(
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert f"Student saved to {out}." in done.stdout
     return json.loads((out / f"checkpoint-{last}" / "trainer_state.json").read_text())["log_history"]
-
-
-def train_files(files: Path) -> list[str]:
-    return ["--train_files", files / "aesthetic.txt", files / "ocr.txt", files / "geneval.jsonl"]
 
 
 def latents(pipeline: DiffusionPipeline) -> torch.Tensor:
@@ -192,7 +210,7 @@ def assert_lora_loads(files: Path, out: Path) -> None:
 def one_process(files, tmp_path_factory) -> tuple[Path, list[dict]]:
     out = tmp_path_factory.mktemp("one") / "student"
     flags = ["--use_cpu", "true", "--per_device_train_batch_size", "4", "--image_steps", "1"]
-    return out, run(files, out, *train_files(files), *flags)
+    return out, run(files, out, *flags)
 
 
 @pytest.mark.slow
@@ -202,7 +220,7 @@ def test_the_recipe_in_half_precision_comes_past_its_first_pictures(files, tmp_p
     flags = ["--bf16", "true", "--use_cpu", "true", "--max_steps", "31"]
     for name in ("save_steps", "image_steps", "image_num_inference_steps", "ema_update_every"):
         flags += [f"--{name}", str(recipe[name])]
-    history = run(files, out, *train_files(files), *flags, last=31)
+    history = run(files, out, *flags, last=31)
     assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 32))
     assert sorted(path.name for path in (out / "images").iterdir()) == ["step_000030", "step_000031"]
     assert len(list((out / "images").rglob("*.png"))) == 2 * 6 and (out / "checkpoint-30").is_dir()
@@ -229,15 +247,14 @@ def assert_same_losses(history: list[dict], reference: list[dict]) -> None:
             assert entry[key] == pytest.approx(expected[key], rel=1e-3), key
 
 
-def launch(config: str) -> tuple[str, ...]:
-    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config))
-    return (*launcher, "--num_processes", "2", "--main_process_port", "0")
+def launch(config: str) -> list[str]:
+    return ["--accelerate_config", config, "--num_processes", "2", "--main_process_port", "0"]
 
 
 @pytest.mark.slow
 def test_two_processes_ddp(files, one_process, tmp_path):
     flags = ["--use_cpu", "true", "--per_device_train_batch_size", "2"]
-    history = run(files, tmp_path / "out", *train_files(files), *flags, launcher=launch("multi_gpu.yaml"))
+    history = run(files, tmp_path / "out", *launch("multi_gpu"), *flags, launched=True)
     assert_same_losses(history, one_process[1])
     assert_lora_loads(files, tmp_path / "out")
     # Each process left its random state: there were two, and no engine
@@ -249,14 +266,7 @@ def test_two_processes_ddp(files, one_process, tmp_path):
 def test_two_processes_zero2(files, one_process, tmp_path):
     pytest.importorskip("deepspeed")
     flags = ["--ddp_backend", "gloo", "--bf16", "false", "--per_device_train_batch_size", "2"]
-    history = run(
-        files,
-        tmp_path / "out",
-        *train_files(files),
-        *flags,
-        launcher=launch("zero2.yaml"),
-        DS_ACCELERATOR="cpu",
-    )
+    history = run(files, tmp_path / "out", *launch("zero2"), *flags, launched=True, DS_ACCELERATOR="cpu")
     assert_same_losses(history, one_process[1])
     assert_lora_loads(files, tmp_path / "out")
     # DeepSpeed's own optimizer shards, one a process
@@ -269,8 +279,12 @@ def test_whole_denoiser_from_a_dataset_with_evaluation(files, tmp_path):
     rows = {"prompt": [f"prompt {i}" for i in range(12)], "teacher_id": list(TASKS) * 4}
     for split in ("train", "test"):
         Dataset.from_dict(rows).to_json(tmp_path / "prompts" / f"{split}.jsonl")
+    settings = yaml.safe_load((files / "recipe.yaml").read_text())
+    del settings["train_files"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
     flags = ["--dataset_name", tmp_path / "prompts", "--no_use_peft", "--use_cpu", "true", "--image_steps", "0"]
-    history = run(files, tmp_path / "out", *flags, "--eval_strategy", "steps", "--eval_steps", "1")
+    flags += ["--eval_strategy", "steps", "--eval_steps", "1"]
+    history = run(files, tmp_path / "out", *flags, config=tmp_path / "recipe.yaml")
     (first, second) = [entry for entry in history if "eval_loss" in entry]
     assert second["eval_loss"] < first["eval_loss"]
     student = DiffusionPipeline.from_pretrained(tmp_path / "out")
@@ -284,7 +298,7 @@ def test_pushed_student_is_the_saved_one(files, tmp_path):
         out, home = tmp_path / "student", tmp_path / "home"
         home.mkdir()
         flags = ["--use_cpu", "true", "--push_to_hub", "--image_steps", "2"]
-        run(files, out, *train_files(files), *flags, **hub.environment(home))
+        run(files, out, *flags, **hub.environment(home))
         pushed = hub.repositories["models/me/student"].at("main").files
         assert {"README.md", "pytorch_lora_weights.safetensors", "teacher_manifest.json"} <= pushed.keys()
         client(hub, tmp_path / "elsewhere", LOAD.format(base=str(files / "base"), call=CALL["sd3"]))

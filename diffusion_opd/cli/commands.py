@@ -38,9 +38,20 @@ class LaunchedCommand(ScriptCommand):
     """Hands a script to `accelerate launch`, with the flags and the keys of the YAML file that are not the script's."""
 
     def run(self, args: Namespace, context: CommandContext) -> int:
+        launched = self.launched(context.argv_after(self.name))
+        try:
+            launch_command(launched)
+        except subprocess.CalledProcessError as error:  # which the process has told about
+            return error.returncode
+        except ChildFailedError as error:
+            return error.get_first_failure()[1].exitcode
+        return 0
+
+    def launched(self, given: list[str]) -> Namespace:
+        """What `accelerate launch` is told; `training_script_args` is the script's name with its own flags."""
         _, parser = worker.script(self.name)
         parser.epilog = _EPILOG
-        own, others = parser.split(context.argv_after(self.name))
+        own, others = parser.split(given)
         launcher = launch_command_parser()
         launcher.error = parser.error
         launcher.add_argument("--accelerate_config", dest="config_file", type=_config)
@@ -50,13 +61,7 @@ class LaunchedCommand(ScriptCommand):
         launched = launcher.parse_args([*others, "--module", worker.__name__, self.name, *own])
         if launched.training_script != worker.__name__:
             parser.error(f"{launched.training_script!r} belongs to no flag.")
-        try:
-            launch_command(launched)
-        except subprocess.CalledProcessError as error:  # which the process has told about
-            return error.returncode
-        except ChildFailedError as error:
-            return error.get_first_failure()[1].exitcode
-        return 0
+        return launched
 
 
 def _config(name: str) -> str:

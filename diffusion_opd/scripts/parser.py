@@ -7,6 +7,7 @@ import difflib
 import inspect
 import os
 import sys
+import time
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -75,9 +76,9 @@ class Parser(TrlParser):
         self.error(f"nothing is called {flag!r}{f'; does it mean {near[0]!r}?' if near else '.'}")
 
     def error(self, message: str) -> NoReturn:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others say the same
-            print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(10)  # the first says the same, and its end ends the others
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     def format_help(self, everything: bool = False) -> str:
         formatter = self._get_formatter()
