@@ -1,6 +1,7 @@
 """What is released is whole, and says of itself what is true."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -104,12 +105,22 @@ def test_the_wheel_trains_where_the_checkout_is_not(tmp_path):
     for name in ("model_card.md", "py.typed", "accelerate_configs/zero2.yaml"):
         assert f"{PACKAGE.name}/{name}" in held
 
-    run(tmp_path, *pip, "install", "--no-index", "--no-deps", "--target", site, wheel)
+    run(tmp_path, *pip, "install", "--no-index", "--no-deps", "--no-compile", "--target", site, wheel)
     (elsewhere / "tests").mkdir(parents=True)
-    for name in ("wheel_run.py", "tiny_pipelines.py"):
+    for name in ("__init__.py", "wheel_run.py", "tiny_pipelines.py"):
         shutil.copy(ROOT / "tests" / name, elsewhere / "tests")
     # An editable install puts the checkout on the path of every process
     leave = f"import sys; sys.path[:] = [entry for entry in sys.path if entry != {str(ROOT)!r}]"
     start = "from tests.wheel_run import main; main()"
     printed = run(elsewhere, sys.executable, "-c", f"{leave}; {start}", PYTHONPATH=str(site))
     assert printed.splitlines()[-1] == str(site / PACKAGE.name)
+
+    # From YAML alone
+    printed = run(elsewhere, site / "bin" / "diffusion-opd", "opd", "--config", "run.yaml", PYTHONPATH=str(site))
+    assert "Student saved to student." in printed
+    teachers = json.loads((elsewhere / "student" / "teacher_manifest.json").read_text())["teachers"]
+    assert [teacher["id"] for teacher in teachers] == ["text", "style"]
+    history = json.loads((elsewhere / "student" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert history[0]["kl/text"] > 0 and history[0]["kl/style"] > 0
+    assert (elsewhere / "student" / "pytorch_lora_weights.safetensors").is_file()
+    assert list((site / PACKAGE.name / "cli" / "__pycache__").glob("worker.*"))  # not the checkout's
