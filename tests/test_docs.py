@@ -19,10 +19,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
+from diffusion_opd.cli.commands import LaunchedCommand
+from diffusion_opd.cli.worker import run_script, script
 from diffusion_opd.config import DiffusionConfig
 from diffusion_opd.rl.config import DiffusionRLConfig
 from diffusion_opd.transitions import Schedule, cps, dance_sde, flow_sde, ode
-from examples import opd_sd35
 from tests.grids import SHIFT_3, kl_weights, sigmas
 from tests.tiny_pipelines import LORA_TARGETS, sd3
 
@@ -117,18 +118,41 @@ def test_every_page_with_the_trainer_is_run():
 
 def commands() -> list[str]:
     shell = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
-    return [line for block in shell for line in block.replace("\\\n", " ").splitlines()]
+    return [line for block in shell for line in joined(block).splitlines()]
 
 
-def test_commands_parse():
-    recipes = [command for command in commands() if "examples/opd_sd35.py" in command]
-    assert len(recipes) >= 2
-    for command in recipes:
-        launcher, flags = command.split("examples/opd_sd35.py", 1)
-        for file in re.findall(r"[\w/]+\.yaml", launcher + flags):
-            assert (ROOT / file).is_file(), command
-        flags = [str(ROOT / flag) if flag.endswith(".yaml") else flag for flag in shlex.split(flags)]
-        opd_sd35.make_parser().parse_args_and_config([*flags, "--fp16", "false", "--use_cpu", "true"])
+def joined(text: str) -> str:
+    return text.replace("\\\n", " ")
+
+
+def test_commands_parse(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    scripts = [ROOT / "diffusion_opd" / "scripts" / f"{name}.py" for name in ("opd", "nft", "grpo")]
+    written = [
+        line for path in scripts for line in re.findall(r"^    (diffusion-opd .*)", joined(path.read_text()), re.M)
+    ]
+    ours = [shlex.split(command) for command in [*commands(), *written] if command.startswith("diffusion-opd ")]
+    assert len(ours) > 20 and len(written) == 8
+    for _, name, *flags in ours:
+        if "opd.yaml" in flags:  # of the page
+            flags[flags.index("opd.yaml")] = "examples/configs/sd35/opd.yaml"
+        told = LaunchedCommand(name, "").launched(flags)
+        assert told.config_file is None or Path(told.config_file).is_file()
+        _, parser = script(name)
+        parser.parse_args_and_config([*told.training_script_args[1:], "--fp16", "false", "--use_cpu", "true"])
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "<!-- run: diffusion-opd" in page.read_text()], ids=name)
+def test_yaml_runs(page: Path, named_in_the_docs: Path, small_runs, tmp_path, monkeypatch):
+    shutil.copytree(named_in_the_docs, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for command, text in re.findall(
+        r"<!-- run: diffusion-opd (\w+) -->\n```yaml[^\n]*\n(.*?)```", page.read_text(), re.DOTALL
+    ):
+        Path("run.yaml").write_text(text)
+        run_script(command, ["--config", "run.yaml", "--max_steps", "1"])
+        assert Path("sd35m-opd", "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_make_targets_exist():
