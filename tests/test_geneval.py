@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from datasets import load_dataset
 from PIL import Image, ImageDraw
 from torch import nn
 from transformers import (
@@ -230,6 +231,18 @@ def test_drawn_pictures(as_json):
     assert DrawnGenEval()(prompts, wrong, **columns) == pytest.approx(credits)
 
 
+def test_a_file_as_geneval_has_it_is_a_dataset(tmp_path):
+    lines = [{"tag": tag, "include": include, "prompt": f"{tag}?"} for tag, include, _ in ROWS]
+    lines[2]["exclude"] = ROWS[2][2]
+    file = tmp_path / "evaluation_metadata.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    examples = list(load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache")))
+    rewards = Rewards(DrawnGenEval(scale="table"))
+    rewards.check_columns(list(examples[0]))
+    assert rewards("a", examples, [drawn(CAT, DOG, *CLOCKS[:3])] * 6).tolist() == [[1]] * 6
+    assert rewards("a", examples, [drawn(CAT, DOG, *CLOCKS)] * 6)[2] == 0
+
+
 def test_counting_takes_sure_objects_only():
     columns = {key: [values[0], values[2]] for key, values in rows().items()}
     pictures = [drawn(CAT, unsure=True), drawn(*CLOCKS[:3], unsure=True)]
@@ -399,3 +412,11 @@ def test_a_detector_of_other_classes_is_refused(weights, tmp_path):
     save_detector(tmp_path, classes=3)
     with pytest.raises(ValueError, match=r"^GenEval's detector must know the 80 classes of COCO, but .* knows 3\.$"):
         GenEval(str(tmp_path), str(weights[0] / "clip"))([""], [PICTURE], tag=["colors"], include=[ROWS[0][1]])
+
+
+def test_nan_is_no_empty_picture(weights):
+    scorer = GenEval(str(weights[0] / "detector"), str(weights[0] / "clip"))
+    scorer.model = scorer.load().eval()
+    scorer.model.detector.class_predictor.bias.data.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"^GenEval's detector gives NaN with `dtype=torch\.float32`; give it float32"):
+        scorer([""], [PICTURE], tag=["colors"], include=[ROWS[0][1]])

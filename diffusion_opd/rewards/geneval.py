@@ -115,8 +115,9 @@ class GenEval(Scorer):
     How far the objects in a picture, their number, colours and places are those that a prompt of GenEval asks for, from
     0 to 1 (Ghosh et al. 2023, https://arxiv.org/abs/2310.11513).
 
-    The dataset's rows are GenEval's: `tag`, `include` and maybe `exclude`, lists of `{"class", "count", "color",
-    "position"}` or the same as JSON, which a dataset holds more easily. A row without `include` has no score (`None`).
+    The dataset's rows are GenEval's, as `load_dataset("json", ...)` reads its `evaluation_metadata.jsonl`: `tag`,
+    `include` and maybe `exclude`, lists of `{"class", "count", "color", "position"}`, or these as JSON text. A row without
+    `include` has no score (`None`).
 
     - `scale="table"`: 1 or 0, as GenEval counts. Of each class in `include` there are at least `count` objects, and the
       surest `count` of them have the colour, and the position to all of those that they are placed to; of a class in
@@ -141,8 +142,8 @@ class GenEval(Scorer):
         kwargs: As of [`Scorer`]. Pictures go through the detector one at a time, whatever `batch_size` is.
 
     Raises:
-        ValueError: at the first call, if the detector knows other than 80 classes; for a row that names a class, a
-            colour or a relation that GenEval does not have.
+        ValueError: at the first call, if the detector knows other than 80 classes; when it gives NaN; for a row that
+            names a class, a colour or a relation that GenEval does not have.
     """
 
     __name__ = "geneval"
@@ -234,6 +235,8 @@ class ObjectFinder(nn.Module):
         outputs = self.detector(pixel_values=pixels)
         masks = interpolate(outputs.masks_queries_logits.float(), pixels.shape[-2:], mode="bilinear")[0]
         chances = outputs.class_queries_logits[0].float().softmax(-1)[:, :-1]  # the last is "nothing"
+        if not chances.isfinite().all():  # seen in half precision on the CPU, where torch's `grid_sample` overflows
+            raise ValueError(f"GenEval's detector gives NaN with `dtype={self.detector.dtype}`; give it float32.")
         found: dict[str, list[Found]] = {}
         for query, label in (chances > THRESHOLD).nonzero().tolist():
             mask = interpolate(masks[query][None, None], image.size[::-1], mode="bilinear")[0, 0]
