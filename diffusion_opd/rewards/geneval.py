@@ -116,8 +116,8 @@ class GenEval(Scorer):
     0 to 1 (Ghosh et al. 2023, https://arxiv.org/abs/2310.11513).
 
     The dataset's rows are GenEval's, as `load_dataset("json", ...)` reads its `evaluation_metadata.jsonl`: `tag`,
-    `include` and maybe `exclude`, lists of `{"class", "count", "color", "position"}`, or these as JSON text. A row without
-    `include` has no score (`None`).
+    `include` and maybe `exclude`, lists of `{"class", "count", "color", "position"}`, or these as JSON text. A row
+    without `include` has no score (`None`).
 
     - `scale="table"`: 1 or 0, as GenEval counts. Of each class in `include` there are at least `count` objects, and the
       surest `count` of them have the colour, and the position to all of those that they are placed to; of a class in
