@@ -36,8 +36,8 @@ class VLMJudge:
 
     Without `pattern` the template is a question of yes or no, and the score the chance of a yes in the first token of
     the answer, `P(yes) / (P(yes) + P(no))`, the same on both scales (after VQAScore, Lin et al. 2024,
-    https://arxiv.org/abs/2404.01291, which takes `P(yes)`). With `pattern` it is a number in the answer: on `scale="table"` as it is, on
-    `"training"` from 0 for the lower to 1 for the upper end of `score_range`.
+    https://arxiv.org/abs/2404.01291, which takes `P(yes)`). With `pattern` it is a number in the answer: on
+    `scale="table"` as it is, on `"training"` from 0 for the lower to 1 for the upper end of `score_range`.
 
     The picture goes before the question, as PNG; temperature is 0. Each frame of a video is a question of its own, and
     their mean is the score. A reply that cannot be read, a timeout and a server's error (5xx, 429) are tried again;
