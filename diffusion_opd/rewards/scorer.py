@@ -75,6 +75,11 @@ class Scorer(ABC):
         """What its numbers depend on: what a resumed run must have again."""
         return {key: value for key, value in vars(self).items() if key not in _ANYWHERE} | {"dtype": str(self.dtype)}
 
+    def prepare(self) -> None:
+        """Loads the model, which the first call does otherwise: what is missing is told before it is needed."""
+        if self.model is None:
+            self.model = self.load().to(self.dtype).eval().requires_grad_(False)
+
     @abstractmethod
     def load(self) -> nn.Module:
         """The model, on the CPU, and whatever else `score` needs."""
@@ -104,8 +109,8 @@ class Scorer(ABC):
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
-        if self.model is None:
-            self.model = self.load().to(self.dtype).eval().requires_grad_(False)
+        self.prepare()
+        model: Any = self.model
         if self.device is None:
             accelerator = torch.accelerator.current_accelerator()
             self.device = (
@@ -113,12 +118,12 @@ class Scorer(ABC):
                 if accelerator is None
                 else torch.device(accelerator.type, torch.accelerator.current_device_index())
             )
-        self.model.to(self.device)
+        model.to(self.device)
         try:
             yield
         finally:
             if self.placement == "cpu":
-                self.model.to("cpu")
+                model.to("cpu")
 
 
 def frames_of(image: Any, most: int) -> list[Image]:

@@ -1,0 +1,142 @@
+"""A reward function on a server of its own, as `diffusion-opd reward-serve` starts it.
+
+What goes over the wire is JSON, in which pictures are PNG files in base64.
+
+This file knows pictures, JSON and HTTP, and no model.
+"""
+
+import asyncio
+import base64
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+try:
+    import httpx
+except ImportError as error:
+    raise ImportError("asking a reward server needs httpx: pip install 'diffusion-opd[rewards]'") from error
+
+logger = logging.getLogger(__name__)
+
+PATH = "/rewards"
+_COMES_BACK = (429, 502, 503, 504)  # of a server that is busy, or is being started
+
+
+class RemoteReward:
+    """
+    A reward function that asks a server (`diffusion-opd reward-serve`), with several requests in flight.
+
+    Columns go along as JSON. Those that JSON does not hold (pictures, tensors) are left out, which a warning says once.
+
+    Args:
+        url (`str`): Of the server, e.g. `"http://localhost:8000"`.
+        reward (`str`): As the server calls it; metrics have that name too.
+        batch_size (`int`, *optional*, defaults to `8`): Samples of one request.
+        max_concurrency (`int`, *optional*, defaults to `8`): Requests in flight, of each process.
+        timeout (`float`, *optional*, defaults to `300`): Seconds for a reply.
+        max_retries (`int`, *optional*, defaults to `8`):
+            Tries after the first where the server cannot be reached, is busy, or does not answer in time: .5, 1, 2, ...
+            at most 30 seconds apart, about 90 in all. A server that is started again meanwhile goes unnoticed.
+
+    Raises:
+        ImportError: if httpx is missing.
+        ValueError: when asked, if the server refuses the request (4xx), with what it says.
+        RuntimeError: when asked, if the reward fails there, with what it says.
+        ConnectionError: when asked, if there is no answer after the last try.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        reward: str,
+        batch_size: int = 8,
+        max_concurrency: int = 8,
+        timeout: float = 300,
+        max_retries: int = 8,
+    ):
+        self.url, self.reward, self.__name__ = url.rstrip("/"), reward, reward
+        self.batch_size, self.max_concurrency = batch_size, max_concurrency
+        self.timeout, self.max_retries = timeout, max_retries
+        self._left_out: set[str] = set()
+        for name, number in (("batch_size", batch_size), ("max_concurrency", max_concurrency)):
+            if number < 1:
+                raise ValueError(f"`{name}` of the remote reward {reward!r} must be at least 1, got {number}.")
+
+    def made_of(self) -> dict[str, Any]:
+        """What its numbers depend on: a run may go on with a server elsewhere."""
+        return {"reward": self.reward}
+
+    async def __call__(self, prompts: Sequence[str], images: Sequence[Any], **columns: Any) -> list[float | None]:
+        columns = self._sent({name: values for name, values in columns.items() if name != "trainer_state"})
+        starts = range(0, len(images), self.batch_size)
+        # No client, and no semaphore, outlives a call: each has an event loop of its own
+        free = asyncio.Semaphore(self.max_concurrency)
+        async with httpx.AsyncClient(timeout=self.timeout) as client:
+
+            async def ask(start: int) -> list[float | None]:
+                rows = slice(start, start + self.batch_size)
+                async with free:
+                    body = {
+                        "prompts": list(prompts[rows]),
+                        "images": await asyncio.to_thread(lambda: [encoded(image) for image in images[rows]]),
+                        "columns": {name: values[rows] for name, values in columns.items()},
+                    }
+                    return await self._ask(client, body)
+
+            return [score for scores in await asyncio.gather(*map(ask, starts)) for score in scores]
+
+    async def _ask(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> list[float | None]:
+        where = f"the reward {self.reward!r} of {self.url}"
+        for attempt in range(self.max_retries + 1):
+            if attempt:
+                await asyncio.sleep(min(0.5 * 2 ** (attempt - 1), 30))
+            try:
+                reply = await client.post(f"{self.url}{PATH}/{self.reward}", json=body)
+            except httpx.TransportError as error:
+                problem = f"{type(error).__name__} {error}".strip()
+                continue
+            if reply.status_code in _COMES_BACK:
+                problem = f"{reply.status_code} {_said(reply)}"
+            elif reply.status_code == 200:
+                scores = reply.json()["scores"]
+                if len(scores) != len(body["prompts"]):
+                    raise RuntimeError(f"{where} gave {len(scores)} numbers for {len(body['prompts'])} samples.")
+                return scores
+            elif reply.status_code < 500:
+                raise ValueError(f"{where} refuses the request: {_said(reply)}")
+            else:
+                raise RuntimeError(f"{where} fails: {_said(reply)}")
+        raise ConnectionError(f"{where} did not answer in {self.max_retries + 1} tries; the last: {problem}.")
+
+    def _sent(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        sent = {}
+        for name, values in columns.items():
+            try:
+                json.dumps(values, allow_nan=False)
+            except (TypeError, ValueError):
+                if name not in self._left_out:
+                    logger.warning(f"The column {name!r} is not sent to the reward {self.reward!r}: JSON has no such.")
+                self._left_out.add(name)
+            else:
+                sent[name] = values
+        return sent
+
+
+def _said(reply: httpx.Response) -> str:
+    try:
+        return str(reply.json()["detail"])
+    except (ValueError, KeyError, TypeError):
+        return reply.reason_phrase
+
+
+def encoded(image: Any) -> Any:
+    """A picture as base64 of a PNG file, a video as a list of them."""
+    if not isinstance(image, Image.Image):
+        return [encoded(frame) for frame in image]
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
