@@ -1,0 +1,102 @@
+"""Sets of prompts: files, datasets of the Hub, and those of the paper's Table 1 by name.
+
+This file knows files and datasets, and no model.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset, load_dataset
+
+from ..errors import one_sentence
+from ..inputs import PROMPT
+
+# How `datasets` calls what a file holds
+_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+_COLUMNS = (PROMPT, "Prompt", "Prompts", "prompts", "text", "caption")
+
+
+class Preset(NamedTuple):
+    """Prompts with a name.
+
+    Attributes:
+        dataset (`str`, *optional*): On the Hub.
+        split (`str`): Of the dataset.
+        url (`str`, *optional*): Where the file is, if it is not on the Hub.
+        metrics (`str`): What the paper's Table 1 scores on them.
+    """
+
+    dataset: str | None
+    split: str = "train"
+    url: str | None = None
+    metrics: str = ""
+
+
+# Flow-GRPO's repository holds the files that it, DiffusionNFT and DiffusionOPD use
+_FLOW_GRPO = "https://github.com/yifan123/flow_grpo/tree/main/dataset"
+PRESETS = {
+    # 553 prompts, 4 pictures each
+    "geneval": Preset(
+        None,
+        url="https://github.com/djghosh13/geneval/blob/main/prompts/evaluation_metadata.jsonl",
+        metrics="geneval",
+    ),
+    "ocr": Preset(None, url=f"{_FLOW_GRPO}/ocr (test.txt, 1,018 prompts)", metrics="ocr"),
+    "drawbench": Preset(
+        "sayakpaul/drawbench",
+        metrics="pickscore clipscore hpsv2 aesthetic imagereward unified_reward",
+    ),
+    "pickscore": Preset(None, url=f"{_FLOW_GRPO}/pickscore (test.txt, 2,048 prompts)"),
+    "parti": Preset("nateraw/parti-prompts"),
+}
+
+
+def load_prompts(source: str, prompt_column: str | None = None, split: str | None = None) -> list[dict[str, Any]]:
+    """Reads a set of prompts.
+
+    Args:
+        source (`str`):
+            A file (`.txt` with one prompt a line; `.json`, `.jsonl` or `.csv`), a name of [`PRESETS`], or the Hub id or
+            folder of a dataset.
+        prompt_column (`str`, *optional*): Where the prompts are. `None`: `prompt`, or another usual name.
+        split (`str`, *optional*): Of a dataset; `None`: `"test"` if there is one, or the only one.
+
+    Returns:
+        `list[dict]`: rows with `prompt` and what else is there for scorers; lines without a prompt are left out.
+
+    Raises:
+        ValueError: if it cannot be read, or holds no prompts.
+    """
+    path = Path(source)
+    if path.suffix in _FORMATS and not path.is_dir():
+        if not path.is_file():
+            raise ValueError(f"there is no file of prompts {source!r}.")
+        with one_sentence(f"the prompts {source!r} cannot be read"):
+            # BOMs are of editors
+            more = {} if path.suffix == ".csv" else {"encoding": "utf-8-sig"} if path.suffix == ".txt" else {}
+            dataset = load_dataset(_FORMATS[path.suffix], data_files=source, split="train", **more)
+        if path.suffix == ".txt":
+            dataset = dataset.rename_column("text", PROMPT)
+    else:
+        preset = PRESETS.get(source, Preset(source))
+        if preset.dataset is None:
+            raise ValueError(f"the prompts {source!r} are not on the Hub; get {preset.url} and give the file.")
+        with one_sentence(f"the prompts {source!r} cannot be loaded"):
+            splits = load_dataset(preset.dataset)
+        name = split or ("test" if "test" in splits else next(iter(splits)) if len(splits) == 1 else preset.split)
+        if name not in splits:
+            raise ValueError(f"the prompts {source!r} have no split {name!r}, only {list(splits)}.")
+        dataset = splits[name]
+    rows = _with_prompt(dataset, source, prompt_column)
+    if not rows:
+        raise ValueError(f"{source!r} holds no prompts.")
+    return rows
+
+
+def _with_prompt(dataset: Dataset, source: str, prompt_column: str | None) -> list[dict[str, Any]]:
+    names = [prompt_column] if prompt_column else [name for name in _COLUMNS if name in dataset.column_names]
+    if not names or names[0] not in dataset.column_names:
+        wanted = f"no column {prompt_column!r}" if prompt_column else "no column `prompt`"
+        raise ValueError(f"{source!r} has {wanted}, only {dataset.column_names}; name it as `prompt_column`.")
+    rows = [{PROMPT: row[names[0]], **{k: v for k, v in row.items() if k not in (PROMPT, names[0])}} for row in dataset]
+    return [row for row in rows if isinstance(row[PROMPT], str) and row[PROMPT].strip()]
