@@ -44,9 +44,9 @@ def noise_generators(generators: Sequence[torch.Generator]) -> list[torch.Genera
 class TaskCycleSampler(Sampler[int]):
     """Rows of a dataset: `batch_size` of the first task, `batch_size` of the second, and so on in turn.
 
-    An epoch is the smallest whole number of optimizer steps that shows every row; tasks with fewer rows than others
+    An epoch is the smallest whole number of blocks that shows every row; tasks with fewer rows than others
     come round again, in a new order. With `repeats` every row comes so many times in succession among those of its
-    task (the group of a prompt), with `iterations` the rows of every optimizer step come so many times.
+    task (the group of a prompt), with `iterations` the rows of every block come so many times.
 
     With `sizes`, rows of one size come `alike` in succession (if that is no multiple of `repeats`, as many as are a
     multiple of both). Those that are left over are made up of what the next round over the task's rows begins with.
@@ -55,7 +55,7 @@ class TaskCycleSampler(Sampler[int]):
         tasks (`Sequence[str]`): The task of each row.
         task_ids (`Sequence[str]`): In the order of the cycle.
         batch_size (`int`): Samples of one micro-batch, over all processes.
-        cycles (`int`): Cycles of one optimizer step.
+        cycles (`int`): Cycles of a block: an optimizer step, or a rollout.
         seed (`int`): Of the order.
         repeats, iterations (`int`, *optional*): See above; `batch_size * cycles` is a multiple of `repeats`.
         sizes (`Sequence[Hashable]`, *optional*): Of each row, what must be equal within a batch.

@@ -16,15 +16,19 @@ class DiffusionRLConfig(DiffusionConfig):
     What the trainers that learn from rewards share. The fields of [`DiffusionConfig`] and of
     [`~transformers.TrainingArguments`] apply too; names that TRL's `GRPOConfig` has mean the same.
 
-    As in TRL, `per_device_train_batch_size` counts samples, not prompts. An optimizer step has one rollout of
-    `per_device_train_batch_size * num_processes * gradient_accumulation_steps` samples, whole groups of
-    `num_generations` for each task; all of them are drawn and judged before the first is learnt from.
+    As in TRL, `per_device_train_batch_size` counts samples, not prompts. A rollout has
+    `per_device_train_batch_size * num_processes * steps_per_generation` samples, whole groups of `num_generations` for
+    each task; all of them are drawn and judged before the first is learnt from.
 
     Args:
         num_generations (`int`, *optional*, defaults to `8`):
             Samples of one prompt, at least 2. The samples of a task in one rollout are a multiple of it.
         num_iterations (`int`, *optional*, defaults to `1`):
-            Optimizer steps on one rollout.
+            How often a rollout is learnt from.
+        steps_per_generation (`int`, *optional*):
+            Micro-batches of one rollout, a multiple of `gradient_accumulation_steps`: each window of so many is an
+            optimizer step of its own. Advantages are those of the whole rollout. `None`: `gradient_accumulation_steps`,
+            so that a rollout is one optimizer step's.
         reward_weights (`list[float]`, or `{task: float or list}`, *optional*):
             One a reward function, in the form of `reward_funcs`. `None`: 1 each.
         scale_rewards (`str` or `bool`, *optional*, defaults to `"group"`):
@@ -40,7 +44,10 @@ class DiffusionRLConfig(DiffusionConfig):
     """
 
     num_generations: int = field(default=8, metadata={"help": "Samples of one prompt."})
-    num_iterations: int = field(default=1, metadata={"help": "Optimizer steps on one rollout."})
+    num_iterations: int = field(default=1, metadata={"help": "How often a rollout is learnt from."})
+    steps_per_generation: int | None = field(
+        default=None, metadata={"help": "Micro-batches of one rollout. None: those of one optimizer step."}
+    )
     reward_weights: list | str | dict | None = field(  # a flag is read as the second of these: JSON
         default=None, metadata={"help": "Weights of the reward functions, in their form. None: 1 each."}
     )
@@ -68,8 +75,9 @@ class DiffusionRLConfig(DiffusionConfig):
                 f"`num_generations` must be at least 2, got {self.num_generations}: a sample is judged against the "
                 "others of its prompt."
             )
-        if self.num_iterations < 1:
-            raise ValueError(f"`num_iterations` must be at least 1, got {self.num_iterations}.")
+        for name in ("num_iterations", "steps_per_generation"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if not self.advantage_clip > 0:
             raise ValueError(f"`advantage_clip` must be above 0, got {self.advantage_clip}.")
         if not self.beta >= 0:
@@ -135,8 +143,8 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
             and `"ddim"` all steps weigh alike. Its log-ratios are smaller by about the step's std.
         epsilon (`float`, *optional*):
             Clip range of the ratio, which is that of log-densities averaged over the latent's elements. `None`: 1e-4,
-            or 2e-6 for `"grpo_guard"`. At the first optimizer step on a rollout all ratios are 1, so it matters with
-            `num_iterations` above 1.
+            or 2e-6 for `"grpo_guard"`. At the first optimizer step on a rollout all ratios are 1, so it matters where
+            there are several (`num_iterations`, `steps_per_generation`).
         epsilon_high (`float`, *optional*):
             Its upper bound. `None`: `epsilon`.
         sde_window_size (`int`, *optional*):

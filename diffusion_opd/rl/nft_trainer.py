@@ -143,7 +143,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
     def after_optimizer_step(self) -> None:
         """The old policy follows the trained one."""
         super().after_optimizer_step()
-        rollout, rest = divmod(self.state.global_step, self.args.num_iterations)
+        rollout, rest = divmod(self.state.global_step, self.steps_per_rollout)
         if rest == 0:
             decay = self.old_decay(rollout)
             self.record("old_decay", decay)

@@ -1,8 +1,8 @@
 """What learning from rewards shares: groups of samples, their rewards and advantages, and the policies to compare with.
 
-One optimizer step: every micro-batch of its window is rolled out and judged (a group may lie in several micro-batches
-and processes), then learnt from. `get_batch_samples` of transformers' Trainer hands out a whole window, so that is
-where rollouts happen.
+One rollout: all of its micro-batches are drawn and judged (a group may lie in several of them, and in several
+processes), then learnt from, a window of them in each optimizer step. `get_batch_samples` of transformers' Trainer hands
+out a whole window, so that is where rollouts happen.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ class Rollout:
     Attributes:
         task (`str`): Of all samples.
         inputs (`Inputs`): What they were made of.
-        place (`int`): Which of its task's micro-batches of the optimizer step.
+        place (`int`): Which of its task's micro-batches of the rollout.
         rows (`list[int]`): Which samples of that micro-batch.
         schedule (`Schedule`): The noise levels.
         tensors (`dict[str, Tensor]`): What the trainer keeps of the samples.
@@ -118,6 +118,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
             if isinstance(dataset, Dataset):
                 self.rewards.check_columns([PROMPT, TASK] if args.remove_unused_columns else dataset.column_names)
         whole_cycles(args, tasks)
+        args.steps_per_generation = args.steps_per_generation or args.gradient_accumulation_steps
         _check_groups(args, len(tasks))
         self._repetition = {"repeats": args.num_generations, "iterations": args.num_iterations}
 
@@ -134,6 +135,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
             optimizers=optimizers,
         )
         self._rollouts: list[list[Rollout]] = []  # by micro-batch
+        self._read_ahead = 0  # optimizer steps whose rows have been read
         require_independence(self.student.policy, self.checked)
         self._warn_of_checker()
         self._state_dtype = self.checked.visits[0].steps[0].sample.dtype
@@ -181,19 +183,42 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     # Rollouts
 
+    @property
+    def _windows(self) -> int:
+        """Optimizer steps on one rollout until each of its samples was learnt from once."""
+        steps: Any = self.args.steps_per_generation  # a number since `__init__`
+        return steps // self.args.gradient_accumulation_steps
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps on one rollout."""
+        return self._windows * self.args.num_iterations
+
+    @property
+    def _cycles(self) -> int:
+        return super()._cycles * self._windows  # the rows of a rollout come together, and then again
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[dict[str, Any]]], num_batches: int, device: torch.device
     ) -> tuple[list[list[Rollout]], None]:
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches and self.state.global_step % self.args.num_iterations == 0:
-            self._rollouts = self._generate(batches)
-        return self._rollouts if batches else [], None
+        window = self.state.global_step % self.steps_per_rollout
+        if window == 0:
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches * self._windows, device)
+            if not batches:
+                return [], None
+            self._rollouts, self._read_ahead = self._generate(batches), self._windows - 1
+        elif self._read_ahead:
+            self._read_ahead -= 1
+        else:  # the rows of a rollout that there is: of a later iteration, or of a run that was resumed
+            super().get_batch_samples(epoch_iterator, num_batches, device)
+        first = window % self._windows * num_batches
+        return self._rollouts[first : first + num_batches], None
 
     @torch.no_grad()
     def _generate(self, batches: Sequence[list[dict[str, Any]]]) -> list[list[Rollout]]:
-        """Samples for the batches of one optimizer step, with their advantages."""
+        """Samples for the batches of one rollout, with their advantages."""
         self.model.eval()
-        drawn, broken = [], set[int]()
+        drawn, is_broken = [], False
         rewards: dict[str, list[Tensor]] = {task: [] for task in self.tasks}
         for index, batch in enumerate(batches):
             task, place = batch[0][TASK], index // len(self.tasks)
@@ -210,14 +235,14 @@ class DiffusionRLTrainer(DiffusionTrainer):
             with self.stopwatch.section("reward"):
                 if self.nan_policy.has_found("picture"):  # nobody is asked for what is not learnt from
                     rewards[task].append(torch.zeros(len(batch), len(self.rewards.names(task))))
-                    broken.add(index)
+                    is_broken = True
                 else:
                     rewards[task].append(self.rewards(task, batch, images, self.state))
         advantages = {task: self._advantages(task, torch.stack(rewards[task])) for task in self.tasks}
         rollouts: list[list[Rollout]] = [[] for _ in batches]
         for index, task, inputs, place, rows, schedule, tensors in drawn:
             own = advantages[task][place][rows]
-            if index in broken:
+            if is_broken:  # no window of it is learnt from: its groups may lie in several
                 own = torch.full_like(own, torch.nan)
             rollouts[index].append(Rollout(task, inputs, place, rows, schedule, tensors, own))
         return rollouts
@@ -315,7 +340,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
     def _followers(self, model: nn.Module, rollout: Rollout) -> Iterator[Callable[[Visit], dict[str, Tensor]]]:
         """Asks all policies at visits of a rollout: the trained one, with gradient through the engine's wrapper, and
         the frozen ones."""
-        began = self.state.global_step - self.state.global_step % self.args.num_iterations
+        began = self.state.global_step - self.state.global_step % self.steps_per_rollout
         place = began, self.tasks.index(rollout.task), rollout.place
         given: Any = {"inputs": rollout.inputs, "generators": self._own_generators(rollout, SEED_TRAIN, *place)}
         with contextlib.ExitStack() as stack:
@@ -447,7 +472,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         return super()._made_of() | plain({"reward_funcs": rewards})
 
     def _save_state(self, folder: Path) -> None:
-        if self.state.global_step % self.args.num_iterations == 0:
+        if self.state.global_step % self.steps_per_rollout == 0:
             return
         folder.mkdir(parents=True, exist_ok=True)  # the first process may not have come that far
         tensors: dict[str, Tensor] = {}
@@ -458,18 +483,24 @@ class DiffusionRLTrainer(DiffusionTrainer):
         give_ordinary_mode(folder / self._rollouts_name)
 
     def _load_state(self, folder: Path) -> None:
-        if self.state.global_step % self.args.num_iterations == 0:
+        self._read_ahead = 0
+        if self.state.global_step % self.steps_per_rollout == 0:
             return
         path = folder / self._rollouts_name
         if not path.is_file():
             raise ValueError(
                 f"{folder} lies between two optimizer steps on one rollout and has no {path.name}; resume with the "
-                "`num_iterations` and the number of processes that it was saved with."
+                "`num_iterations`, `steps_per_generation` and number of processes that it was saved with."
             )
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key).to(self.accelerator.device) for key in file.keys()}
             meta = json.loads(file.metadata()["rollouts"])
         self._rollouts = [[_rollout(**fields) for fields in rollouts] for rollouts in unpacked(meta, tensors)]
+        if len(self._rollouts) != (wanted := self.args.steps_per_generation):
+            raise ValueError(
+                f"{path} holds a rollout of {len(self._rollouts)} micro-batches, and this run has rollouts of {wanted}; "
+                "resume with the `steps_per_generation` that it was saved with."
+            )
 
     @property
     def _rollouts_name(self) -> str:
@@ -494,9 +525,9 @@ class DiffusionRLTrainer(DiffusionTrainer):
             for name, weight in zip(self.rewards.names(task), self.rewards.weights(task), strict=True)
         ]
         names = (
-            f"{self._card_settings} num_generations num_iterations scale_rewards advantage_clip beta "
-            "num_inference_steps timestep_fraction guidance_scale learning_rate per_device_train_batch_size "
-            "gradient_accumulation_steps max_grad_norm ema_decay seed"
+            f"{self._card_settings} num_generations num_iterations steps_per_generation scale_rewards "
+            "advantage_clip beta num_inference_steps timestep_fraction guidance_scale learning_rate "
+            "per_device_train_batch_size gradient_accumulation_steps max_grad_norm ema_decay seed"
         ).split()
         settings = {name: getattr(self.args, name) for name in names} | self._run_settings()
         return {"rewards": rewards, "settings": settings}
@@ -506,12 +537,19 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
 def _check_groups(args: DiffusionRLConfig, num_tasks: int) -> None:
     batch, world, accumulated = args.per_device_train_batch_size, args.world_size, args.gradient_accumulation_steps
-    samples = batch * world * accumulated // num_tasks
+    steps: Any = args.steps_per_generation
+    if steps % accumulated:
+        raise ValueError(
+            f"`steps_per_generation={steps}` is not a multiple of `gradient_accumulation_steps={accumulated}`: a "
+            "rollout must be whole optimizer steps."
+        )
+    samples = batch * world * steps // num_tasks
     if samples % args.num_generations:
+        name = "gradient_accumulation_steps" if steps == accumulated else "steps_per_generation"
         raise ValueError(
             f"a rollout has {samples} samples of each task (per_device_train_batch_size {batch} * {world} processes * "
-            f"gradient_accumulation_steps {accumulated} / {num_tasks} tasks), which is no multiple of "
-            f"`num_generations={args.num_generations}`; a group must be whole."
+            f"{name} {steps} / {num_tasks} tasks), which is no multiple of `num_generations={args.num_generations}`; a "
+            "group must be whole."
         )
 
 
