@@ -1,8 +1,8 @@
 """What learning from rewards shares: groups of samples, their rewards and advantages, and the policies to compare with.
 
 One rollout: all of its micro-batches are drawn and judged (a group may lie in several of them, and in several
-processes), then learnt from, a window of them in each optimizer step. `get_batch_samples` of transformers' Trainer hands
-out a whole window, so that is where rollouts happen.
+processes), then learnt from, a window of them in each optimizer step. `get_batch_samples` of transformers' Trainer
+hands out a whole window, so that is where rollouts happen.
 """
 
 import contextlib
@@ -498,8 +498,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
         self._rollouts = [[_rollout(**fields) for fields in rollouts] for rollouts in unpacked(meta, tensors)]
         if len(self._rollouts) != (wanted := self.args.steps_per_generation):
             raise ValueError(
-                f"{path} holds a rollout of {len(self._rollouts)} micro-batches, and this run has rollouts of {wanted}; "
-                "resume with the `steps_per_generation` that it was saved with."
+                f"{path} holds a rollout of {len(self._rollouts)} micro-batches, and this run has rollouts of "
+                f"{wanted}; resume with the `steps_per_generation` that it was saved with."
             )
 
     @property
