@@ -59,6 +59,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--gather_each_time", action="store_true", help="ZeRO-3, as it does with a big model")
     parser.add_argument("--images", action="store_true", help="draw, and evaluate, at the end")
+    parser.add_argument("--steps_per_generation", type=int, help="of which two are an optimizer step")
     parser.add_argument("--sizes", type=int, default=1, help="of pictures that samples are made of")
     return parser.parse_args(arguments)
 
@@ -144,8 +145,10 @@ def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
             settings |= dict(eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
             settings |= dict(metric_for_best_model="kl", greater_is_better=True)
     else:
-        # Groups of eight over two micro-batches of four; two optimizer steps on each rollout
-        settings |= dict(num_generations=8, gradient_accumulation_steps=4, num_iterations=2, beta=0.1)
+        # Groups of eight over two micro-batches of four; two optimizer steps on each rollout, or twice on each part
+        accumulation = 4 if options.steps_per_generation is None else 2
+        settings |= dict(num_generations=8, gradient_accumulation_steps=accumulation, num_iterations=2, beta=0.1)
+        settings |= dict(steps_per_generation=options.steps_per_generation)
         call = {key: value for key, value in CALLS[options.family].items() if not key.startswith("guidance_scale")}
         settings |= dict(guidance_scale=1.0, call_kwargs=call)
         name = {"nft": "DiffusionNFT", "grpo": "DiffusionGRPO"}[options.method]

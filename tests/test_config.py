@@ -341,6 +341,7 @@ def test_scale_of_rewards_is_trls(given, scale):
 SHARED = [
     ({"num_generations": 1}, ["`num_generations`", "at least 2", "1", "the others of its prompt"]),
     ({"num_iterations": 0}, ["`num_iterations`", "at least 1", "0"]),
+    ({"steps_per_generation": 0}, ["`steps_per_generation`", "at least 1", "0"]),
     ({"scale_rewards": "task"}, ["`scale_rewards`", "'task'", "'group'", "'batch'", "'none'"]),
     ({"advantage_clip": 0.0}, ["`advantage_clip`", "above 0"]),
     ({"advantage_clip": float("nan")}, ["`advantage_clip`", "nan"]),

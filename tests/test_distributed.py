@@ -414,6 +414,17 @@ def test_learning_from_rewards_in_two_processes_equals_one(tmp_path, one_process
 
 
 @pytest.mark.slow
+def test_parts_of_a_rollout_in_two_processes_equal_those_in_one(tmp_path, one_process):
+    """A group lies in two processes and in two optimizer steps."""
+    options = ["--method", "grpo", "--mode", "lora", "--steps_per_generation", "4"]
+    _, one = one_process(*options)
+    two = run(tmp_path / "two", *options, "--batch", "2", engine="ddp")
+    assert_same_run(one, two, "ddp", REWARDS)
+    assert len(one["losses"]) == 3 and len(one["judged"]) == 1
+    assert_resumes(tmp_path / "two", two, *options, "--batch", "2", step=1, engine="ddp")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", SHARDING)
 def test_the_best_checkpoint_of_a_sharded_student(tmp_path, one_process, engine):
     if engine.startswith("zero"):
