@@ -8,74 +8,43 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch.distributions import Normal
-from transformers import CLIPConfig, CLIPImageProcessor, TrainerCallback
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from diffusion_opd import DiffusionGRPOConfig, DiffusionNFTTrainer
 from diffusion_opd.sampling import noise_generators, seed_of
 from tests.card_rules import check_card
-from tests.rl_training import CONFIGS, DATA, GRPO, NFT, config, redness, trainer_of
+from tests.rl_training import (
+    CONFIGS,
+    DATA,
+    GRPO,
+    NFT,
+    TASKS,
+    Record,
+    advantages_by_hand,
+    config,
+    old_weights,
+    redness,
+    sde_by_hand,
+    seeds_seen,
+    trainer_of,
+    twin_of,
+)
 from tests.tiny_pipelines import BUILDERS, CALL, denoiser
 from tests.training import FAMILIES, guided_by_hand, history, latents, lora, trained
 from tests.zoo import ZOO
 from tests.zoo.worlds import Safe
 
 BOTH = pytest.mark.parametrize("cls", [NFT, GRPO])
-TASKS = DATA.add_column("task", ["a", "b"] * 3)
 built = cache(lambda family="sd3": BUILDERS[family](0))  # to compare with; never trained
 
 
 def brightness(images, **kwargs):
     return [float(np.asarray(image, dtype=float).mean() / 255) for image in images]
-
-
-def weights_of(module: torch.nn.Module, part: str = "") -> torch.Tensor:
-    return torch.cat([p.detach().flatten().float() for name, p in module.named_parameters() if part in name])
-
-
-def old_weights(trainer: DiffusionNFTTrainer) -> torch.Tensor:
-    return weights_of(trainer.model, ".old.") if trainer.trains_lora else weights_of(trainer.old.denoiser)
-
-
-class Record(TrainerCallback):
-    """The trained weights, and the gradients that made them, of each step."""
-
-    def __init__(self):
-        self.gradients, self.weights = [], []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        self.gradients.append(gradients)
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        parameters = [p.detach().flatten().clone() for p in model.parameters() if p.requires_grad]
-        self.weights.append(torch.cat(parameters))
-
-
-def seeds_seen(cls) -> tuple[type, dict]:
-    """The trainer, noting the seeds that it draws with: `{(domain, task, place, ...): seeds}` of the last step, and
-    `{prompt: seed}` of an evaluation."""
-    seen = {}
-
-    class Seen(cls):
-        _name = cls._name
-
-        def _generators(self, count, domain, step, task, cycle):
-            generators = super()._generators(count, domain, step, task, cycle)
-            seen[domain, task, cycle] = [generator.initial_seed() for generator in generators]
-            return generators
-
-        def _evaluation_generators(self, batch, *args):
-            generators = super()._evaluation_generators(batch, *args)
-            seen.update({row["prompt"]: own.initial_seed() for row, own in zip(batch, generators, strict=True)})
-            return generators
-
-    CONFIGS[Seen] = CONFIGS[cls]
-    return Seen, seen
 
 
 # What is learnt
@@ -106,11 +75,6 @@ def test_reward_rises(tmp_path, cls, settings):
     assert trainer.evaluate()["eval_reward"] > before["eval_reward"] + 0.5 * before["eval_reward_std"]
 
 
-def advantages_by_hand(rewards: list[float]) -> torch.Tensor:
-    rewards = torch.tensor(rewards)
-    return (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-
-
 def assert_learns(trainer, record: Record, student: DiffusionPipeline, loss: torch.Tensor) -> None:
     loss.backward()
     assert history(trainer, "loss")[0] == pytest.approx(loss.item(), rel=1e-4, abs=1e-7)
@@ -118,15 +82,6 @@ def assert_learns(trainer, record: Record, student: DiffusionPipeline, loss: tor
     assert record.gradients[0].keys() == expected.keys() and expected
     for name, gradient in expected.items():
         assert (record.gradients[0][name] - gradient).norm() < 1e-3 * gradient.norm(), name
-
-
-def twin_of(trainer) -> StableDiffusion3Pipeline:
-    """A pipeline of its own with the weights of the trained one."""
-    student = BUILDERS["sd3"](0)
-    student.transformer.add_adapter(lora())
-    state = {key: value for key, value in trainer.model.state_dict().items() if ".old." not in key}
-    student.transformer.load_state_dict(state)
-    return student
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "grpo_guard"])
@@ -175,18 +130,6 @@ def test_first_grpo_loss_and_gradient_are_the_papers(tmp_path, loss_type):
             losses.append(scale[1] * surrogate.mean() + beta * distance)
     assert_learns(trainer, record, student, torch.stack(losses).mean())
     assert history(trainer, "kl")[0] > 0
-
-
-def sde_by_hand(sigmas: torch.Tensor, index: int, noise_level: float):
-    """SD3's own sigmas and the flow SDE: the mean of a step as a function, its std, and `dt`."""
-    sigma, following = sigmas[index : index + 2].tolist()
-    dt = following - sigma
-    g = noise_level * math.sqrt(sigma / (1 - min(sigma, sigmas[1].item())))
-
-    def mean(x, v):
-        return x + dt * (v + g**2 / (2 * sigma) * (x + (1 - sigma) * v))
-
-    return mean, g * math.sqrt(-dt), dt
 
 
 def first_prompts(trainer) -> list[list[str]]:

@@ -6,8 +6,21 @@ from torch.distributions import Normal
 from transformers import TrainerCallback
 
 from diffusion_opd.sampling import noise_generators
-from tests.rl_training import CONFIGS, DATA, GRPO, NFT, redness, trainer_of
-from tests.test_rl_trainers import TASKS, Record, advantages_by_hand, old_weights, sde_by_hand, seeds_seen, twin_of
+from tests.rl_training import (
+    CONFIGS,
+    DATA,
+    GRPO,
+    NFT,
+    TASKS,
+    Record,
+    advantages_by_hand,
+    old_weights,
+    redness,
+    sde_by_hand,
+    seeds_seen,
+    trainer_of,
+    twin_of,
+)
 from tests.tiny_pipelines import CALL
 from tests.training import guided_by_hand, history, lora, trained
 
