@@ -116,11 +116,12 @@ def test_the_wheel_trains_where_the_checkout_is_not(tmp_path):
     assert printed.splitlines()[-1] == str(site / PACKAGE.name)
 
     # From YAML alone
-    printed = run(elsewhere, site / "bin" / "diffusion-opd", "opd", "--config", "run.yaml", PYTHONPATH=str(site))
+    command, environment = site / "bin" / "diffusion-opd", {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": ""}
+    printed = run(elsewhere, command, "opd", "--config", "run.yaml", **environment)
     assert "Student saved to student." in printed
     teachers = json.loads((elsewhere / "student" / "teacher_manifest.json").read_text())["teachers"]
     assert [teacher["id"] for teacher in teachers] == ["text", "style"]
     history = json.loads((elsewhere / "student" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert history[0]["kl/text"] > 0 and history[0]["kl/style"] > 0
     assert (elsewhere / "student" / "pytorch_lora_weights.safetensors").is_file()
-    assert list((site / PACKAGE.name / "cli" / "__pycache__").glob("worker.*"))  # not the checkout's
+    assert list((site / PACKAGE.name / "scripts" / "__pycache__").glob("opd.*"))  # it was not the checkout's
