@@ -17,6 +17,7 @@ import diffusion_opd
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffusion_opd"
+WORLD = ROOT / "examples" / "toy_world"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 NAMED = {"PIL": "pillow"}  # what is imported under another name than it is installed
@@ -115,13 +116,19 @@ def test_the_wheel_trains_where_the_checkout_is_not(tmp_path):
     printed = run(elsewhere, sys.executable, "-c", f"{leave}; {start}", PYTHONPATH=str(site))
     assert printed.splitlines()[-1] == str(site / PACKAGE.name)
 
-    # From YAML alone
+    # From YAML alone, on the toy world
+    for path in ("opd.yaml", "assets/base", "assets/teachers", "prompts"):
+        copy = shutil.copytree if (WORLD / path).is_dir() else shutil.copy
+        (elsewhere / "examples" / "toy_world" / path).parent.mkdir(parents=True, exist_ok=True)
+        copy(WORLD / path, elsewhere / "examples" / "toy_world" / path)
     command, environment = site / "bin" / "diffusion-opd", {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": ""}
-    printed = run(elsewhere, command, "opd", "--config", "run.yaml", **environment)
-    assert "Student saved to student." in printed
-    teachers = json.loads((elsewhere / "student" / "teacher_manifest.json").read_text())["teachers"]
-    assert [teacher["id"] for teacher in teachers] == ["text", "style"]
-    history = json.loads((elsewhere / "student" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
-    assert history[0]["kl/text"] > 0 and history[0]["kl/style"] > 0
-    assert (elsewhere / "student" / "pytorch_lora_weights.safetensors").is_file()
+    settings = (
+        "--config examples/toy_world/opd.yaml --max_steps 2 --save_strategy steps --save_steps 2 --logging_steps 1"
+    )
+    printed = run(elsewhere, command, "opd", *settings.split(), **environment)
+    assert "Student saved to runs/toy_world_opd." in printed
+    student = elsewhere / "runs" / "toy_world_opd"
+    history = json.loads((student / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert all(history[0][f"kl/{task}"] > 0 for task in ("compose", "text", "style"))
+    assert (student / "pytorch_lora_weights.safetensors").is_file()
     assert list((site / PACKAGE.name / "scripts" / "__pycache__").glob("opd.*"))  # it was not the checkout's
