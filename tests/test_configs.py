@@ -135,6 +135,17 @@ def test_every_value_has_its_source(name):
             assert " # " in line, line
 
 
+@pytest.mark.parametrize("name", [name for name, script in STAGES.items() if script != "opd"])
+def test_eight_gpus_draw_whole_groups_of_each_task(name):
+    given = settings(name)
+    rewards, micro_batches = given["reward_funcs"], given["gradient_accumulation_steps"]
+    tasks = len(rewards) if isinstance(rewards, dict) else 1
+    assert micro_batches % tasks == 0
+    drawn = 8 * given["per_device_train_batch_size"] * given.get("steps_per_generation", micro_batches)
+    assert drawn % (tasks * given["num_generations"]) == 0
+    assert drawn // given["num_generations"] in (48, 54)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rewards"),
@@ -145,7 +156,8 @@ def test_every_value_has_its_source(name):
     ],
 )
 def test_a_specialist(there, name, rewards):
-    first, second = run(name, "--gradient_accumulation_steps", "1")
+    parts = ["--steps_per_generation", "2"] if name.startswith("guard") else []
+    first, second = run(name, "--gradient_accumulation_steps", "1", *parts)
     means = [first[f"rewards/{reward}/mean"] for reward in rewards]
     assert first["reward"] == pytest.approx(sum(means), rel=1e-5)  # 1:1:1
     assert second["grad_norm"] > 0
@@ -166,7 +178,7 @@ def test_the_student(there):
 
 @pytest.mark.slow
 def test_joint_learning_rewards_each_task_by_its_own(there):
-    first, _ = run("multi_reward_guard", "--gradient_accumulation_steps", "3")
+    first, _ = run("multi_reward_guard", "--gradient_accumulation_steps", "3", "--steps_per_generation", "6")
     assert first["reward/ocr"] == pytest.approx(first["rewards/ocr/mean"], rel=1e-5)
     three = sum(first[f"rewards/{name}/mean"] for name in ("pickscore", "clipscore", "hpsv2"))
     assert first["reward/aesthetic"] == pytest.approx(three, rel=1e-5)
