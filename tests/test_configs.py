@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+from diffusion_opd.cli.commands import LaunchedCommand
 from diffusion_opd.rewards import REWARDS
 from tests.tiny_pipelines import LORA_TARGETS, sd3
 
@@ -124,7 +125,16 @@ def weights(name: str) -> dict[str, torch.Tensor]:
 
 
 def test_every_file_is_run_here():
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == STAGES.keys()
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == STAGES.keys() | {"evaluate"}
+
+
+def test_the_table_is_of_what_the_others_leave_and_its_keys_are_flags():
+    left = {settings(name)["output_dir"] for name in ("nft_geneval", "guard_ocr", "guard_aesthetic", "opd")}
+    assert set(settings("evaluate")["lora"]) == left
+    assert set(settings("evaluate")["metrics"]) <= REWARDS.keys()
+    pytest.importorskip("diffusion_opd.scripts.evaluate")
+    told = LaunchedCommand("evaluate", "").launched(["--config", str(FOLDER / "evaluate.yaml")])
+    assert told.config_file is None
 
 
 @pytest.mark.parametrize("name", STAGES)

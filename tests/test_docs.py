@@ -127,11 +127,16 @@ def joined(text: str) -> str:
 
 def test_commands_parse(monkeypatch):
     monkeypatch.chdir(ROOT)
-    scripts = [ROOT / "diffusion_opd" / "scripts" / f"{name}.py" for name in ("opd", "nft", "grpo")]
+    trainers = ("opd", "nft", "grpo")
+    scripts = [ROOT / "diffusion_opd" / "scripts" / f"{name}.py" for name in trainers]
     written = [
         line for path in scripts for line in re.findall(r"^    (diffusion-opd .*)", joined(path.read_text()), re.M)
     ]
-    ours = [shlex.split(command) for command in [*commands(), *written] if command.startswith("diffusion-opd ")]
+    ours = [
+        shlex.split(command)
+        for command in [*commands(), *written]
+        if re.match(f"diffusion-opd ({'|'.join(trainers)}) ", command)
+    ]
     assert len(ours) > 20 and len(written) == 8
     for _, name, *flags in ours:
         if "opd.yaml" in flags:  # of the page
