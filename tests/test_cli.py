@@ -2,7 +2,9 @@
 processes that it starts."""
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import yaml
 from datasets import Dataset
 
 import diffusion_opd
+from diffusion_opd.checkpoints import last_checkpoint
 from diffusion_opd.cli import worker
 from diffusion_opd.cli.commands import LaunchedCommand
 from diffusion_opd.cli.main import main
@@ -113,6 +116,30 @@ def test_what_the_library_refuses_is_one_sentence_of_the_started_processes(capfd
     sentence = "`train_files` needs one file for each of ['aesthetic', 'ocr', 'geneval']; got ['prompts.txt']."
     assert told.count(f"diffusion-opd opd: error: {sentence}\n") == 1
     assert "Traceback" not in told
+
+
+@pytest.mark.slow
+def test_a_command_that_is_terminated_saves_and_ends(mine):
+    """What a cluster sends reaches the process that trains."""
+    flags = [*SMALL, "--reward_funcs", "my_rewards.red", "--train_files", "prompts.csv", "--max_steps", "100000"]
+    flags += [
+        "--enable_jit_checkpoint",
+        "true",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "1",
+        "--save_total_limit",
+        "2",
+    ]
+    command = [sys.executable, "-m", "diffusion_opd.cli.main", "grpo", *flags, "--accelerate_config", "single_gpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while process.poll() is None and not list(Path("out").glob("checkpoint-*/checkpoint_files.json")):
+        time.sleep(0.2)
+    process.terminate()
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    assert last_checkpoint("out") is not None and "Student saved to out." in told
 
 
 MINE = """

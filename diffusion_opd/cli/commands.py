@@ -3,12 +3,14 @@
 This file knows accelerate's flags, and nothing of what the scripts do.
 """
 
+import signal
 import subprocess
 import sys
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl.cli.commands.base import Command, CommandContext
@@ -39,12 +41,15 @@ class LaunchedCommand(ScriptCommand):
 
     def run(self, args: Namespace, context: CommandContext) -> int:
         launched = self.launched(context.argv_after(self.name))
+        before = signal.signal(signal.SIGTERM, _pass_on)
         try:
             launch_command(launched)
         except subprocess.CalledProcessError as error:  # which the process has told about
             return error.returncode
         except ChildFailedError as error:
             return error.get_first_failure()[1].exitcode
+        finally:
+            signal.signal(signal.SIGTERM, before)
         return 0
 
     def launched(self, given: list[str]) -> Namespace:
@@ -62,6 +67,12 @@ class LaunchedCommand(ScriptCommand):
         if launched.training_script != worker.__name__:
             parser.error(f"{launched.training_script!r} belongs to no flag.")
         return launched
+
+
+def _pass_on(number: int, frame: Any) -> None:
+    """As torchrun does; accelerate's launcher of one process does not."""
+    for child in psutil.Process().children():
+        child.send_signal(number)
 
 
 def _config(name: str) -> str:

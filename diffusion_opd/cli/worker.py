@@ -6,9 +6,12 @@ This file knows how scripts are found and how their mistakes are told, and nothi
 import importlib
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 from ..scripts.parser import Parser
+
+_PACKAGE = Path(__file__).parents[1]
 
 
 def script(name: str) -> tuple[Any, Parser]:
@@ -26,7 +29,7 @@ def run_script(name: str, args: list[str], fail_with_unknown_args: bool = True) 
         module.main(*parsed)
     except (ValueError, TypeError, ImportError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        if "diffusion_opd" in last.filename and (last.line or "").startswith("raise "):
+        if Path(last.filename).is_relative_to(_PACKAGE) and (last.line or "").startswith("raise "):
             parser.error(str(error))
         raise
 
