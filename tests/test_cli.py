@@ -106,10 +106,15 @@ def test_what_a_config_refuses_is_one_sentence(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [[], ["--accelerate_config", "multi_gpu", "--num_processes", "2"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--accelerate_config", "single_gpu"],
+        pytest.param(["--accelerate_config", "multi_gpu", "--num_processes", "2"], marks=pytest.mark.nightly),
+    ],
+)
 def test_what_the_library_refuses_is_one_sentence_of_the_started_processes(capfd, tmp_path, flags):
-    if flags:
-        flags += ["--main_process_port", "0"]
+    flags = [*flags, "--main_process_port", "0"]
     flags += ["--use_cpu", "true", "--output_dir", str(tmp_path / "out"), "--train_files", "prompts.txt"]
     assert main(["opd", *flags]) == 2
     told = capfd.readouterr().err
