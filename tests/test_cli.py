@@ -213,6 +213,7 @@ def test_the_file_tells_accelerate_too_and_a_flag_goes_before_it(tmp_path):
     )
     told, own = launched("--config", file)
     assert (told.num_processes, told.config_file) == (4, str(cluster))
+    assert launched(f"--config={file}") == launched("--config", file)
     told, own = launched("--config", file, "--num_processes", "2", "--accelerate_config", "fsdp2", "--lora_r", "8")
     assert (told.num_processes, told.config_file) == (2, str(CONFIGS / "fsdp2.yaml"))
     _, parser = worker.script("opd")

@@ -42,7 +42,7 @@ class Parser(TrlParser):
         self.add_argument("--help_all", action=_HelpAll, nargs=0, help="show all flags")
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, *others: Any, **options: Any) -> tuple[Any, ...]:
-        given = sys.argv[1:] if args is None else list(args)
+        given = _two_words(sys.argv[1:] if args is None else args)
         if given and given[-1] == "--config":
             self.error("`--config` needs a file.")
         try:
@@ -65,6 +65,7 @@ class Parser(TrlParser):
     def split(self, args: list[str]) -> tuple[list[str], list[str]]:
         """Of the flags those that are its own, and the others, with those that the file adds. Their values are not
         looked at: a config that does may take a GPU."""
+        args = _two_words(args)
         self._splits = True
         _, from_file, from_shell = self.parse_args_and_config(args, True, separate_remaining_strings=True)
         self._splits = False
@@ -99,6 +100,11 @@ class Parser(TrlParser):
             formatter.end_section()
         formatter.add_text(self.epilog)
         return formatter.format_help()
+
+
+def _two_words(args: Iterable[str]) -> list[str]:
+    """`--config=FILE`, which TRL does not know, as `--config FILE`."""
+    return [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
 
 
 class _HelpAll(Action):
