@@ -32,12 +32,8 @@ class Parser(TrlParser):
     """
 
     def __init__(self, dataclass_types: Any, **kwargs: Any):
-        kwargs = {
-            "allow_abbrev": False,
-            "usage": "%(prog)s [--config FILE] [flags]",
-            "formatter_class": _Flags,
-        } | kwargs
-        super().__init__(dataclass_types, **kwargs)
+        usage = "%(prog)s [--config FILE] [flags]"
+        super().__init__(dataclass_types, allow_abbrev=False, usage=usage, formatter_class=_Flags, **kwargs)
         self._splits = False
         self.add_argument("--help_all", action=_HelpAll, nargs=0, help="show all flags")
 
