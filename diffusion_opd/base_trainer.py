@@ -594,6 +594,8 @@ class DiffusionTrainer(Resuming):
         raise NotImplementedError
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The metrics of `eval_dataset`, by default the trainer's, with the averaged weights where there is
+        `ema_decay`. Takes the forms that the trainer takes, with the same tasks, and logs the metrics."""
         if eval_dataset is not None:
             eval_dataset = self.data.routed(eval_dataset)
         before = len(self.state.log_history)

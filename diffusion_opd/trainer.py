@@ -54,9 +54,14 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     trainer = DiffusionOPDTrainer(
         model="stabilityai/stable-diffusion-3.5-medium",
-        teachers=[Teacher("quanhaol/DiffusionOPD", subfolder="OCRTeacher/lora", id="ocr"), ...],
+        teachers=[
+            Teacher("quanhaol/DiffusionOPD", subfolder="OCRTeacher/lora", id="ocr"),
+            ...,
+        ],
         train_dataset=Dataset.from_dict({"prompt": [...], "teacher_id": [...]}),
-        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules=["to_q", "to_k", "to_v"]),
+        peft_config=LoraConfig(
+            r=32, lora_alpha=64, target_modules=["to_q", "to_k", "to_v"]
+        ),
     )
     trainer.train()
     ```

@@ -36,14 +36,17 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
     from diffusion_opd import DiffusionGRPOConfig, DiffusionGRPOTrainer
 
     def brightness(prompts, images, **kwargs):
-        return [sum(image.convert("L").resize((1, 1)).getdata()) / 255 for image in images]
+        pixels = [image.convert("L").resize((1, 1)).getdata() for image in images]
+        return [sum(pixel) / 255 for pixel in pixels]
 
     trainer = DiffusionGRPOTrainer(
         model="stabilityai/stable-diffusion-3.5-medium",
         reward_funcs=brightness,
         args=DiffusionGRPOConfig("bright", loss_type="grpo_guard"),
         train_dataset=Dataset.from_dict({"prompt": ["a fox in the snow", ...]}),
-        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules=["to_q", "to_k", "to_v"]),
+        peft_config=LoraConfig(
+            r=32, lora_alpha=64, target_modules=["to_q", "to_k", "to_v"]
+        ),
     )
     trainer.train()
     ```

@@ -437,6 +437,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
     # What a checkpoint must hold besides: samples that are learnt from again
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the policy so that plain diffusers loads it, as a teacher is saved: see
+        [`DiffusionTrainer`]`.save_model`; and the names of its rewards."""
         super().save_model(output_dir, _internal_call)
         folder = output_dir or self.args.output_dir
         if is_checkpoint(folder):
