@@ -40,3 +40,25 @@ def test_notebook(tmp_path, pytestconfig):
     assert any("steps 2" in output.get("text", "") for output in outputs)
     assert "image/png" in outputs[-1]["data"]
     assert (tmp_path / "out" / "images").is_dir()
+
+
+@pytest.mark.slow
+def test_quickstart_notebook(pytestconfig):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    path = pytestconfig.rootpath / "examples" / "quickstart.ipynb"
+    notebook = nbformat.read(path, nbformat.current_nbformat)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs for cell in cells)  # pictures of a run are for who runs it
+    training = next(cell for cell in cells if "trainer.train()" in cell.source)
+    training.source = training.source.replace("max_steps=40", "max_steps=10")
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
+    pictures = [cell for cell in cells if any("image/png" in output.get("data", {}) for output in cell.outputs)]
+    assert len(pictures) == 2
+    printed = "".join(
+        output.get("text", "") for cell in cells for output in cell.outputs if output.output_type == "stream"
+    )
+    first, last = (float(line.split()[-1]) for line in printed.splitlines() if line.startswith("step "))
+    assert last < first
