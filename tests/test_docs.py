@@ -113,6 +113,13 @@ def test_every_page_with_the_trainer_is_run():
             assert snippets(page), page
 
 
+def test_code_fits_the_page():
+    """96 columns are what a window of 1300 pixels shows between the sidebars."""
+    for page in PAGES:
+        for block in re.findall(r"^```\w+[^\n]*\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+            assert max(map(len, block.splitlines()), default=0) <= 96, (page, block)
+
+
 # Commands
 
 
