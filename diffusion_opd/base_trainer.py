@@ -51,6 +51,7 @@ from .errors import listed, reason
 from .inputs import PROMPT, content_key, inputs_of, is_prompt, signature
 from .policy import Policy
 from .resuming import Resuming
+from .rewards.judge import Judge
 from .sampling import ROW, SEED_EVAL, NumberedStream, TaskCycleSampler, TaskCycleStream, seed_of
 from .scheduler_proxy import is_flow
 from .shards import ShardFiles
@@ -126,6 +127,7 @@ class DiffusionTrainer(Resuming):
 
     # A training step backpropagates a mean over its micro-batch; Trainer would guess from the denoiser's `**kwargs`
     loss_is_scaled_for_ga: Any = False
+    judge: Judge | None = None  # of pictures, by rewards
     _section = "student"  # of the stopwatch: where the student's time goes
 
     def __init__(
@@ -635,9 +637,17 @@ class DiffusionTrainer(Resuming):
         """The prompts of the sample images."""
         return [example[PROMPT] for example in self.image_examples]
 
+    @torch.no_grad()
     def image_captions(self, drawn: list[Any]) -> list[str]:
-        """What the trackers show under each sample image, or list of frames. Called on the first process alone."""
-        return self.image_prompts
+        """What the trackers show under each sample image, or list of frames: its prompt, and what reward functions say
+        of it, if its row has all that they need; of `args.image_prompts` the prompt alone. Called on the first process
+        alone."""
+        rows = self.image_examples
+        if self.args.remove_unused_columns:
+            rows = [{name: row[name] for name in self.data.names if name in row} for row in rows]
+        if self.judge is None or self.args.image_prompts is not None or not self.judge.fits(rows[0]):
+            return self.image_prompts
+        return self.judge.captions(rows, drawn, self.state)
 
     def sample_images(self, examples: Sequence[str | Mapping[str, Any]]) -> list[Any]:
         """One image (`PIL.Image`) a prompt, or row of the data (a dict of its columns), drawn by the student with fixed

@@ -182,8 +182,8 @@ class DiffusionConfig(_BaseConfig):
             Prompts of the sample images, with the pictures of the data's first rows where the pipeline is given some.
             `None`: the first row(s) of each task, four or more in all.
         image_num_inference_steps (`int`, *optional*):
-            Denoising steps of the sample images, drawn with the pipeline's own scheduler. `None`:
-            `num_inference_steps`.
+            Denoising steps of the sample images, and of those that `eval_reward_funcs` score, drawn with the pipeline's
+            own scheduler. `None`: `num_inference_steps`.
         resume_from_checkpoint (`str` or `bool`, *optional*):
             What `train()` goes on from: the folder of a checkpoint, or `True`, the last whole one of `output_dir`.
 

@@ -273,7 +273,7 @@ class Data:
             tasks = column_of(data, self.task_column)
             wanted = tasks[0] if task is None else task
             chosen = pc.indices_nonzero(pc.equal(tasks, wanted))[:count].to_pylist()
-            rows = list(data.select_columns(self.names).select(chosen))
+            rows = list(data.select(chosen))
         return self.read([row for row in rows if is_prompt(row.get(PROMPT))])
 
     def routed(self, dataset: Any) -> Any:

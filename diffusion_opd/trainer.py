@@ -31,6 +31,8 @@ from .engines import held_gradient_sync
 from .errors import one_sentence
 from .inputs import Inputs, inputs_of, sample_arguments, signature
 from .policy import Move, Visit
+from .rewards.functions import Rewards
+from .rewards.judge import Judge, load_rewards
 from .runs import plain
 from .sampling import SEED_TRAIN, TEACHER, noise_generators
 from .scheduler_proxy import Step
@@ -87,6 +89,11 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         student_lora (`str` or [`Lora`], *optional*):
             Hub id or folder of a LoRA of the student, in any format that teachers have: its training goes on, with its
             own rank and alpha, in the place of a new one.
+        eval_reward_funcs (`Callable`, `str`, `dict`, a list of them, or `{teacher id: the same}`, *optional*):
+            Reward functions as [`Rewards`] calls them, or what [`load_reward`] makes them of (`"pickscore"`). At each
+            evaluation they score pictures of `eval_dataset`, drawn as the sample pictures are (the pipeline's own
+            scheduler, `image_num_inference_steps`), as `eval_reward`, `eval_rewards/<name>/mean` and
+            `eval_rewards/<name>/<teacher id>`; nothing is learnt from them.
 
     With `ema_decay`, `trainer.pipeline` carries the trained weights until `train` returns, and their average from then
     on; `with trainer.ema_weights():` puts the average in place before that.
@@ -122,18 +129,30 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         peft_config: LoraConfig | Mapping[str, LoraConfig] | None = None,
         student_lora: Any = None,
+        eval_reward_funcs: Any = None,
     ):
         args = own_arguments(model, args, DiffusionOPDConfig, self._name)
         specs = name_teachers(teachers)
         for key, spec in specs.items():
             check_call_kwargs(spec.call_kwargs, {"guidance_scale": spec.guidance_scale}, f"teacher {key!r}")
         ids = list(specs)
+        if eval_reward_funcs is not None:
+            rewards = Rewards(load_rewards(eval_reward_funcs), name="eval_reward_funcs")
+            if unknown := sorted(set(rewards.tasks or ()) - set(ids)):
+                raise ValueError(f"`eval_reward_funcs` names {unknown}, but the teachers are {ids}.")
+            self.judge = Judge(rewards, ids, TEACHER)
         data = Data(train_dataset, eval_dataset, ids, TEACHER, args.input_columns)
         if (evaluation := data.evaluation) is not None:
             evaluated = evaluation.unique(TEACHER) if isinstance(evaluation, Dataset) else ids
             metrics = ["loss", "kl", *(f"kl/{key}" for key in ids if key in evaluated)]
+            metrics += self.judge.metric_names(evaluated) if self.judge is not None else []
             self._check_best_metric(args, metrics, callbacks)
+            if self.judge is not None and isinstance(evaluation, Dataset):
+                self.judge.rewards.check_columns(evaluation.column_names)
         whole_cycles(args, ids)
+        self._hides_columns = args.remove_unused_columns
+        if self.judge is not None:  # they are given all columns
+            args.remove_unused_columns = False
 
         set_seed(args.seed)
         own_columns = {key: spec.columns for key, spec in specs.items()}
@@ -284,10 +303,16 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         micro_step = self._micro_step % self.args.gradient_accumulation_steps
         return self.tasks.index(task), micro_step // len(self.tasks)
 
-    # Evaluation: the same rollouts and divergences, without learning
+    # Evaluation: the same rollouts and divergences, without learning, and rewards of whole pictures
+
+    def _evaluation_generators(self, batch: Sequence[Mapping[str, Any]], *args: Any) -> list[torch.Generator]:
+        if self._hides_columns:  # those that reward functions read are no reason for other noise
+            batch = [{name: row[name] for name in self.data.names if name in row} for row in batch]
+        return super()._evaluation_generators(batch, *args)
 
     def _evaluate_batch(self, batch: Sequence[dict[str, Any]], generators: list[torch.Generator]) -> Tensor:
-        """Task, loss and KL of each sample. A batch of an eval dataset may hold several tasks; a walk holds one."""
+        """Task, loss and KL of each sample, and its rewards. A batch of an eval dataset may hold several tasks; a walk
+        holds one."""
         results = torch.zeros(len(batch), 3, device=self.accelerator.device)
         calls: dict[str, list[list[int]]] = {task: [] for task in self.tasks}
         for call in self.calls(batch, by_task=True):
@@ -302,14 +327,30 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                 results[call] = torch.stack([torch.full_like(loss, self.tasks.index(task)), loss, kl], dim=1)
             for row in max((of[task] for of in others), key=len, default=list[dict[str, Any]]())[len(own) :]:
                 self._evaluate_rows(task, [row], [torch.Generator().manual_seed(0)])
-        return results
+        if self.judge is None:
+            return results
+        return torch.cat([results, self._judged(self.judge, batch, generators).to(results)], dim=1)
+
+    def _judged(self, judge: Judge, batch: Sequence[dict[str, Any]], generators: Sequence[torch.Generator]) -> Tensor:
+        """Rewards of each sample's picture, as the student's users draw it: from the same noise, to the end."""
+        # Each forward pass of a sharded denoiser is one of all processes: pictures that nobody judges are drawn too
+        chosen = [row for row, own in enumerate(batch) if self.shards_parameters or judge.judges(own[TEACHER])]
+        images: list[Any] = [None] * len(batch)
+        seeded = [torch.Generator().manual_seed(generators[row].initial_seed()) for row in chosen]
+        rows = [batch[row] for row in chosen]
+        drawn = self.pictures.call(rows, seeded, lambda row, x: self.watch("picture", row[TEACHER], x), checker=False)
+        for row, image in zip(chosen, drawn, strict=True):
+            images[row] = image
+        if self.nan_policy.has_found("picture"):  # what is in place of numbers is no result
+            return torch.zeros(len(batch), 1 + len(judge.rewards.all_names))
+        return judge.table(batch, images, self.state)
 
     def _evaluation_metrics(self, table: Tensor) -> dict[str, Tensor]:
         metrics = {"loss": table[:, 1].mean(), "kl": table[:, 2].mean()}
         for index, key in enumerate(self.tasks):
             if (mask := table[:, 0] == index).any():
                 metrics[f"kl/{key}"] = table[mask, 2].mean()
-        return metrics
+        return metrics if self.judge is None else metrics | self.judge.metrics(table[:, 0], table[:, 3:])
 
     @torch.no_grad()
     def _evaluate_rows(

@@ -27,6 +27,7 @@ LAYERS = [
         "denoisers",
         "decoding",
         "callbacks.sounds",
+        "rewards.statistics",
     ],
     ["objectives", "shards", "inputs", "modular"],
     ["config", "sampling"],
@@ -66,7 +67,7 @@ LAYERS = [
     ["cli.main"],
 ]
 # Torch and nothing else: equations that are read, and tested, without a model
-PURE = {"transitions", "objectives", "queries", "rl.objectives"}
+PURE = {"transitions", "objectives", "queries", "rewards.statistics", "rl.objectives"}
 
 
 def imports(source: str, package: str = "") -> Iterator[str]:

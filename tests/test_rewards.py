@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import TrainerState
 
 from diffusion_opd.rewards.functions import Rewards
-from diffusion_opd.rl.objectives import combine, nanstd
+from diffusion_opd.rewards.statistics import combine, nanstd
 
 IMAGES = [Image.new("RGB", (4, 4), (shade, shade, shade)) for shade in (0, 51, 255)]
 EXAMPLES = [{"prompt": f"prompt {i}", "task": "a", "target": f"target {i}"} for i in range(3)]

@@ -7,12 +7,11 @@ import pytest
 import torch
 from torch.distributions import Normal
 
+from diffusion_opd.rewards.statistics import combine, nanstd
 from diffusion_opd.rl.objectives import (
     clipped_surrogate,
-    combine,
     group_advantages,
     log_ratio,
-    nanstd,
     nft,
     normalised_log_ratio,
     optimality,

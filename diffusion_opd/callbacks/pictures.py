@@ -4,7 +4,8 @@ import copy
 import importlib
 import json
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback
 
-from ..decoding import watched_decoders
+from ..decoding import CHECKER, takes_no_checker, watched_decoders
 from ..inputs import PROMPT, as_arguments, inputs_of, signature
 from ..sampling import seed_of
 from .sounds import Sound, as_sound, makes_sound, sampling_rate
@@ -73,40 +74,23 @@ class Pictures(TrainerCallback):
         """An image, a list of frames or a [`Sound`] for each row, with fixed seeds, on every process. What the pipeline
         raises on one process is raised on all (where each call of the denoiser gathers sharded weights: once these
         calls are done)."""
-        args, accelerator, data = self.trainer.args, self.trainer.accelerator, self.trainer.data
+        args, accelerator = self.trainer.args, self.trainer.accelerator
         world, rank = accelerator.num_processes, accelerator.process_index
         per_process = -(-len(rows) // world)
         # Every process draws equally many: sharded weights are gathered by all
         mine = [min(index, len(rows) - 1) for index in range(rank * per_process, (rank + 1) * per_process)]
         if not mine:
             return []
-        pipeline = copy.copy(self.trainer.pipeline)
-        pipeline.set_progress_bar_config(disable=True)
         finite: list[torch.Tensor] = []
-        # Past `DiffusionPipeline.__setattr__`, which writes into the config
-        vars(pipeline).update(watched_decoders(pipeline, lambda decoded: finite.append(decoded.isfinite().all())))
-        takes_steps = "num_inference_steps" in signature(type(pipeline).__call__).parameters
-        count = args.image_num_inference_steps or args.num_inference_steps
-        steps = {"num_inference_steps": count} if takes_steps else {}
-        self.trainer.model.eval()
-        drawn: list[Any] = [None] * len(mine)
+        drawn: list[Any] = []
         error = None
         try:
-            calls = self.trainer.calls([rows[index] for index in mine])
             with self.trainer.ema_weights():
-                for call in calls:
-                    inputs = inputs_of([rows[mine[own]] for own in call], data.columns)
-                    generators = [torch.Generator().manual_seed(seed_of(args.seed, mine[own])) for own in call]
-                    bare = self.trainer.student.policy.takes_it_bare
-                    output = pipeline(
-                        **as_arguments(type(pipeline), inputs, bare),
-                        **steps,
-                        generator=generators[0] if bare else generators,
-                        output_type="np" if makes_sound(pipeline) else "pil",
-                        **args.pipeline_kwargs,
-                    )
-                    for own, one in zip(call, _made(output, pipeline), strict=True):
-                        drawn[own] = one
+                drawn = self.call(
+                    [rows[index] for index in mine],
+                    [torch.Generator().manual_seed(seed_of(args.seed, index)) for index in mine],
+                    lambda row, decoded: finite.append(decoded.isfinite().all()),
+                )
         except Exception as own_error:
             error = own_error
         if world > 1:  # or those that could draw would wait for the one that could not
@@ -122,9 +106,52 @@ class Pictures(TrainerCallback):
         if not all(finite):
             logger.warning(
                 f"The sample pictures of optimizer step {self.trainer.state.global_step} show NaN or Inf as black or "
-                f"white: the VAE of {type(pipeline).__name__} decodes to such numbers."
+                f"white: the VAE of {type(self.trainer.pipeline).__name__} decodes to such numbers."
             )
         return drawn[: len(rows)]
+
+    @torch.no_grad()
+    def call(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        generators: Sequence[torch.Generator],
+        decoded: Callable[[Mapping[str, Any], torch.Tensor], None],
+        checker: bool = True,
+    ) -> list[Any]:
+        """What the pipeline makes of each row with the weights as they are: an image, a list of frames or a [`Sound`].
+
+        Args:
+            rows (`Sequence[Mapping]`): Equally many on every process where weights are sharded.
+            generators (`Sequence[torch.Generator]`): One a row.
+            decoded (`Callable`): Called with the first row of a call of the pipeline and what is decoded, before it is
+                pixels.
+            checker (`bool`, *optional*, defaults to `True`): Whether a safety checker has its part.
+        """
+        args, data, drawn = self.trainer.args, self.trainer.data, [None] * len(rows)
+        pipeline = copy.copy(self.trainer.pipeline)
+        pipeline.set_progress_bar_config(disable=True)
+        # Past `DiffusionPipeline.__setattr__`, which writes into the config
+        own = vars(pipeline)
+        if not checker and takes_no_checker(pipeline):
+            own[CHECKER] = None
+        takes_steps = "num_inference_steps" in signature(type(pipeline).__call__).parameters
+        count = args.image_num_inference_steps or args.num_inference_steps
+        steps = {"num_inference_steps": count} if takes_steps else {}
+        bare = self.trainer.student.policy.takes_it_bare
+        self.trainer.model.eval()
+        for call in self.trainer.calls(rows):
+            inputs, seeded = inputs_of([rows[row] for row in call], data.columns), [generators[row] for row in call]
+            own.update(watched_decoders(self.trainer.pipeline, partial(decoded, rows[call[0]])))
+            output = pipeline(
+                **as_arguments(type(pipeline), inputs, bare),
+                **steps,
+                generator=seeded[0] if bare else seeded,
+                output_type="np" if makes_sound(pipeline) else "pil",
+                **args.pipeline_kwargs,
+            )
+            for row, one in zip(call, _made(output, pipeline), strict=True):
+                drawn[row] = one
+        return drawn
 
     def log(self) -> None:
         """Draws them and hands them to `output_dir/images/step_...` and the trackers in use. What fails on the way is a

@@ -41,16 +41,18 @@ class Rewards:
             lists of frames.
         reward_weights (`list[float]`, or `{task: float or list}` as `reward_funcs`, *optional*):
             One a function; `None`: 1 each.
+        name (`str`, *optional*, defaults to `"reward_funcs"`):
+            What sentences call them.
 
     Raises:
         TypeError: for anything that cannot be called.
         ValueError: if there is no function, or the weights do not fit them.
     """
 
-    def __init__(self, reward_funcs: Any, reward_weights: Any = None):
+    def __init__(self, reward_funcs: Any, reward_weights: Any = None, name: str = "reward_funcs"):
         by_task = reward_funcs if isinstance(reward_funcs, Mapping) else {None: reward_funcs}
         if not by_task:
-            raise ValueError("`reward_funcs` is empty; at least one reward function is needed.")
+            raise ValueError(f"`{name}` is empty; at least one reward function is needed.")
         self.tasks = list(reward_funcs) if isinstance(reward_funcs, Mapping) else None
         if reward_weights is not None and isinstance(reward_weights, Mapping) != (self.tasks is not None):
             form = "a dict by task" if self.tasks else "a list"
@@ -59,7 +61,7 @@ class Rewards:
         self._funcs: dict[str | None, list[RewardFunc]] = {}
         self._weights: dict[str | None, list[float]] = {}
         for task, funcs in by_task.items():
-            self._funcs[task] = _as_list(funcs, f"`reward_funcs[{task!r}]`" if self.tasks else "`reward_funcs`")
+            self._funcs[task] = _as_list(funcs, f"`{name}[{task!r}]`" if self.tasks else f"`{name}`")
             given = (weights or {}).get(task)
             given = [1.0] * len(self._funcs[task]) if given is None else given
             self._weights[task] = list(given) if isinstance(given, (list, tuple)) else [given]

@@ -39,6 +39,8 @@ from ..files import read_json
 from ..inputs import PROMPT, Inputs, inputs_of, packed, unpacked
 from ..policy import BACKBONE, Move, Policy, Visit, Walk
 from ..rewards.functions import Rewards
+from ..rewards.judge import Judge
+from ..rewards.statistics import combine, nanstd
 from ..runs import plain
 from ..sampling import SEED_TRAIN, TASK
 from ..scheduler_proxy import Step
@@ -46,7 +48,7 @@ from ..startup import require_independence
 from ..student import load_student
 from ..transitions import BoundKernel, Schedule
 from .config import DiffusionRLConfig
-from .objectives import combine, group_advantages, nanstd
+from .objectives import group_advantages
 
 logger = get_logger(__name__)
 
@@ -85,6 +87,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
     """
 
     args: DiffusionRLConfig
+    judge: Judge
 
     _config_class = DiffusionRLConfig
     _section = "policy"
@@ -108,12 +111,10 @@ class DiffusionRLTrainer(DiffusionTrainer):
             given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
             tasks = _tasks_of(*next((item for item in given.items() if item[1] is not None), ("", None)))
         data = Data(train_dataset, eval_dataset, tasks, TASK, args.input_columns)
+        self.judge = Judge(self.rewards, tasks, TASK)
         if (evaluation := data.evaluation) is not None:
             evaluated = evaluation.unique(TASK) if isinstance(evaluation, Dataset) else tasks
-            funcs = dict.fromkeys(name for task in evaluated for name in self.rewards.names(task))
-            metrics = ["reward", "reward_std", *(f"reward/{task}" for task in evaluated if len(tasks) > 1)]
-            metrics += [f"rewards/{name}/{of}" for name in funcs for of in ("mean", "std")]
-            self._check_best_metric(args, metrics, callbacks)
+            self._check_best_metric(args, self.judge.metric_names(evaluated), callbacks)
         for dataset in (data.train, data.evaluation):
             if isinstance(dataset, Dataset):
                 self.rewards.check_columns([PROMPT, TASK] if args.remove_unused_columns else dataset.column_names)
@@ -379,7 +380,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     def _evaluate_batch(self, batch: Sequence[dict[str, Any]], generators: list[torch.Generator]) -> Tensor:
         """Task, reward, and each function's own, of each sample."""
-        names, images = self.rewards.all_names, [None] * len(batch)
+        images = [None] * len(batch)
         for call in self.calls(batch):
             inputs = inputs_of([batch[row] for row in call], self.data.columns)
             own = [generators[row] for row in call]
@@ -390,49 +391,14 @@ class DiffusionRLTrainer(DiffusionTrainer):
             for row, image in zip(call, walk.output, strict=True):
                 images[row] = image
         self.cache.clear()
-        results = torch.full((len(batch), 2 + len(names)), torch.nan, device=self.accelerator.device)
-        results[:, 0] = torch.tensor([self.tasks.index(row[TASK]) for row in batch]).to(results)
-        if self.nan_policy.has_found("picture"):  # what is in place of numbers is no result
-            return results.nan_to_num()
-        for task, chosen, scores in self._score(batch, images):
-            weights = torch.tensor(self.rewards.weights(task))
-            results[chosen, 1] = combine(scores, weights).to(results.device)
-            columns = [2 + names.index(name) for name in self.rewards.names(task)]
-            results[torch.tensor(chosen)[:, None], columns] = scores.to(results.device)
+        results = torch.zeros(len(batch), 2 + len(self.rewards.all_names), device=self.accelerator.device)
+        results[:, 0] = torch.tensor([self.tasks.index(row[TASK]) for row in batch])
+        if not self.nan_policy.has_found("picture"):  # what is in place of numbers is no result
+            results[:, 1:] = self.judge.table(batch, images, self.state)
         return results
 
     def _evaluation_metrics(self, table: Tensor) -> dict[str, Tensor]:
-        metrics = {"reward": table[:, 1].nanmean(), "reward_std": nanstd(table[:, 1])}
-        for index, task in enumerate(self.tasks if len(self.tasks) > 1 else []):
-            if (mask := table[:, 0] == index).any():
-                metrics[f"reward/{task}"] = table[mask, 1].nanmean()
-        for name, column in zip(self.rewards.all_names, table[:, 2:].T, strict=True):
-            if not column.isnan().all():
-                metrics[f"rewards/{name}/mean"] = column.nanmean()
-                metrics[f"rewards/{name}/std"] = nanstd(column)
-        return metrics
-
-    def _score(self, examples: Sequence[dict[str, Any]], images: Sequence[Any]) -> list[tuple[str, list[int], Tensor]]:
-        """Rewards of images of several tasks: task, which of the images, `[images, functions]`."""
-        scored = []
-        for task in sorted({example[TASK] for example in examples}):
-            chosen = [index for index, example in enumerate(examples) if example[TASK] == task]
-            rewards = self.rewards(task, [examples[i] for i in chosen], [images[i] for i in chosen], self.state)
-            scored.append((task, chosen, rewards))
-        return scored
-
-    @torch.no_grad()
-    def image_captions(self, drawn: list[Any]) -> list[str]:
-        """Prompt and rewards; of `args.image_prompts` the prompt alone, since other columns are missing."""
-        examples = self.image_examples
-        if self.args.image_prompts is not None:
-            return super().image_captions(drawn)
-        captions = [example[PROMPT] for example in examples]
-        for task, chosen, rewards in self._score(examples, drawn):
-            for index, row in zip(chosen, rewards.tolist(), strict=True):
-                scores = zip(self.rewards.names(task), row, strict=True)
-                captions[index] += "".join(f", {name} {value:.3f}" for name, value in scores if value == value)
-        return captions
+        return self.judge.metrics(table[:, 0], table[:, 1:])
 
     # What a checkpoint must hold besides: samples that are learnt from again
 
