@@ -60,6 +60,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gather_each_time", action="store_true", help="ZeRO-3, as it does with a big model")
     parser.add_argument("--images", action="store_true", help="draw, and evaluate, at the end")
     parser.add_argument("--steps_per_generation", type=int, help="of which two are an optimizer step")
+    parser.add_argument("--eval_rewards", action="store_true", help="pictures are judged in evaluation")
     parser.add_argument("--sizes", type=int, default=1, help="of pictures that samples are made of")
     return parser.parse_args(arguments)
 
@@ -102,6 +103,11 @@ def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def redness(images, prompts, **kwargs):
+    pictures = np.stack([np.asarray(image, dtype=float) for image in images])
+    return (pictures[..., 0] - pictures[..., 2]).mean((1, 2)) / 255
 
 
 def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
@@ -153,12 +159,8 @@ def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
         settings |= dict(guidance_scale=1.0, call_kwargs=call)
         name = {"nft": "DiffusionNFT", "grpo": "DiffusionGRPO"}[options.method]
         config_class, trainer_class = (getattr(diffusion_opd, f"{name}{part}") for part in ("Config", "Trainer"))
-
-        def redness(images, prompts, **kwargs):
-            pictures = np.stack([np.asarray(image, dtype=float) for image in images])
-            return (pictures[..., 0] - pictures[..., 2]).mean((1, 2)) / 255
-
         judges = {"a": redness, "b": redness}
+    own = {"eval_reward_funcs": {"a": redness}} if options.eval_rewards else {}
     args = config_class(str(options.out / "run"), **settings)
     if options.bf16:  # transformers refuses it on a CPU unless told `use_cpu`, which DeepSpeed does not take
         args.bf16, args.mixed_precision = True, "bf16"
@@ -184,6 +186,7 @@ def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
         peft_config=LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
         if options.mode == "lora"
         else None,
+        **own,
     )
 
 

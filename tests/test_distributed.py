@@ -414,6 +414,18 @@ def test_learning_from_rewards_in_two_processes_equals_one(tmp_path, one_process
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", nightly("zero3"), nightly("fsdp2")])
+def test_pictures_that_evaluation_judges_in_two_processes_equal_those_in_one(tmp_path, one_process, engine):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    options = ["--mode", "lora", "--images", "--eval_rewards"]
+    _, one = one_process(*options)
+    two = run(tmp_path / "two", *options, "--batch", "2", engine=engine)
+    assert_same_run(one, two, engine, REWARDS)
+    assert len(one["evaluated"]) == 4
+
+
+@pytest.mark.slow
 def test_parts_of_a_rollout_in_two_processes_equal_those_in_one(tmp_path, one_process):
     """A group lies in two processes and in two optimizer steps."""
     options = ["--method", "grpo", "--mode", "lora", "--steps_per_generation", "4"]

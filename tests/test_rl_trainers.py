@@ -555,7 +555,8 @@ def test_evaluation_is_the_plain_pipelines(tmp_path, cls):
     keys = {key for key in first if "reward" in key}
     assert keys == {
         *("eval_reward", "eval_reward_std", "eval_reward/a", "eval_reward/b"),
-        *(f"eval_rewards/{name}/{what}" for name in ("redness", "brightness") for what in ("mean", "std")),
+        *(f"eval_rewards/{name}/{what}" for name in ("redness", "brightness") for what in ("mean", "std", "a")),
+        "eval_rewards/brightness/b",
     }
     assert all(first[key] == second[key] for key in keys)
     assert torch.equal(trained(trainer), before) and all(p.grad is None for p in trainer.model.parameters())
@@ -575,6 +576,7 @@ def test_evaluation_is_the_plain_pipelines(tmp_path, cls):
     assert first["eval_reward"] == pytest.approx(every.mean().item(), abs=1e-6)
     assert first["eval_reward_std"] == pytest.approx(every.std().item(), rel=1e-4)
     assert first["eval_rewards/brightness/mean"] == pytest.approx(sum(judged) / 5, abs=1e-6)
+    assert first["eval_rewards/brightness/b"] == pytest.approx(first["eval_reward/b"] / 3, abs=1e-6)
 
 
 @BOTH

@@ -49,7 +49,8 @@ def config(out, family: str = "sd3", **kwargs) -> DiffusionOPDConfig:
 def trainer_of(
     out, family: str = "sd3", peft_config=None, full: bool = False, data=DATA, **kwargs
 ) -> DiffusionOPDTrainer:
-    extra = {key: kwargs.pop(key) for key in ("eval_dataset", "callbacks", "optimizers", "teachers") if key in kwargs}
+    names = ("eval_dataset", "callbacks", "optimizers", "teachers", "eval_reward_funcs")
+    extra = {key: kwargs.pop(key) for key in names if key in kwargs}
     teachers = extra.pop("teachers", None) or {"a": BUILDERS[family](1), "b": BUILDERS[family](2)}
     return DiffusionOPDTrainer(
         BUILDERS[family](0),
