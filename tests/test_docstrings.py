@@ -117,3 +117,13 @@ def test_docstrings_of_the_package(extension):
                     if header and "optional" in header[1]:
                         assert one.value is not None, (thing.path, one.name)
     assert seen > 300
+
+
+def test_every_module_is_on_a_page():
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
+    shown = re.findall(r"^::: diffusion_opd\.([\w.]+)", pages, re.MULTILINE)
+    for path in (ROOT / "diffusion_opd").rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT / "diffusion_opd").with_suffix("").parts)
+        # What is in a package is on the pages of its modules, and what a command takes is in its own `--help`
+        if path.stem not in ("__init__", "main") and not module.startswith("scripts."):
+            assert any(name == module or name.startswith(f"{module}.") for name in shown), module
