@@ -9,6 +9,7 @@ import functools
 import hashlib
 import inspect
 import json
+import tokenize
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -109,7 +110,7 @@ def hash_function(function: Any) -> str:
     owner = getattr(function, "__self__", None) if is_written else function
     try:
         source = inspect.getsource(written)
-    except (OSError, TypeError):
+    except (OSError, TypeError, SyntaxError, tokenize.TokenError):  # the file may have been edited since it was read
         source = f"{written.__module__}.{written.__qualname__}"
     cells = [getattr(cell, "cell_contents", None) for cell in getattr(written, "__closure__", None) or ()]
     defaults = [getattr(written, "__defaults__", None), getattr(written, "__kwdefaults__", None)]

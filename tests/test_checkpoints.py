@@ -438,6 +438,16 @@ def test_functions_are_told_apart_by_what_they_hold(make):
     assert hash_function(make(1)) == hash_function(make(1)) != hash_function(make(2))
 
 
+def test_a_reward_whose_file_is_edited_while_the_run_starts(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def reward(images, **kwargs):\n    return [0.0 for _ in images]\n")
+    namespace: dict = {}
+    exec(compile(file.read_text(), str(file), "exec"), namespace)
+    whole = hash_function(namespace["reward"])
+    file.write_text("def reward(images, **kwargs):\n    return [score(\n")  # saved half-way
+    assert hash_function(namespace["reward"]) != whole
+
+
 def test_what_makes_no_difference_is_not_mentioned(tmp_path, caplog):
     """The samples of a step, in other micro-batches; and another place of the same pictures and prompts."""
     run_in(tmp_path, 1, per_device_train_batch_size=2)
