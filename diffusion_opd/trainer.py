@@ -32,7 +32,8 @@ from .errors import one_sentence
 from .inputs import Inputs, inputs_of, sample_arguments, signature
 from .policy import Move, Visit
 from .rewards.functions import Rewards
-from .rewards.judge import Judge, load_rewards
+from .rewards.judge import Judge
+from .rewards.registry import load_rewards
 from .runs import plain
 from .sampling import SEED_TRAIN, TEACHER, noise_generators
 from .scheduler_proxy import Step

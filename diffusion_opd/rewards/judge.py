@@ -10,33 +10,8 @@ import torch
 from torch import Tensor
 
 from ..inputs import PROMPT
-from .functions import RewardFunc, Rewards
-from .registry import load_reward
+from .functions import Rewards
 from .statistics import combine, nanstd
-
-
-def load_rewards(reward_funcs: Any) -> Any:
-    """Puts functions in the place of names.
-
-    Args:
-        reward_funcs (`Callable`, `str`, `dict` with a `name`, a list of them, or `{task: the same}`):
-            As [`load_reward`] takes them. The same entry of two tasks is one function.
-
-    Returns:
-        What [`Rewards`] takes.
-    """
-    made: dict[str, RewardFunc] = {}
-
-    def load(entry: Any) -> Any:
-        if isinstance(entry, (list, tuple)):
-            return [load(one) for one in entry]
-        if callable(entry):
-            return entry
-        return made.get(repr(entry)) or made.setdefault(repr(entry), load_reward(entry))
-
-    if isinstance(reward_funcs, Mapping) and not isinstance(reward_funcs.get("name"), str):
-        return {task: load(own) for task, own in reward_funcs.items()}
-    return load(reward_funcs)
 
 
 class Judge:
