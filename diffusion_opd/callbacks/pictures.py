@@ -123,8 +123,8 @@ class Pictures(TrainerCallback):
         Args:
             rows (`Sequence[Mapping]`): Equally many on every process where weights are sharded.
             generators (`Sequence[torch.Generator]`): One a row.
-            decoded (`Callable`): Called with the first row of a call of the pipeline and what is decoded, before it is
-                pixels.
+            decoded (`Callable`): Called with the first row of a call of the pipeline and its decoder's output,
+                before that is pixels.
             checker (`bool`, *optional*, defaults to `True`): Whether a safety checker has its part.
         """
         args, data, drawn = self.trainer.args, self.trainer.data, [None] * len(rows)
