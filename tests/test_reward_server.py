@@ -3,14 +3,15 @@
 import asyncio
 import base64
 import contextlib
+import importlib
 import io
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -18,42 +19,93 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
+import yaml
 from PIL import Image
 from transformers import TrainerState
 
 from diffusion_opd.cli.main import main
-from diffusion_opd.rewards import Rewards, load_reward
+from diffusion_opd.rewards import load_reward
 from diffusion_opd.rewards.remote import RemoteReward, encoded
 from diffusion_opd.runs import hash_function
 from tests import served_rewards
 from tests.launched import held_port
+from tests.rl_training import DATA, GRPO, trainer_of
 
 ROOT = Path(__file__).parents[1]
-FUNCS = [f"tests.served_rewards.{name}" for name in ("brightness", "length", "broken", "miscounts")]
+NAMES = ["brightness", "length", "difference", "gated", "broken", "miscounts"]
 
 
-@contextlib.contextmanager
-def serving(port: int, *more: str):
-    command = [sys.executable, "-m", "diffusion_opd.cli.main", "reward-serve", "--port", str(port), *more]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        for _ in range(1200):
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"http://127.0.0.1:{port}/health").json() == {"status": "ok"}:
-                    break
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.1)
-        yield process
-    finally:
-        process.terminate()
-        process.wait(30)
+class Server:
+    """`reward-serve` of a YAML file, which can be ended and started again."""
+
+    def __init__(self, folder: Path, port: int):
+        self.folder, self.port, self.url = folder, port, f"http://127.0.0.1:{port}"
+        funcs: list = [f"tests.served_rewards.{name}" for name in NAMES]
+        funcs[3] = {"name": funcs[3], "folder": str(folder)}
+        self.config = folder / "serve.yaml"
+        self.config.write_text(yaml.safe_dump({"reward_funcs": funcs, "max_pixels": 10000, "max_bytes": 1000000}))
+        self.log = folder / "log"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        if self.process and self.process.poll() is None:
+            return
+        command = [sys.executable, "-m", "diffusion_opd.cli.main", "reward-serve", "--port", str(self.port)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, "--config", str(self.config)], env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        until(lambda: self.process.poll() is not None or self.url in self.log.read_text())
+        assert self.process.poll() is None, self.log.read_text()
+
+    def end(self, how: int) -> None:
+        self.process.send_signal(how)
+        self.process.wait(60)
+
+    @contextlib.contextmanager
+    def asked(self, *prompts: str, **options):
+        """Clients of `gated`, which answers when the block opens it or ends; gives their answers to be."""
+        asked, opened = self.folder / "asked", self.folder / "open"
+        asked.write_text("")
+        opened.unlink(missing_ok=True)
+        remote = RemoteReward(self.url, "gated", **options)
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            try:
+                answers = [pool.submit(ask, remote, [prompt], [grey(0)]) for prompt in prompts]
+                until(asked.read_text)
+                yield answers
+            finally:
+                opened.touch()
+
+
+def until(true) -> None:
+    for _ in range(12000):
+        if true():
+            return
+        time.sleep(0.01)
+    raise AssertionError("two minutes were not enough")
 
 
 @pytest.fixture(scope="module")
-def url():
-    with held_port() as port, serving(port, "--reward_funcs", *FUNCS, "--max_pixels", "10000"):
-        yield f"http://127.0.0.1:{port}"
+def the_server(tmp_path_factory):
+    with held_port() as port:
+        server = Server(tmp_path_factory.mktemp("server"), port)
+        yield server
+        if server.process.poll() is None:
+            server.end(signal.SIGTERM)
+
+
+@pytest.fixture
+def server(the_server):
+    the_server.start()
+    return the_server
+
+
+@pytest.fixture
+def url(server) -> str:
+    return server.url
 
 
 def grey(value: int, size=(8, 8)) -> Image.Image:
@@ -65,12 +117,33 @@ def ask(reward, prompts, images, **columns):
 
 
 def test_the_numbers_are_those_of_the_function(url):
-    prompts, images = ["a cat", "no score", "a video"], [grey(10), grey(20), [grey(30), grey(50)]]
-    wanted = served_rewards.brightness(prompts, images, bonus=[1.0, 2.0, 0.5])
-    assert wanted == [11.0, None, 40.5]
+    """To the last bit, over several requests, with columns, a video, and no score where the function has none."""
+    prompts = ["a cat", "no score", "a video", "nan", "a dog"]
+    images = [grey(10), grey(20), [grey(30), grey(50)], grey(60), Image.radial_gradient("L").resize((80, 90))]
+    bonus = [0.1, 2.0, 0.5, 3.0, 1 / 3]
+    wanted = served_rewards.brightness(prompts, images, bonus=bonus)
+    assert wanted[:3] == [10.1, None, 40.5] and math.isnan(wanted[3])
+    wanted[3] = None
     remote = RemoteReward(url, "brightness", batch_size=2)
-    assert ask(remote, prompts, images, bonus=[1.0, 2.0, 0.5], trainer_state=TrainerState()) == wanted
-    assert httpx.get(f"{url}/rewards").json() == {"rewards": ["brightness", "length", "broken", "miscounts"]}
+    assert ask(remote, prompts, images, bonus=bonus, trainer_state=TrainerState()) == wanted
+
+
+def test_columns_of_pictures_are_sent_as_pictures(url, caplog):
+    remote, images = RemoteReward(url, "difference", batch_size=1), [grey(10), grey(20), grey(30)]
+    assert ask(remote, ["a"] * 3, images, source=[grey(4), None, grey(31)]) == [6.0, None, 1.0]
+    assert not caplog.records
+    # What is no JSON and no picture stays here
+    for _ in range(2):
+        assert ask(remote, ["a"], [grey(10)], source=[grey(4)], latent=[torch.zeros(2)]) == [6.0]
+    assert [record.message for record in caplog.records] == [
+        "The column 'latent' is not sent to the reward 'difference': JSON has no such."
+    ]
+
+
+def test_what_is_served(server):
+    needs = {"length": ["wanted"], "difference": ["source"]}
+    assert httpx.get(f"{server.url}/rewards").json() == {"rewards": {name: needs.get(name, []) for name in NAMES}}
+    assert server.log.read_text().splitlines()[0] == f"Rewards are served at {server.url}."
 
 
 def test_sixty_four_at_once(url):
@@ -86,15 +159,43 @@ def test_sixty_four_at_once(url):
     assert ask(many, ["x"] * 64, [grey(number) for number in range(64)]) == list(range(64))
 
 
-def test_as_a_reward_function_of_a_trainer(url):
-    """`Rewards`, which trainers call, awaits it beside a local one; the name is the remote one's."""
-    remote = load_reward({"name": "remote", "url": url, "reward": "length"})
-    rewards = Rewards([remote, served_rewards.brightness])
-    rows = [{"prompt": "four", "wanted": 1, "picture": grey(0)}, {"prompt": "a", "wanted": 1, "picture": grey(0)}]
-    assert rewards("all", rows, [grey(1), grey(2)], TrainerState()).tolist() == [[3.0, 1.0], [0.0, 2.0]]
-    assert rewards.all_names == ["length", "brightness"]
-    assert hash_function(remote) == hash_function(RemoteReward("http://elsewhere:1", "length", timeout=3))
-    assert hash_function(remote) != hash_function(RemoteReward(url, "brightness"))
+def test_a_scorer_at_work_holds_up_nobody_else(server):
+    with server.asked("a cat") as (answer,):
+        assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+        assert ask(RemoteReward(server.url, "brightness"), ["a"], [grey(7)]) == [7.0]
+        assert not answer.done()
+    assert answer.result() == [5.0]
+
+
+def test_who_has_gone_is_not_scored(server):
+    """One is scored and the next is read already; those behind them leave the queue when their clients do."""
+    with server.asked("a") as (first,):
+        impatient = RemoteReward(server.url, "gated", timeout=0.5, max_retries=0)
+        with ThreadPoolExecutor(8) as pool:
+            gone = [pool.submit(ask, impatient, ["gone"], [grey(0)]) for _ in range(8)]
+        assert {type(one.exception()) for one in gone} == {ConnectionError}
+    assert first.result() == [1.0] and ask(impatient, ["last"], [grey(0)]) == [4.0]
+    assert (server.folder / "asked").read_text().split().count("gone") <= 1
+
+
+def test_as_a_reward_function_of_a_trainer(url, tmp_path):
+    """A run learns from the server exactly what it learns from the function."""
+    remote = load_reward({"name": "remote", "url": url, "reward": "brightness", "batch_size": 3})
+    data = DATA.add_column("bonus", [0.1 * row for row in range(len(DATA))])
+    runs = []
+    for reward in (remote, served_rewards.brightness):
+        trainer = trainer_of(GRPO, tmp_path / str(len(runs)), rewards=reward, data=data)
+        trainer.train()
+        metrics = [log["rewards/brightness/mean"] for log in trainer.state.log_history if "loss" in log]
+        runs.append((metrics, [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]))
+    assert runs[0][0] == runs[1][0] and len(runs[0][0]) == 2
+    torch.testing.assert_close(runs[0][1], runs[1][1], rtol=0, atol=0)
+
+
+def test_a_resumed_run_may_ask_a_server_elsewhere():
+    remote = RemoteReward("http://here:1", "length")
+    assert hash_function(remote) == hash_function(RemoteReward("http://elsewhere:2", "length", timeout=3))
+    assert hash_function(remote) != hash_function(RemoteReward("http://here:1", "brightness"))
 
 
 def test_what_fails_says_so(url):
@@ -104,12 +205,17 @@ def test_what_fails_says_so(url):
         ("miscounts", {}, RuntimeError, "'miscounts' must return a list of 2 rewards"),
         ("length", {}, ValueError, r"refuses the request: .*'length' needs \['wanted'\]"),
         ("unheard", {}, ValueError, "no reward is called 'unheard' here; there are"),
-        ("brightness", {"trainer_states": [1]}, ValueError, "`trainer_states` has 1 entries for 2 prompts"),
+        ("brightness", {"bonus": [1]}, ValueError, "`bonus` has 1 entries for 2 prompts"),
+        ("difference", {"source": [grey(1)] * 3}, ValueError, "`source` has 3 entries for 2 prompts"),
     ]:
         with pytest.raises(error, match=message):
             ask(RemoteReward(url, reward), ["a", "b"], images, **columns)
-    with pytest.raises(ValueError, match="a picture of 200 x 100 is too large, at most 10000 pixels are taken"):
+    with pytest.raises(ValueError, match="`images.0` has 200 x 100 pixels, at most 10000 are taken"):
         ask(RemoteReward(url, "brightness"), ["a"], [grey(1, (200, 100))])
+    with pytest.raises(ValueError, match="refuses the request: the request has [0-9]+ bytes, at most 1000000 are"):
+        ask(RemoteReward(url, "brightness"), ["a" * 8000000], [grey(1)])
+    with pytest.raises(ValueError, match="begins with http:// or https://, got 'localhost:8000'"):
+        RemoteReward("localhost:8000", "brightness")
     # A server that is not there, tried twice
     with held_port() as port, pytest.raises(ConnectionError, match="did not answer in 2 tries"):
         ask(RemoteReward(f"http://127.0.0.1:{port}", "brightness", max_retries=1), ["a"], images[:1])
@@ -137,13 +243,15 @@ def _jpeg() -> str:
         (b"\x80\x04pickle", 400, "error parsing the body"),
         (b"[1]", 422, "valid dictionary"),
         ({"prompts": ["a"]}, 422, "`images`: Field required"),
-        ({"prompts": ["a"], "images": ["!!!"]}, 422, "no PNG file in base64"),
-        ({"prompts": ["a"], "images": [_jpeg()]}, 422, "no PNG file in base64"),
-        ({"prompts": ["a"], "images": [_bomb()]}, 413, "a picture is too large, at most 10000 pixels"),
-        ({"prompts": ["a"], "images": [encoded(grey(1))[:40]]}, 422, "no PNG file in base64"),
+        ({"prompts": ["a"], "images": ["!!!"]}, 422, "`images.0` is no PNG file in base64"),
+        ({"prompts": ["a"], "images": [_jpeg()]}, 422, "`images.0` is no PNG file in base64"),
+        ({"prompts": ["a"], "images": [_bomb()]}, 413, "`images.0` is too large, at most 10000 pixels"),
+        ({"prompts": ["a"], "images": [encoded(grey(1))[:40]]}, 422, "`images.0` is no PNG file in base64"),
         ({"prompts": ["a", "b"], "images": [encoded(grey(1))]}, 422, "`images` has 1 entries for 2 prompts"),
-        ({"prompts": [], "images": []}, 413, "a request has 1 to 256 samples, got 0"),
+        ({"prompts": ["a"] * 257, "images": [encoded(grey(1))] * 257}, 413, "1 to 256 samples, got 257"),
+        ({"prompts": [], "images": []}, 422, "a request has 1 to 256 samples, got 0"),
         ({"prompts": ["a"], "images": [encoded(grey(1))], "columns": {"prompts": [1]}}, 422, "rename them"),
+        ({"prompts": ["a"], "images": [[encoded(grey(1)), "x"]]}, 422, "`images.0.1` is no PNG file in base64"),
     ],
 )
 def test_wrong_input_is_refused_in_a_sentence(url, content, status, sentence):
@@ -164,22 +272,38 @@ def test_a_request_that_is_too_long_or_does_not_say(url):
         assert b" 413 " in line.recv(4096)
 
 
-def test_a_server_that_is_killed_and_started_again():
-    """A client that waits meanwhile goes on without noticing."""
-    with held_port() as port:
-        answers: list = []
-        with serving(port, "--reward_funcs", FUNCS[0]) as server:
-            remote = RemoteReward(f"http://127.0.0.1:{port}", "brightness", batch_size=1)
-            assert ask(remote, ["a"], [grey(5)]) == [5.0]
-            server.send_signal(signal.SIGKILL)
-            server.wait(30)
-        waiting = threading.Thread(
-            target=lambda: answers.append(ask(remote, ["a"] * 20, [grey(number) for number in range(20)]))
-        )
-        waiting.start()
-        with serving(port, "--reward_funcs", FUNCS[0]):
-            waiting.join(120)
-        assert answers == [list(range(20))]
+def test_a_server_that_is_killed_and_started_again(server, caplog):
+    """Who waits for an answer then gets it from the new one."""
+    with server.asked("a cat", "a mouse") as answers:
+        server.end(signal.SIGKILL)
+        server.start()
+    assert [answer.result() for answer in answers] == [[5.0], [7.0]]
+    assert f"Waiting for the reward 'gated' of {server.url}: " in caplog.text
+
+
+def test_a_server_that_is_told_to_end_answers_first(server):
+    with server.asked("a cat", max_retries=0) as (answer,):
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: _refuses(server.port))
+        assert server.process.poll() is None
+    assert answer.result() == [5.0]
+    server.process.wait(60)
+
+
+def _refuses(port: int) -> bool:
+    with socket.socket() as line:
+        return line.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.parametrize(
+    ("package", "reward"), [("httpx", {"name": "remote", "url": "http://here:1", "reward": "a"}), ("fastapi", None)]
+)
+def test_without_the_extra(package, reward, monkeypatch):
+    for module in ("remote", "server"):
+        monkeypatch.delitem(sys.modules, f"diffusion_opd.rewards.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"pip install 'diffusion-opd\[rewards\]'"):
+        load_reward(reward) if reward else importlib.import_module("diffusion_opd.rewards.server")
 
 
 @pytest.mark.parametrize(
@@ -187,8 +311,8 @@ def test_a_server_that_is_killed_and_started_again():
     [
         ([], "`reward_funcs` is empty"),
         (["--reward_funcs", "geneva"], "no reward is called 'geneva'"),
-        (["--reward_funcs", FUNCS[0], FUNCS[0]], "two rewards are called 'brightness'"),
-        (["--reward_func", FUNCS[0]], "does it mean '--reward_funcs'?"),
+        (["--reward_funcs", *["tests.served_rewards.brightness"] * 2], "two rewards are called 'brightness'"),
+        (["--reward_func", "ocr"], "does it mean '--reward_funcs'?"),
     ],
 )
 def test_a_mistake_on_the_command_line(flags, sentence, capsys):

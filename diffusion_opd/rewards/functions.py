@@ -91,6 +91,11 @@ class Rewards:
     def weights(self, task: str) -> list[float]:
         return self._weights[self._key(task)]
 
+    def needed_columns(self, task: str) -> dict[str, list[str]]:
+        """By name, the dataset's columns that each function cannot do without."""
+        funcs = zip(self.names(task), self._funcs[self._key(task)], strict=True)
+        return {name: sorted(_needed(func) - _GIVEN) for name, func in funcs}
+
     def check_columns(self, columns: Sequence[str]) -> None:
         """Refuses a dataset before anything is drawn.
 
@@ -122,6 +127,12 @@ class Rewards:
             ValueError: if a function needs a column that the dataset lacks, or returns anything but a finite number or
                 `None` for each sample, or a number whose square float32 does not hold.
         """
+        return torch.tensor(self.scores(task, examples, images, trainer_state), dtype=torch.float32).T
+
+    def scores(
+        self, task: str, examples: Sequence[Mapping[str, Any]], images: Sequence[Any], trainer_state: Any = None
+    ) -> list[list[float]]:
+        """As Python's floats: a list for each function."""
         columns = {key: [example[key] for example in examples] for key in examples[0] if key != PROMPT}
         offered = {**columns, "prompts": [example[PROMPT] for example in examples], "images": list(images)}
         offered["trainer_state"] = trainer_state
@@ -131,8 +142,7 @@ class Rewards:
         for index, result in zip(waiting, _await_all(list(waiting.values())), strict=True):
             results[index] = result
         judged = zip(results, names, weights, strict=True)
-        scores = [_checked(result, name, weight, len(images)) for result, name, weight in judged]
-        return torch.tensor(scores, dtype=torch.float32).T
+        return [_checked(result, name, weight, len(images)) for result, name, weight in judged]
 
 
 def _as_list(funcs: Any, name: str) -> list[RewardFunc]:
@@ -173,10 +183,21 @@ def _called(func: Any) -> Any:
     return func.forward if isinstance(func, nn.Module) else func
 
 
-def _accepted(func: RewardFunc, name: str, offered: Mapping[str, Any]) -> dict[str, Any]:
+def _parameters(func: RewardFunc) -> list[inspect.Parameter] | None:
     try:
-        parameters = list(inspect.signature(_called(func)).parameters.values())
+        return list(inspect.signature(_called(func)).parameters.values())
     except ValueError:  # a builtin without a signature
+        return None
+
+
+def _needed(func: RewardFunc) -> set[str]:
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {p.name for p in _parameters(func) or [] if p.kind in by_name and p.default is p.empty}
+
+
+def _accepted(func: RewardFunc, name: str, offered: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = _parameters(func)
+    if parameters is None:
         return dict(offered)
     unnamed = [p.name for p in parameters if p.kind == p.POSITIONAL_ONLY and p.default is p.empty]
     if unnamed or [p.kind for p in parameters] == [inspect.Parameter.VAR_POSITIONAL]:
@@ -185,8 +206,7 @@ def _accepted(func: RewardFunc, name: str, offered: Mapping[str, Any]) -> dict[s
             "keywords."
         )
     by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    needed = {p.name for p in by_name if p.default is p.empty}
-    if missing := sorted(needed - offered.keys()):
+    if missing := sorted(_needed(func) - offered.keys()):
         columns = sorted(offered.keys() - _GIVEN)
         raise ValueError(
             f"the reward function {name!r} needs {missing}, but a reward function is given `prompts`, `images` and the "

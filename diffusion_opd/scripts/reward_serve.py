@@ -7,7 +7,6 @@ Trainers ask it through `{name: remote, url: http://localhost:8000, reward: gene
 on a network that you trust.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from diffusion_opd.rewards import Scorer, load_reward
@@ -31,6 +30,8 @@ class RewardServeArguments:
             Samples of a request.
         max_pixels (`int`, *optional*, defaults to `16777216`):
             Of a picture, or of a frame.
+        max_bytes (`int`, *optional*, defaults to `268435456`):
+            Of a request.
     """
 
     reward_funcs: list[str] = field(
@@ -40,25 +41,20 @@ class RewardServeArguments:
     port: int = field(default=8000, metadata={"help": "Where clients ask."})
     max_batch_size: int = field(default=256, metadata={"help": "Samples of a request."})
     max_pixels: int = field(default=4096 * 4096, metadata={"help": "Of a picture, or of a frame."})
+    max_bytes: int = field(default=256 * 2**20, metadata={"help": "Of a request."})
 
 
 def main(script_args: RewardServeArguments) -> None:
-    from diffusion_opd.rewards.server import make_app, uvicorn
+    from diffusion_opd.rewards.server import make_app, serve
 
     if not script_args.reward_funcs:
         raise ValueError("`reward_funcs` is empty; name at least one reward.")
-    served = {}
-    for reward in script_args.reward_funcs:
-        func = load_reward(reward, placement="device")
+    funcs = [load_reward(reward, placement="device") for reward in script_args.reward_funcs]
+    app = make_app(funcs, script_args.max_batch_size, script_args.max_pixels, script_args.max_bytes)
+    for func in funcs:
         if isinstance(func, Scorer):
             func.prepare()
-        name = reward["name"] if isinstance(reward, Mapping) else reward
-        name = str(getattr(func, "__name__", name))
-        if name in served:
-            raise ValueError(f"two rewards are called {name!r}; serve one of them on another port.")
-        served[name] = func
-    app = make_app(served, script_args.max_batch_size, script_args.max_pixels)
-    uvicorn.run(app, host=script_args.host, port=script_args.port, access_log=False)
+    serve(app, script_args.host, script_args.port)
 
 
 def make_parser(prog: str | None = None) -> Parser:
