@@ -132,9 +132,34 @@ def test_the_table_is_of_what_the_others_leave_and_its_keys_are_flags():
     left = {settings(name)["output_dir"] for name in ("nft_geneval", "guard_ocr", "guard_aesthetic", "opd")}
     assert set(settings("evaluate")["lora"]) == left
     assert set(settings("evaluate")["metrics"]) <= REWARDS.keys()
-    pytest.importorskip("diffusion_opd.scripts.evaluate")
     told = LaunchedCommand("evaluate", "").launched(["--config", str(FOLDER / "evaluate.yaml")])
     assert told.config_file is None
+
+
+@pytest.mark.slow
+def test_the_table(there, monkeypatch):
+    """Of all rows and metrics; GenEval's file and OCR's are read, the preset is a file."""
+    for seed, name in enumerate(settings("evaluate")["lora"]):
+        if not Path(name).exists():
+            lora = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=LORA_TARGETS)
+            torch.manual_seed(seed)
+            get_peft_model(sd3().transformer, lora).save_pretrained(name)
+    Path("dataset/geneval/evaluation_metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in METADATA))
+    Path("dataset/ocr/test.txt").write_text('a sign that says "3"\n')
+    Path("drawbench.txt").write_text("a cat\na dog\n")
+    told = settings("evaluate") | {"height": 16, "width": 16, "num_inference_steps": 2, "dtype": "float32"}
+    told |= {"call_kwargs": {"max_sequence_length": 32}, "prompts": told["prompts"] | {"default": "drawbench.txt"}}
+    Path("evaluate.yaml").write_text(yaml.safe_dump(told))
+    script = importlib.import_module("diffusion_opd.scripts.evaluate")
+    script.main(*script.make_parser().parse_args_and_config(["--config", "evaluate.yaml"]))
+    results = json.loads(Path("sd35m-evaluation/results.json").read_text())
+    assert list(results["models"]) == ["base", *told["lora"]]
+    for own in results["models"].values():
+        assert {name: one["scored"] for name, one in own.items()} == dict.fromkeys(told["metrics"], 2) | {
+            "geneval": 8,
+            "ocr": 1,
+        }
+        assert own["geneval"]["groups"].keys() == {"counting", "position"}
 
 
 @pytest.mark.parametrize("name", STAGES)

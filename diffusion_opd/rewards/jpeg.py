@@ -20,8 +20,7 @@ class JPEGCompressibility(Scorer):
     The reward of DDPO (Black et al. 2023, https://arxiv.org/abs/2305.13301, `jpeg_compressibility`), the same number on
     both scales. Flow-GRPO divides it by 500; a weight of .002 does the same.
 
-    Args:
-        kwargs: As of [`Scorer`]. Without a model only `num_frames` makes a difference.
+    Takes what a [`Scorer`] takes, of which only `num_frames` makes a difference without a model.
     """
 
     __name__ = "jpeg_compressibility"
