@@ -29,6 +29,18 @@ def length(prompts, images, wanted):
     return [float(abs(len(prompt) - number)) for prompt, number in zip(prompts, wanted, strict=True)]
 
 
+class Halved:
+    """On the scale of training half of what a table has."""
+
+    __name__ = "halved"
+
+    def __init__(self):
+        self.scale = "training"
+
+    def __call__(self, images):
+        return [(0.5 if self.scale == "training" else 1.0) * mean for mean in brightness([""] * len(images), images)]
+
+
 async def difference(images, source):
     """Of each picture and that of the column `source`, if there is one."""
     await asyncio.sleep(0)

@@ -33,7 +33,7 @@ from tests.launched import held_port
 from tests.rl_training import DATA, GRPO, trainer_of
 
 ROOT = Path(__file__).parents[1]
-NAMES = ["brightness", "length", "difference", "gated", "broken", "miscounts"]
+NAMES = ["brightness", "length", "difference", "gated", "halved", "broken", "miscounts"]
 
 
 class Server:
@@ -42,6 +42,7 @@ class Server:
     def __init__(self, folder: Path, port: int):
         self.folder, self.port, self.url = folder, port, f"http://127.0.0.1:{port}"
         funcs: list = [f"tests.served_rewards.{name}" for name in NAMES]
+        funcs[4] = "tests.served_rewards.Halved"
         funcs[3] = {"name": funcs[3], "folder": str(folder)}
         self.config = folder / "serve.yaml"
         self.config.write_text(yaml.safe_dump({"reward_funcs": funcs, "max_pixels": 10000, "max_bytes": 1000000}))
@@ -140,6 +141,14 @@ def test_columns_of_pictures_are_sent_as_pictures(url, caplog):
     ]
 
 
+def test_the_client_chooses_the_scale(url):
+    """One server is enough for training and for tables."""
+    remote = {"name": "remote", "url": url, "reward": "halved"}
+    for scale, wanted in (("table", 10.0), ("training", 5.0), ("table", 10.0)):
+        assert ask(load_reward(remote, scale=scale), ["a"], [grey(10)]) == [wanted]
+    assert ask(load_reward(remote), ["a"], [grey(10)]) == [5.0]
+
+
 def test_what_is_served(server):
     needs = {"length": ["wanted"], "difference": ["source"]}
     assert httpx.get(f"{server.url}/rewards").json() == {"rewards": {name: needs.get(name, []) for name in NAMES}}
@@ -195,7 +204,8 @@ def test_as_a_reward_function_of_a_trainer(url, tmp_path):
 def test_a_resumed_run_may_ask_a_server_elsewhere():
     remote = RemoteReward("http://here:1", "length")
     assert hash_function(remote) == hash_function(RemoteReward("http://elsewhere:2", "length", timeout=3))
-    assert hash_function(remote) != hash_function(RemoteReward("http://here:1", "brightness"))
+    for other in (RemoteReward("http://here:1", "brightness"), RemoteReward("http://here:1", "length", scale="table")):
+        assert hash_function(remote) != hash_function(other)
 
 
 def test_what_fails_says_so(url):
@@ -319,3 +329,11 @@ def test_a_mistake_on_the_command_line(flags, sentence, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["reward-serve", *flags])
     assert ended.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_a_scale_in_the_file_of_a_server(tmp_path, capsys):
+    config = tmp_path / "serve.yaml"
+    config.write_text("reward_funcs: [{name: jpeg_compressibility, scale: table}]")
+    with pytest.raises(SystemExit):
+        main(["reward-serve", "--config", str(config)])
+    assert "`scale` of 'jpeg_compressibility' is chosen by whoever asks; leave it out." in capsys.readouterr().err

@@ -15,6 +15,8 @@ from typing import Any
 
 from PIL import Image
 
+from .scorer import SCALES
+
 try:
     import httpx
 except ImportError as error:
@@ -43,6 +45,7 @@ class RemoteReward:
         max_retries (`int`, *optional*, defaults to `20`):
             Tries after the first where the server cannot be reached, is busy, or does not answer in time: .5, 1, 2, ...
             at most 5 seconds apart, about 90 in all. Whoever starts the server again meanwhile saves the run.
+        scale (`str`, *optional*, defaults to `"training"`): On which its scorer answers, `"training"` or `"table"`.
 
     Raises:
         ImportError: if httpx is missing.
@@ -59,20 +62,23 @@ class RemoteReward:
         max_concurrency: int = 8,
         timeout: float = 300,
         max_retries: int = 20,
+        scale: str = "training",
     ):
         self.url, self.reward, self.__name__ = url.rstrip("/"), reward, reward
         self.batch_size, self.max_concurrency = batch_size, max_concurrency
-        self.timeout, self.max_retries = timeout, max_retries
+        self.timeout, self.max_retries, self.scale = timeout, max_retries, scale
         self._left_out: set[str] = set()
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"`url` of the remote reward {reward!r} begins with http:// or https://, got {url!r}.")
+        if scale not in SCALES:
+            raise ValueError(f"`scale` of the remote reward {reward!r} must be one of {list(SCALES)}, got {scale!r}.")
         for name, number in (("batch_size", batch_size), ("max_concurrency", max_concurrency)):
             if number < 1:
                 raise ValueError(f"`{name}` of the remote reward {reward!r} must be at least 1, got {number}.")
 
     def made_of(self) -> dict[str, Any]:
         """What its numbers depend on: a run may go on with a server elsewhere."""
-        return {"reward": self.reward}
+        return {"reward": self.reward, "scale": self.scale}
 
     async def __call__(self, prompts: Sequence[str], images: Sequence[Any], **columns: Any) -> list[float | None]:
         columns.pop("trainer_state", None)
@@ -88,6 +94,7 @@ class RemoteReward:
                 rows = slice(start, start + self.batch_size)
                 async with free:
                     body = {
+                        "scale": self.scale,
                         "prompts": list(prompts[rows]),
                         "columns": {name: values[rows] for name, values in columns.items()},
                         "images": await asyncio.to_thread(encoded, images[rows]),

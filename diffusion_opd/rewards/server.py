@@ -1,7 +1,8 @@
 """A server of reward functions: scorers in an environment, or on a GPU, of their own.
 
     POST /rewards/{name}    {"prompts": [...], "images": [PNG in base64, of a video a list of such, ...],
-                            "columns": {name: [...]}, "pictures": {name: [as in images, or null]}}
+                            "columns": {name: [...]}, "pictures": {name: [as in images, or null]},
+                            "scale": "training" or "table"}
                             -> {"scores": [number or null, ...]}
     GET /rewards            -> {"rewards": {name: [column that it needs, ...]}}
     GET /health             -> {"status": "ok"}
@@ -20,12 +21,13 @@ import io
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
 from ..inputs import PROMPT
 from .functions import RewardFunc, Rewards
+from .scorer import SCALES
 
 try:
     import uvicorn
@@ -50,6 +52,7 @@ class Judged(BaseModel):
     images: list[str | list[str]]
     columns: dict[str, list[Any]] = {}
     pictures: dict[str, list[str | list[str] | None]] = {}
+    scale: Literal["training", "table"] = "training"
 
 
 def make_app(
@@ -72,12 +75,13 @@ def make_app(
     """
     app = FastAPI(title="diffusion-opd reward-serve", docs_url=None, redoc_url=None)
     rewards: dict[str, Rewards] = {}
+    funcs: dict[str, Any] = {}
     for func in reward_funcs:
         reward = Rewards(func)
         (name,) = reward.all_names
         if name in rewards:
             raise ValueError(f"two rewards are called {name!r}; serve one of them on another port.")
-        rewards[name] = reward
+        rewards[name], funcs[name] = reward, func
     busy = {name: asyncio.Lock() for name in rewards}
     held = {name: asyncio.Semaphore(2) for name in rewards}  # one is decoded while another is scored
 
@@ -119,6 +123,8 @@ def make_app(
             columns = {**judged.columns, **pictures, PROMPT: judged.prompts}
             rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
             async with busy[name]:
+                if getattr(funcs[name], "scale", None) in SCALES:
+                    funcs[name].scale = judged.scale
                 try:
                     (scores,) = await asyncio.to_thread(rewards[name].scores, "all", rows, images)
                 except Exception as error:

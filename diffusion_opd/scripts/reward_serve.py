@@ -7,9 +7,11 @@ Trainers ask it through `{name: remote, url: http://localhost:8000, reward: gene
 on a network that you trust.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from diffusion_opd.rewards import Scorer, load_reward
+from diffusion_opd.rewards.scorer import SCALES
 from diffusion_opd.scripts.parser import Parser
 
 
@@ -20,8 +22,8 @@ class RewardServeArguments:
 
     Args:
         reward_funcs (`list[str]`):
-            Names of [`REWARDS`] or dotted paths of functions; in YAML also dicts with `name` and arguments. Models stay
-            on the device, unless their `placement` says otherwise.
+            Names of [`REWARDS`] or dotted paths of functions; in YAML also dicts with `name` and arguments, without
+            `scale`: whoever asks chooses it. Models stay on the device, unless their `placement` says otherwise.
         host (`str`, *optional*, defaults to `"127.0.0.1"`):
             Address to listen at; `0.0.0.0`: all of them.
         port (`int`, *optional*, defaults to `8000`):
@@ -49,6 +51,9 @@ def main(script_args: RewardServeArguments) -> None:
 
     if not script_args.reward_funcs:
         raise ValueError("`reward_funcs` is empty; name at least one reward.")
+    for reward in script_args.reward_funcs:
+        if isinstance(reward, Mapping) and reward.get("scale") in SCALES:
+            raise ValueError(f"`scale` of {reward['name']!r} is chosen by whoever asks; leave it out.")
     funcs = [load_reward(reward, placement="device") for reward in script_args.reward_funcs]
     app = make_app(funcs, script_args.max_batch_size, script_args.max_pixels, script_args.max_bytes)
     for func in funcs:
