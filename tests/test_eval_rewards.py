@@ -102,6 +102,15 @@ def test_scores_do_not_depend_on_how_rows_are_cut(tmp_path):
     assert len(set(seen[:5])) == 5
 
 
+def test_what_is_drawn_from_the_global_generator_is_the_same_each_time(tmp_path):
+    trainer = trainer_of(tmp_path, eval_dataset=DATA.select(range(2)), eval_reward_funcs=redness)
+    decode = trainer.pipeline.vae.decode
+    trainer.pipeline.vae.decode = lambda z, **kwargs: decode(z + torch.randn_like(z), **kwargs)
+    first = trainer.evaluate()
+    torch.randn(3)
+    assert numbers(trainer.evaluate(), "reward") == numbers(first, "reward")
+
+
 def test_rewards_of_one_task_leave_the_others_rows_alone(tmp_path):
     asked = []
 

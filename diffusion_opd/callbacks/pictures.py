@@ -138,17 +138,21 @@ class Pictures(TrainerCallback):
         count = args.image_num_inference_steps or args.num_inference_steps
         steps = {"num_inference_steps": count} if takes_steps else {}
         bare = self.trainer.student.policy.takes_it_bare
+        device = self.trainer.accelerator.device
+        devices = [device] if device.type == "cuda" else []
         self.trainer.model.eval()
         for call in self.trainer.calls(rows):
             inputs, seeded = inputs_of([rows[row] for row in call], data.columns), [generators[row] for row in call]
             own.update(watched_decoders(self.trainer.pipeline, partial(decoded, rows[call[0]])))
-            output = pipeline(
-                **as_arguments(type(pipeline), inputs, bare),
-                **steps,
-                generator=seeded[0] if bare else seeded,
-                output_type="np" if makes_sound(pipeline) else "pil",
-                **args.pipeline_kwargs,
-            )
+            with torch.random.fork_rng(devices):  # some classes draw from the global generator
+                torch.manual_seed(seeded[0].initial_seed())
+                output = pipeline(
+                    **as_arguments(type(pipeline), inputs, bare),
+                    **steps,
+                    generator=seeded[0] if bare else seeded,
+                    output_type="np" if makes_sound(pipeline) else "pil",
+                    **args.pipeline_kwargs,
+                )
             for row, one in zip(call, _made(output, pipeline), strict=True):
                 drawn[row] = one
         return drawn
