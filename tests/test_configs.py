@@ -144,7 +144,8 @@ def test_the_table(there, monkeypatch):
             lora = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=LORA_TARGETS)
             torch.manual_seed(seed)
             get_peft_model(sd3().transformer, lora).save_pretrained(name)
-    Path("dataset/geneval/evaluation_metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in METADATA))
+    lines = "".join(json.dumps(row) + "\n" for row in METADATA * 4)
+    Path("dataset/geneval/test_metadata.jsonl").write_text(lines)
     Path("dataset/ocr/test.txt").write_text('a sign that says "3"\n')
     Path("drawbench.txt").write_text("a cat\na dog\n")
     told = settings("evaluate") | {"height": 16, "width": 16, "num_inference_steps": 2, "dtype": "float32"}
