@@ -70,9 +70,10 @@ def evaluate(
             and `name`.
         models (`Sequence`, *optional*): Whole pipelines, likewise.
         include_base (`bool`, *optional*, defaults to `True`): Whether the base is a row.
-        num_inference_steps (`int`, *optional*, defaults to `40`), guidance_scale (`float`, *optional*),
-        height, width (`int`, *optional*), call_kwargs (`dict`, *optional*):
-            Of the pipelines' calls; `None`: the pipeline's own.
+        num_inference_steps (`int`, *optional*, defaults to `40`): Of the pipelines' calls.
+        guidance_scale (`float`, *optional*): Of the pipelines' calls. `None`: each pipeline's own.
+        height, width (`int`, *optional*): Likewise, in pixels.
+        call_kwargs (`dict`, *optional*): More of the pipelines' calls.
         images_per_prompt (`int` or `dict[str, int]`, *optional*, defaults to `1`):
             Pictures of each prompt; with a dict as `prompts`, by the same names.
         prompt_column (`str`, *optional*): As of [`load_prompts`].
