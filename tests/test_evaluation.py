@@ -20,6 +20,7 @@ from diffusion_opd.evaluation import evaluate, load_prompts, normalised_means
 from diffusion_opd.evaluation.drawing import samples_of
 from diffusion_opd.evaluation.report import grid, summary
 from diffusion_opd.scripts import evaluate as script
+from diffusion_opd.scripts.arguments import RLScriptArguments, load_data
 from tests.hub_server import HubServer, client
 from tests.tiny_pipelines import BUILDERS, CALL
 
@@ -192,6 +193,9 @@ def test_sets_of_prompts(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("bom.txt").write_bytes("\ufeffa cat\r\n\r\n a dog \r\n".encode())
     assert [row["prompt"] for row in load_prompts("bom.txt")] == ["a cat", " a dog "]
+    # As training reads it
+    data = load_data(RLScriptArguments(train_files=["bom.txt"]), False, None)["train_dataset"]
+    assert data["prompt"][:] == ["a cat", " a dog "]
     rows = [
         {"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "two cats"},
         {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a red dog"},
@@ -233,12 +237,18 @@ def test_what_does_not_fit_is_said_before_anything_is_drawn(folder, tmp_path):
         ({"lora": [{"pth": "x"}]}, "names no model"),
         ({"push_to_hub": True}, "`push_to_hub` has no model to push to"),
         ({"images_per_prompt": {"ocr": 2}}, r"`images_per_prompt` names \['ocr'\]"),
+        ({"images_per_prompt": 0}, "`images_per_prompt` must be at least 1, got 0"),
+        ({"dtype": "bf61"}, r"`dtype` must be one of \['bfloat16', 'float16', 'float32'\], got 'bf61'"),
     ]:
         with pytest.raises(ValueError, match=message):
             run(folder, tmp_path / "out", **more)
-    assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="the LoRA 'nowhere': .*nowhere' is neither a folder nor"):
         run(folder, tmp_path / "out", lora=[str(folder / "nowhere")])
+    assert not (tmp_path / "out").exists()
+    # The pipeline itself refuses; nothing was drawn, so the right command may follow in the same folder
+    with pytest.raises(ValueError, match="'base' cannot draw with .* have to be divisible by"):
+        run(folder, tmp_path / "out", lora=[], height=17)
+    run(folder, tmp_path / "out", lora=[], metrics=[BRIGHTNESS])
 
 
 def test_flags(tmp_path):

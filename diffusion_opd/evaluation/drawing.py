@@ -119,7 +119,8 @@ def draw(
     }
     settings = json.loads(json.dumps(settings, default=str))
     written = folder / SETTINGS
-    if written.is_file():
+    begun = any(path.name != SETTINGS for path in folder.glob("*"))
+    if written.is_file() and begun:  # a run that drew nothing binds nobody
         before = json.loads(written.read_text())
         if different := [name for name in settings if settings[name] != before.get(name)]:
             changes = ", ".join(f"{name} {before.get(name)!r}, now {settings[name]!r}" for name in different)
@@ -143,7 +144,8 @@ def draw(
     for start in bar:
         batch = mine[start : start + batch_size]
         generators = [torch.Generator().manual_seed(sample.seed) for sample in batch]
-        output = pipeline([sample.row[PROMPT] for sample in batch], generator=generators, **call_kwargs)
+        with one_sentence(f"{model.name!r} cannot draw with {dict(call_kwargs)}"):
+            output = pipeline([sample.row[PROMPT] for sample in batch], generator=generators, **call_kwargs)
         made = next((getattr(output, name) for name in ("images", "frames") if hasattr(output, name)), None)
         if made is None:
             raise ValueError(

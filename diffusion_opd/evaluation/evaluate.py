@@ -19,9 +19,11 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from tqdm.auto import tqdm
 
 from ..config import computes_in_bf16
+from ..denoisers import NAMES
 from ..disclosure import disclosed, is_repository
 from ..inputs import PROMPT
 from ..rewards import Rewards, load_reward
+from ..teachers.locating import locate
 from .drawing import Model, Sample, draw, named, picture, samples_of
 from .prompts import load_prompts
 from .report import grid, normalised_means, summary, table
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT = "default"
 GRID_ROWS = 6
+_DTYPES = ("bfloat16", "float16", "float32")
 _PACKAGES = ("diffusion-opd", "diffusers", "transformers", "torch")
 
 
@@ -78,7 +81,9 @@ def evaluate(
             Pictures of each prompt; with a dict as `prompts`, by the same names.
         prompt_column (`str`, *optional*): As of [`load_prompts`].
         batch_size (`int`, *optional*, defaults to `8`): Pictures of one call of the pipeline, and of one of a metric.
-        dtype (`str`, *optional*): Of the models. `None`: bfloat16 where the hardware computes in it, or float32.
+        dtype (`str`, *optional*):
+            `"bfloat16"`, `"float16"` or `"float32"`, of the models. `None`: bfloat16 where the hardware computes in
+            it, or float32.
         seed (`int`, *optional*, defaults to `42`): Of all pictures.
         push_to_hub (`bool`, *optional*, defaults to `False`):
             Puts the results into the cards (`model-index`) of those models and LoRAs that are Hub ids.
@@ -111,7 +116,10 @@ def evaluate(
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     given |= {"height": height, "width": width, **(call_kwargs or {})}
     call = {name: value for name, value in given.items() if value is not None}
-    weights = getattr(torch, dtype) if dtype else torch.bfloat16 if computes_in_bf16() else torch.float32
+    weights = _dtype(dtype) if dtype else torch.bfloat16 if computes_in_bf16() else torch.float32
+    for row in rows:
+        if row.lora is not None:
+            locate(row.lora, NAMES)  # what is not there is told before hours of drawing
 
     folder = Path(output_dir)
     wanted = list({sample.key: sample for own in sets.values() for sample in own}.values())
@@ -169,11 +177,19 @@ def _sets(
     for what, found in (("prompts", sources), ("images_per_prompt", by_name)):
         if unknown := sorted(found.keys() - judges.keys() - {DEFAULT}):
             raise ValueError(f"`{what}` names {unknown}; the metrics are {list(judges)}, and the others {DEFAULT!r}.")
+    if any(not isinstance(count, int) or count < 1 for count in by_name.values()):
+        raise ValueError(f"`images_per_prompt` must be at least 1, got {counts}.")
     if DEFAULT not in sources and (without := [name for name in judges if name not in sources]):
         raise ValueError(f"`prompts` has none for {without}; add them, or {DEFAULT!r}.")
     used = [name for name in sources if name in judges or any(judge not in sources for judge in judges)]
     loaded = {source: load_prompts(source, column) for source in dict.fromkeys(sources[name] for name in used)}
     return {name: samples_of(loaded[sources[name]], by_name.get(name, by_name.get(DEFAULT, 1)), seed) for name in used}
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"`dtype` must be one of {list(_DTYPES)}, got {name!r}.")
+    return getattr(torch, name)
 
 
 def _set_of(metric: str, sets: Mapping[str, Any]) -> str:

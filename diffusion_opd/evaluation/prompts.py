@@ -12,7 +12,7 @@ from ..errors import one_sentence
 from ..inputs import PROMPT
 
 # How `datasets` calls what a file holds
-_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 _COLUMNS = (PROMPT, "Prompt", "Prompts", "prompts", "text", "caption")
 
 
@@ -51,6 +51,29 @@ PRESETS = {
 }
 
 
+def read_file(file: str) -> Dataset:
+    """A file of rows, one of `FORMATS`; of text each line that is not blank is a `prompt`.
+
+    Raises:
+        ValueError: if it is not there, or cannot be read.
+    """
+    path = Path(file)
+    if path.suffix not in FORMATS:
+        raise ValueError(f"a file of prompts ends in one of {list(FORMATS)}, got {file!r}.")
+    if not path.is_file():
+        raise ValueError(f"there is no file of prompts {file!r}.")
+    is_text = path.suffix == ".txt"
+    with one_sentence(f"the prompts {file!r} cannot be read"):
+        # Editors put a mark of byte order in front of text
+        how: dict[str, Any] = {"encoding": "utf-8-sig"} if is_text else {}
+        dataset = load_dataset(FORMATS[path.suffix], data_files=file, split="train", **how)
+    if not is_text:
+        return dataset
+    kept = [index for index, line in enumerate(dataset["text"]) if line.strip()]
+    dataset = dataset if len(kept) == len(dataset) else dataset.select(kept)
+    return dataset.rename_column("text", PROMPT)
+
+
 def load_prompts(source: str, prompt_column: str | None = None, split: str | None = None) -> list[dict[str, Any]]:
     """Reads a set of prompts.
 
@@ -68,15 +91,8 @@ def load_prompts(source: str, prompt_column: str | None = None, split: str | Non
         ValueError: if it cannot be read, or holds no prompts.
     """
     path = Path(source)
-    if path.suffix in _FORMATS and not path.is_dir():
-        if not path.is_file():
-            raise ValueError(f"there is no file of prompts {source!r}.")
-        with one_sentence(f"the prompts {source!r} cannot be read"):
-            # BOMs are of editors
-            more = {} if path.suffix == ".csv" else {"encoding": "utf-8-sig"} if path.suffix == ".txt" else {}
-            dataset = load_dataset(_FORMATS[path.suffix], data_files=source, split="train", **more)
-        if path.suffix == ".txt":
-            dataset = dataset.rename_column("text", PROMPT)
+    if path.suffix in FORMATS and not path.is_dir():
+        dataset = read_file(source)
     else:
         preset = PRESETS.get(source, Preset(source))
         if preset.dataset is None:

@@ -40,7 +40,8 @@ def summary(scores: Sequence[float | None], groups: Sequence[Any] | None = None)
 
 def normalised_means(results: Results) -> dict[str, float | None]:
     """Of each model the mean over metrics of `(score - lowest) / (highest - lowest)`, where lowest and highest are
-    those of the models in `results`; `None` for fewer than two models, or without a score of each metric.
+    those of the models in `results`, and metrics in which all are equal are left out; `None` for fewer than two models,
+    or without a score of each metric.
 
     The paper's Table 1 has such a column, whose formula it does not print: neither this one nor another that scales
     each metric by itself gives its numbers from its own table. So it ranks the models of one table, and is to be
@@ -70,8 +71,8 @@ def table(results: Results) -> str:
     absent = {m: sum(own.get(m, {}).get("without_score", 0) for own in results.values()) for m in metrics}
     notes = [f"{count} pictures have no score of `{metric}`." for metric, count in absent.items() if count]
     formula = (
-        "Normalised mean: mean over metrics of (score - lowest) / (highest - lowest) among these models; it ranks "
-        "them, and is to be compared with no other table."
+        "Normalised mean: mean over metrics of (score - lowest) / (highest - lowest) among these models, "
+        "without metrics in which all are equal; it ranks them, and is to be compared with no other table."
     )
     return "\n".join(lines) + "\n\n" + "\n".join([*notes, formula]) + "\n"
 

@@ -5,7 +5,6 @@ This file knows files, names and dicts as users write them, and no trainer.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
@@ -13,11 +12,9 @@ from peft import LoraConfig
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
 from ..errors import one_sentence
+from ..evaluation.prompts import read_file
 from ..rewards import RewardFunc, load_reward
 from ..teachers import Lora
-
-# How `datasets` calls what a file holds
-_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
 
 @dataclass
@@ -151,20 +148,9 @@ def load_files(files: Any, tasks: Sequence[str] | None, name: str) -> Dataset | 
             wanted = f"one file for each of {list(tasks)}" if tasks else "one file"
             raise ValueError(f"`{name}` needs {wanted}; got {files}.")
         if not tasks:
-            return load_file(files[0])
+            return read_file(files[0])
         files = dict(zip(tasks, files, strict=True))
-    return {task: load_file(file) for task, file in files.items()}
-
-
-def load_file(file: str) -> Dataset:
-    path = Path(file)
-    if path.suffix not in _FORMATS:
-        raise ValueError(f"a file of prompts ends in one of {list(_FORMATS)}, got {file!r}.")
-    if not path.is_file():
-        raise ValueError(f"there is no file of prompts {file!r}.")
-    with one_sentence(f"the prompts {file!r} cannot be read"):
-        dataset = load_dataset(_FORMATS[path.suffix], data_files=file, split="train")
-    return dataset.rename_column("text", "prompt") if path.suffix == ".txt" else dataset
+    return {task: read_file(file) for task, file in files.items()}
 
 
 def load_rewards(reward_funcs: Any) -> tuple[Any, Any]:

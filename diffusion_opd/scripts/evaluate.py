@@ -32,7 +32,7 @@ class EvaluateArguments:
         prompts (`list[str]`):
             A file (`.txt`, `.jsonl`, `.csv`), the Hub id of a dataset or a preset (`drawbench`, `parti`); of some of
             the metrics `METRIC=FILE`; in YAML also a dict.
-        prompt_column (`str`, *optional*): Where the prompts are.
+        prompt_column (`str`, *optional*): Column of the prompts.
         images_per_prompt (`str`, *optional*, defaults to `1`): A number; in YAML also a dict as of `prompts`.
         output_dir (`str`): Where everything is written.
         num_inference_steps, guidance_scale, height, width, call_kwargs: Of the pipelines' calls.
@@ -50,7 +50,9 @@ class EvaluateArguments:
     prompts: list[str] = field(
         default_factory=list, metadata={"help": "A file, a dataset or a preset; METRIC=FILE for one of the metrics."}
     )
-    prompt_column: str | None = field(default=None, metadata={"help": "Where the prompts are."})
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Column of the prompts. Default: `prompt`, or another usual name."}
+    )
     images_per_prompt: str = field(default="1", metadata={"help": "Pictures of each prompt."})
     output_dir: str = field(default="evaluation", metadata={"help": "Where everything is written."})
     num_inference_steps: int = field(default=40, metadata={"help": "Denoising steps."})
@@ -59,7 +61,9 @@ class EvaluateArguments:
     width: int | None = field(default=None, metadata={"help": "Default: the pipeline's own."})
     call_kwargs: str | None = field(default=None, metadata={"help": "More of the pipeline's call, as JSON."})
     batch_size: int = field(default=8, metadata={"help": "Pictures of one call."})
-    dtype: str | None = field(default=None, metadata={"help": "Default: bfloat16 where the hardware computes in it."})
+    dtype: str | None = field(
+        default=None, metadata={"help": "bfloat16, float16 or float32. Default: bfloat16 where the hardware has it."}
+    )
     seed: int = field(default=42, metadata={"help": "Of all pictures."})
     push_to_hub: bool = field(default=False, metadata={"help": "Put results into the cards of models with Hub ids."})
 
@@ -67,7 +71,11 @@ class EvaluateArguments:
         self.prompts = _by_metric(self.prompts)
         self.call_kwargs = parse_json("call_kwargs", self.call_kwargs)
         counts: Any = self.images_per_prompt
-        self.images_per_prompt = counts if isinstance(counts, (int, dict)) else int(counts)  # type: ignore[assignment]
+        if isinstance(counts, str):
+            if not counts.isdecimal():
+                raise ValueError(f"`images_per_prompt` must be a whole number, got {counts!r}.")
+            counts = int(counts)
+        self.images_per_prompt = counts
 
 
 def _by_metric(entries: Any) -> Any:
