@@ -152,7 +152,7 @@ def test_the_client_chooses_the_scale(url):
 def test_what_is_served(server):
     needs = {"length": ["wanted"], "difference": ["source"]}
     assert httpx.get(f"{server.url}/rewards").json() == {"rewards": {name: needs.get(name, []) for name in NAMES}}
-    assert server.log.read_text().splitlines()[0] == f"Rewards are served at {server.url}."
+    assert server.log.read_text().splitlines().count(f"Rewards are served at {server.url}.") == 1  # libraries print too
 
 
 def test_sixty_four_at_once(url):
