@@ -351,7 +351,7 @@ def load_student(
                 "of `model_init_kwargs`."
             )
         hub = {key: init_kwargs[key] for key in HUB_KWARGS & init_kwargs.keys()}
-        index, is_modular = _read_index(str(model), hub)
+        index, is_modular, _ = read_index(str(model), hub)
         init_kwargs = absent_parts(index) | init_kwargs
         if "torch_dtype" in init_kwargs:  # what it was called before
             init_kwargs.setdefault("dtype", init_kwargs.pop("torch_dtype"))
@@ -562,9 +562,10 @@ def _cast(values: Any, dtype: torch.dtype) -> Any:
     return tree_map(cast, values)
 
 
-def _read_index(model: str, hub: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The index of a pipeline, and whether it is a modular one."""
-    path, modular = Path(model, INDEX_NAME), Path(model, MODULAR_INDEX_NAME)
+def read_index(model: str, hub: dict[str, Any], who: str = "the student") -> tuple[dict[str, Any], bool, str | None]:
+    """The index of a pipeline, whether it is a modular one, and the commit if it is on the Hub; `who` is what sentences
+    call it."""
+    path, modular, commit = Path(model, INDEX_NAME), Path(model, MODULAR_INDEX_NAME), None
     if not os.path.isdir(model):
         try:
             if os.path.isabs(model):
@@ -574,7 +575,8 @@ def _read_index(model: str, hub: dict[str, Any]) -> tuple[dict[str, Any], bool]:
             try:
                 modular = Path(hf_hub_download(model, MODULAR_INDEX_NAME, **hub))
             except (HFValidationError, OSError):
-                raise ValueError(f"the student {model!r} {why_not(error, hub.get('revision'))}.") from error
+                raise ValueError(f"{who} {model!r} {why_not(error, hub.get('revision'))}.") from error
+        commit = (path if path.is_file() else modular).parent.name
     is_modular = modular.is_file() and not path.is_file()
-    with one_sentence(f"the student {model!r} holds no pipeline ({INDEX_NAME} or {MODULAR_INDEX_NAME})"):
-        return read_json(modular if is_modular else path), is_modular
+    with one_sentence(f"{who} {model!r} holds no pipeline ({INDEX_NAME} or {MODULAR_INDEX_NAME})"):
+        return read_json(modular if is_modular else path), is_modular, commit

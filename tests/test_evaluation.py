@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -22,7 +24,8 @@ from diffusion_opd.evaluation.report import grid, summary
 from diffusion_opd.scripts import evaluate as script
 from diffusion_opd.scripts.arguments import RLScriptArguments, load_data
 from tests.hub_server import HubServer, client
-from tests.tiny_pipelines import BUILDERS, CALL
+from tests.tiny_pipelines import BUILDERS, CALL, flagging
+from tests.zoo import ZOO
 
 ROOT = Path(__file__).parents[1]
 STEPS = {"num_inference_steps": 3, **CALL["sd3"]}
@@ -124,11 +127,60 @@ def test_nothing_is_done_twice(folder, tmp_path, monkeypatch):
     assert "2 pictures have no score of `judge`" in (tmp_path / "out/results.md").read_text()
     more = run(folder, tmp_path / "out", metrics=["my_judge.judge"], lora=[str(folder / "lora1"), *loras], batch_size=2)
     assert list(more["models"]) == ["base", "lora1", "first"] and len(my_judge.CALLS) == 5
-    with pytest.raises(ValueError, match=r"other settings \(dtype 'torch.float32', now 'torch.bfloat16'\)"):
+    with pytest.raises(ValueError, match=r"other settings \(dtype 'float32', now 'bfloat16'\)"):
         run(folder, tmp_path / "out", metrics=["my_judge.judge"], dtype="bfloat16")
     with pytest.raises(ValueError, match=r"other settings \(seed 42, now 1\)"):
         run(folder, tmp_path / "out", metrics=["my_judge.judge"], seed=1)
     run(folder, tmp_path / "half", metrics=["my_judge.judge"], dtype="bfloat16")
+
+
+def test_other_weights_are_other_settings(folder, tmp_path):
+    """What lies at a path may be trained on; and it may be moved."""
+    one = {"prompts": str(tmp_path / "one.txt"), "metrics": ["jpeg_compressibility"], "num_inference_steps": 1}
+    one |= {"output_dir": str(tmp_path / "out"), "dtype": "float32", "call_kwargs": CALL["sd3"]}
+    (tmp_path / "one.txt").write_text("a cat")
+    shutil.copytree(folder / "base", tmp_path / "whole")
+    lora = {"name": "l", "path": str(folder / "lora1")}
+    evaluate(str(folder / "base"), models=[str(tmp_path / "whole")], lora=[lora], **one)
+    before = pictures(tmp_path / "out")
+    shutil.copytree(folder / "lora1", tmp_path / "moved")
+    evaluate(str(tmp_path / "whole"), models=[f"whole={folder / 'base'}"], lora=[f"l={tmp_path / 'moved'}"], **one)
+    assert pictures(tmp_path / "out") == before
+    with pytest.raises(ValueError, match=r"pictures/l holds pictures of other settings \(scale None, now 0.5\)"):
+        evaluate(str(folder / "base"), lora=[lora | {"scale": 0.5}], **one)
+    with pytest.raises(ValueError, match=r"pictures/l holds pictures of other settings \(lora "):
+        evaluate(str(folder / "base"), lora=[f"l={folder / 'lora2'}"], **one)
+    BUILDERS["sd3"](1).transformer.save_pretrained(tmp_path / "whole/transformer")
+    with pytest.raises(ValueError, match=r"pictures/whole holds pictures of other settings \(model "):
+        evaluate(str(folder / "base"), models=[str(tmp_path / "whole")], **one)
+
+
+def test_which_pipelines_draw(tmp_path):
+    """As they are saved: without an encoder, with a safety checker, modular. Pickles and NaN have no number."""
+    (tmp_path / "one.txt").write_text("a cat")
+
+    def draw(pipe, family: str | dict = "sd3", **saving):
+        pipe.save_pretrained(str(tmp_path / "pipe"), **saving)
+        out = tempfile.mkdtemp(dir=tmp_path)
+        call = CALL[family] if isinstance(family, str) else family
+        more = {"dtype": "float32", "num_inference_steps": 1, "call_kwargs": call}
+        evaluate(str(tmp_path / "pipe"), ["jpeg_compressibility"], str(tmp_path / "one.txt"), out, **more)
+        shutil.rmtree(tmp_path / "pipe")
+        (made,) = pictures(Path(out)).values()
+        return np.frombuffer(made, np.uint8)
+
+    pipe = BUILDERS["sd3"](0)
+    pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
+    assert draw(pipe).std() > 0
+    assert np.array_equal(draw(flagging(), "sd15"), draw(BUILDERS["sd15"](0), "sd15"))
+    modular = ZOO["FluxModularPipeline"]
+    assert draw(modular.make(0), modular.call, overwrite_modular_index=True).std() > 0
+    with pytest.raises(ValueError, match=r"cannot be loaded \(only safetensors are read\)"):
+        draw(BUILDERS["sd3"](0), safe_serialization=False)
+    pipe = BUILDERS["sd3"](0)
+    pipe.vae.decoder.conv_out.bias.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="the VAE of the model 'base' decodes to NaN or Inf in float32"):
+        draw(pipe)
 
 
 @pytest.mark.slow
@@ -239,11 +291,11 @@ def test_what_does_not_fit_is_said_before_anything_is_drawn(folder, tmp_path):
         ({"images_per_prompt": {"ocr": 2}}, r"`images_per_prompt` names \['ocr'\]"),
         ({"images_per_prompt": 0}, "`images_per_prompt` must be at least 1, got 0"),
         ({"dtype": "bf61"}, r"`dtype` must be one of \['bfloat16', 'float16', 'float32'\], got 'bf61'"),
+        ({"lora": [str(folder / "nowhere")]}, "the LoRA 'nowhere': .*nowhere' is neither a folder nor"),
+        ({"models": [str(folder / "nowhere")]}, "the model .*nowhere' is neither a folder nor"),
     ]:
         with pytest.raises(ValueError, match=message):
             run(folder, tmp_path / "out", **more)
-    with pytest.raises(ValueError, match="the LoRA 'nowhere': .*nowhere' is neither a folder nor"):
-        run(folder, tmp_path / "out", lora=[str(folder / "nowhere")])
     assert not (tmp_path / "out").exists()
     # The pipeline itself refuses; nothing was drawn, so the right command may follow in the same folder
     with pytest.raises(ValueError, match="'base' cannot draw with .* have to be divisible by"):

@@ -9,11 +9,9 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
-from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch.distributions import Normal
-from transformers import CLIPConfig, CLIPImageProcessor
 
 from diffusion_opd import DiffusionGRPOConfig, DiffusionNFTTrainer
 from diffusion_opd.sampling import noise_generators, seed_of
@@ -34,7 +32,7 @@ from tests.rl_training import (
     trainer_of,
     twin_of,
 )
-from tests.tiny_pipelines import BUILDERS, CALL, denoiser
+from tests.tiny_pipelines import BUILDERS, CALL, denoiser, flagging
 from tests.training import FAMILIES, guided_by_hand, history, latents, lora, trained
 from tests.zoo import ZOO
 from tests.zoo.worlds import Safe
@@ -759,19 +757,6 @@ def test_config_of_another_trainer_is_refused(tmp_path):
 
 
 # What makes black pictures
-
-
-def flagging(family: str = "sd15") -> DiffusionPipeline:
-    """A pipeline whose safety checker finds fault with every picture."""
-    side = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    vision = dict(side, image_size=32, patch_size=16)
-    sides = CLIPConfig(text_config=dict(side, vocab_size=99), vision_config=vision, projection_dim=16)
-    checker = StableDiffusionSafetyChecker(sides).eval()
-    checker.concept_embeds_weights.data.fill_(-1.0)
-    size = {"height": 32, "width": 32}
-    extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
-    parts = BUILDERS[family](0).components | {"safety_checker": checker, "feature_extractor": extractor}
-    return type(BUILDERS[family](0))(**parts)
 
 
 @BOTH

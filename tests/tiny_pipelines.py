@@ -49,8 +49,11 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -739,6 +742,20 @@ VP_BUILDERS = {"pixart_sigma": pixart_sigma, "sdxl": sdxl, "sd15": sd15}
 BUILDERS = {name: partial(silent, make) for name, make in (FLOW_BUILDERS | VP_BUILDERS).items()}
 FLOW = tuple(FLOW_BUILDERS)
 VP = tuple(VP_BUILDERS)
+
+
+def flagging(family: str = "sd15") -> DiffusionPipeline:
+    """A pipeline whose safety checker finds fault with every picture."""
+    side = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    vision = dict(side, image_size=32, patch_size=16)
+    sides = CLIPConfig(text_config=dict(side, vocab_size=99), vision_config=vision, projection_dim=16)
+    checker = StableDiffusionSafetyChecker(sides).eval()
+    checker.concept_embeds_weights.data.fill_(-1.0)
+    size = {"height": 32, "width": 32}
+    extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
+    parts = BUILDERS[family](0).components | {"safety_checker": checker, "feature_extractor": extractor}
+    return type(BUILDERS[family](0))(**parts)
+
 
 # Arguments of `pipe(...)` for the smallest sample that still has several latent tokens; with guidance, where the family
 # has it.

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,16 +19,23 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..denoisers import denoisers_of
+from ..callbacks.sounds import makes_sound
+from ..decoding import CHECKER, takes_no_checker, watched_decoders
+from ..denoisers import NAMES, denoisers_of
 from ..errors import one_sentence, without_reports
-from ..inputs import PROMPT, content_key
+from ..files import absent_parts, parts_named
+from ..inputs import PROMPT, as_arguments, content_key
+from ..modular import load_modular
 from ..policy import tuner_layers
 from ..sampling import SEED_EVAL, seed_of
+from ..student import read_index
+from ..teachers.locating import locate
 from ..teachers.lora import load_lora
 from ..teachers.spec import Lora, as_lora
 
 SETTINGS = "settings.json"
 _ADAPTER = "evaluated"
+_PIECE = 2**16  # bytes
 
 
 class Model(NamedTuple):
@@ -85,36 +92,25 @@ def samples_of(rows: Sequence[dict[str, Any]], count: int, seed: int) -> list[Sa
     return samples
 
 
-def draw(
-    model: Model,
-    samples: Sequence[Sample],
-    folder: Path,
-    call_kwargs: Mapping[str, Any],
-    dtype: torch.dtype,
-    batch_size: int,
-    seed: int,
-) -> None:
-    """Draws what is missing in a folder, in each process its share.
+def settings_of(model: Model, folder: Path, call_kwargs: Mapping[str, Any], dtype: torch.dtype, seed: int) -> Any:
+    """What the pictures of a model depend on, the prompts aside.
 
     Args:
         model ([`Model`]): That draws.
-        samples (`Sequence[Sample]`): What is wanted.
-        folder (`Path`): Where each is `<key>.png`, of a video a folder `<key>` of frames.
+        folder (`Path`): Of its pictures.
         call_kwargs (`dict`): Of the pipeline's call.
         dtype (`torch.dtype`): Of its weights.
-        batch_size (`int`): Pictures of one call.
         seed (`int`): That the samples have theirs from.
 
     Raises:
-        ValueError: if the folder holds pictures of other settings, or the model cannot be loaded.
+        ValueError: if the model is nowhere, or the folder holds pictures of other settings.
     """
-    state = PartialState()
     settings = {
-        "model": model.path,
-        "lora": None if model.lora is None else [model.lora.source, model.lora.weight_name, model.lora.revision],
-        "weights": None if model.lora is None else _hash_of(model.lora),
+        "model": _weights_of(model),
+        "lora": None if model.lora is None else _weights_of_lora(model.lora),
+        "scale": None if model.lora is None else model.lora.scale,
         "call_kwargs": dict(call_kwargs),
-        "dtype": str(dtype),
+        "dtype": str(dtype).removeprefix("torch."),
         "seed": seed,
     }
     settings = json.loads(json.dumps(settings, default=str))
@@ -125,6 +121,31 @@ def draw(
         if different := [name for name in settings if settings[name] != before.get(name)]:
             changes = ", ".join(f"{name} {before.get(name)!r}, now {settings[name]!r}" for name in different)
             raise ValueError(f"{folder} holds pictures of other settings ({changes}); give another `output_dir`.")
+    return settings
+
+
+def draw(
+    model: Model,
+    samples: Sequence[Sample],
+    folder: Path,
+    settings: Mapping[str, Any],
+    call_kwargs: Mapping[str, Any],
+    batch_size: int,
+) -> None:
+    """Draws what is missing in a folder, in each process its share.
+
+    Args:
+        model ([`Model`]): That draws.
+        samples (`Sequence[Sample]`): What is wanted.
+        folder (`Path`): Where each is `<key>.png`, of a video a folder `<key>` of frames.
+        settings (`dict`): As [`settings_of`] returns them.
+        call_kwargs (`dict`): Of the pipeline's call.
+        batch_size (`int`): Pictures of one call.
+
+    Raises:
+        ValueError: if the model cannot be loaded, makes sound, or decodes to NaN.
+    """
+    state = PartialState()
     missing = [
         sample
         for sample in samples
@@ -133,24 +154,39 @@ def draw(
     state.wait_for_everyone()  # all have looked, before one writes
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        written.write_text(json.dumps(settings, indent=2) + "\n")
+        source = model.path if model.lora is None else model.lora.source
+        (folder / SETTINGS).write_text(json.dumps({"from": source, **settings}, indent=2) + "\n")
     state.wait_for_everyone()
     mine = missing[state.process_index :: state.num_processes]
     if not mine:
         return
-    pipeline = load(model, dtype).to(state.device)
+    pipeline = load(model, getattr(torch, settings["dtype"])).to(state.device)
+    if makes_sound(pipeline):
+        raise ValueError(f"{type(pipeline).__name__} makes neither pictures nor videos, and nothing else is scored.")
     pipeline.set_progress_bar_config(disable=True)
+    finite: list[torch.Tensor] = []
+    # Past `DiffusionPipeline.__setattr__`, which writes into the config
+    vars(pipeline).update(watched_decoders(pipeline, lambda decoded: finite.append(decoded.isfinite().all())))
+    if takes_no_checker(pipeline):
+        vars(pipeline)[CHECKER] = None
+    devices = [state.device] if state.device.type == "cuda" else []
     bar = tqdm(range(0, len(mine), batch_size), desc=model.name, disable=not state.is_main_process)
     for start in bar:
         batch = mine[start : start + batch_size]
         generators = [torch.Generator().manual_seed(sample.seed) for sample in batch]
-        with one_sentence(f"{model.name!r} cannot draw with {dict(call_kwargs)}"):
-            output = pipeline([sample.row[PROMPT] for sample in batch], generator=generators, **call_kwargs)
-        made = next((getattr(output, name) for name in ("images", "frames") if hasattr(output, name)), None)
-        if made is None:
+        bare = len(batch) == 1  # there are pipelines that take no list
+        given = as_arguments(type(pipeline), {PROMPT: [sample.row[PROMPT] for sample in batch]}, bare)
+        # Some classes draw from the global generator
+        with one_sentence(f"{model.name!r} cannot draw with {dict(call_kwargs)}"), torch.random.fork_rng(devices):
+            torch.manual_seed(batch[0].seed)
+            output = pipeline(**given, generator=generators[0] if bare else generators, **call_kwargs)
+        if not all(finite):
             raise ValueError(
-                f"{type(pipeline).__name__} makes neither pictures nor videos, and nothing else is scored."
+                f"the VAE of the model {model.name!r} decodes to NaN or Inf in {settings['dtype']}, which are black "
+                "pictures; give another `dtype`."
             )
+        finite.clear()
+        made = next(getattr(output, name) for name in ("images", "frames", "videos") if hasattr(output, name))
         for sample, one in zip(batch, made, strict=True):
             _save(one, folder, sample.key)
     del pipeline
@@ -160,8 +196,13 @@ def draw(
 
 def load(model: Model, dtype: torch.dtype) -> DiffusionPipeline:
     """A model's pipeline, its LoRA active."""
-    with without_reports(), one_sentence(f"the model {model.path!r} cannot be loaded"):
-        pipeline = DiffusionPipeline.from_pretrained(model.path, dtype=dtype)
+    index, is_modular, _ = read_index(model.path, {}, "the model")
+    with without_reports(), one_sentence(f"the model {model.path!r} cannot be loaded", " (only safetensors are read)"):
+        if is_modular:
+            pipeline: Any = load_modular(model.path, {}, dtype=dtype, use_safetensors=True)
+        else:
+            more = {"use_safetensors": True, **absent_parts(index)}
+            pipeline = DiffusionPipeline.from_pretrained(model.path, dtype=dtype, **more)
     if model.lora is not None:
         load_lora(model.lora, pipeline, _ADAPTER)
         for denoiser in denoisers_of(pipeline).values():
@@ -194,11 +235,31 @@ def _save(made: Any, folder: Path, key: str) -> None:
     part.replace(folder / key)
 
 
-def _hash_of(lora: Lora) -> str | None:
-    """Of the files of a LoRA that lies here: a folder may be trained on."""
-    path = Path(lora.path, lora.subfolder or "")
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+def _weights_of(model: Model) -> str:
+    """What tells the pipeline from another at the same place, which may be trained on: its commit, or a hash."""
+    index, _, commit = read_index(model.path, {}, "the model")
+    folder = Path(model.path)
+    files = [
+        *folder.glob("*model_index.json"),
+        *(file for name in parts_named(index) for file in (folder / name).rglob("*.*")),
+    ]
+    return commit or _hash_of(file for file in files if file.suffix in (".json", ".safetensors"))
+
+
+def _weights_of_lora(lora: Lora) -> list[str | dict[str, str] | None]:
+    folder, commit = locate(lora, NAMES)
+    weights = commit or _hash_of([*folder.glob("*.safetensors"), *folder.glob("adapter_config.json")])
+    return [weights, lora.subfolder, lora.weight_name]
+
+
+def _hash_of(files: Iterable[Path]) -> str:
+    """Of all bytes, or of many pieces of large files."""
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:16] if files else None
+    for path in sorted(path for path in files if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(_PIECE, size // 1024)):
+                file.seek(start)
+                digest.update(file.read(_PIECE))
+    return digest.hexdigest()[:16]

@@ -19,12 +19,10 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from tqdm.auto import tqdm
 
 from ..config import computes_in_bf16
-from ..denoisers import NAMES
 from ..disclosure import disclosed, is_repository
 from ..inputs import PROMPT
 from ..rewards import Rewards, load_reward
-from ..teachers.locating import locate
-from .drawing import Model, Sample, draw, named, picture, samples_of
+from .drawing import Model, Sample, draw, named, picture, samples_of, settings_of
 from .prompts import load_prompts
 from .report import grid, normalised_means, summary, table
 
@@ -117,14 +115,13 @@ def evaluate(
     given |= {"height": height, "width": width, **(call_kwargs or {})}
     call = {name: value for name, value in given.items() if value is not None}
     weights = _dtype(dtype) if dtype else torch.bfloat16 if computes_in_bf16() else torch.float32
-    for row in rows:
-        if row.lora is not None:
-            locate(row.lora, NAMES)  # what is not there is told before hours of drawing
 
     folder = Path(output_dir)
     wanted = list({sample.key: sample for own in sets.values() for sample in own}.values())
+    places = {row.name: folder / "pictures" / row.name for row in rows}
+    settings = {row.name: settings_of(row, places[row.name], call, weights, seed) for row in rows}
     for row in rows:
-        draw(row, wanted, folder / "pictures" / row.name, call, weights, batch_size, seed)
+        draw(row, wanted, places[row.name], settings[row.name], call, batch_size)
     state.wait_for_everyone()
 
     results: dict[str, dict[str, Any]] = {row.name: {} for row in rows}
