@@ -82,7 +82,10 @@ def test_pictures_are_those_of_the_plain_pipeline_and_numbers_their_means(folder
         for metric, values in (("brightness", bright), ("jpeg_compressibility", sizes)):
             own = results["models"][name][metric]
             assert own["mean"] == pytest.approx(fmean(values)) and own["scored"] == 4
-            assert own["standard_error"] == pytest.approx(stdev(values) / 2, rel=1e-4)
+            cat, dog, word = (values[0] + values[2]) / 2, values[1], values[3]  # of which the first weighs double
+            gaps = [2 * (cat - own["mean"]), dog - own["mean"], word - own["mean"]]
+            error = math.sqrt(3 / 2 * sum(gap**2 for gap in gaps)) / 4
+            assert own["standard_error"] == pytest.approx(error, rel=1e-4)
     assert not np.array_equal(
         *(
             np.frombuffer(b"".join(v for k, v in pictures(tmp_path).items() if k.startswith(n)), np.uint8)
@@ -207,10 +210,23 @@ def test_two_processes_draw_and_score_what_one_does(folder, tmp_path):
 
 def test_geneval_is_the_mean_of_its_tasks():
     """As its authors' summary: tasks weigh alike, however many prompts they have."""
-    own = summary([1.0, 0.0, 1.0, 1.0, None], ["counting", "counting", "colors", "colors", "colors"])
+    tasks = ["counting", "counting", "colors", "colors", "colors"]
+    own = summary([1.0, 0.0, 1.0, 1.0, None], list("abcde"), tasks)
     assert own["groups"] == {"colors": 1.0, "counting": 0.5} and own["mean"] == 0.75
     assert own["standard_error"] == pytest.approx(math.sqrt(0.5) / math.sqrt(2) / 2)
-    assert summary([None, None])["mean"] is None
+    assert summary([None, None], ["a", "b"])["mean"] is None
+
+
+def test_pictures_of_one_prompt_are_no_independent_samples():
+    """The standard error is that of the prompts' means; that of the pictures would be half of it here."""
+    scores = np.random.default_rng(0).normal(size=(50, 1)).repeat(4, 1)
+    prompts = [str(prompt) for prompt in range(50) for _ in range(4)]
+    own = summary(scores.ravel().tolist(), prompts)
+    assert own["standard_error"] == pytest.approx(stdev(scores.mean(1).tolist()) / math.sqrt(50))
+    assert own["standard_error"] > 1.9 * stdev(scores.ravel().tolist()) / math.sqrt(200)
+    alone = summary(scores[:, 0].tolist(), prompts[::4])
+    assert alone["standard_error"] == pytest.approx(stdev(scores[:, 0].tolist()) / math.sqrt(50))
+    assert summary([1.0, 2.0], ["a", "a"])["standard_error"] is None
 
 
 # Table 1 of the paper (arXiv 2605.15055): GenEval, OCR, PickScore, CLIPScore, HPSv2.1, Aesthetic, ImageReward,
@@ -237,6 +253,12 @@ def test_the_normalised_mean():
     printed = {name: mean for name, (_, mean) in TABLE.items()}
     assert abs(means["opd"] - printed["opd"]) > 0.04
     assert sorted(means, key=means.get)[-2:] == sorted(printed, key=printed.get)[-2:] == ["cascade", "opd"]
+    # Nor is it any other sum of metrics that are scaled each by itself, whatever their ends, weights and hidden digits:
+    # with these weights of the rows no metric rises, and the printed mean does
+    weights = np.array([0, -6, -21, 21, -24, 63, -49, 16])
+    rounding = np.array([0.005, 0.005, 0.005, 0.0005, 0.0005, 0.005, 0.005, 0.005])
+    assert weights.sum() == 0 and (weights @ values + abs(weights).sum() * rounding < 0).all()
+    assert weights @ [*printed.values()] - abs(weights).sum() * 0.0005 > 0
     assert normalised_means({"one": {"a": {"mean": 1.0}}}) == {"one": None}
     assert normalised_means({"one": {"a": {"mean": 1.0}}, "two": {"a": {"mean": None}}}) == {"one": None, "two": None}
 
@@ -260,8 +282,10 @@ def test_sets_of_prompts(folder, tmp_path, monkeypatch):
     Path("words.csv").write_text("words\na\n")
     assert load_prompts("words.csv", "words") == [{"prompt": "a"}]
     Path("empty.txt").write_text("\n \n")
+    Path("years.csv").write_text("prompt\n1984\n")
     for source, message in [
         ("words.csv", r"'words.csv' has no column `prompt`, only \['words'\]"),
+        ("years.csv", "the column 'prompt' of 'years.csv' holds int, and a prompt is text"),
         ("nowhere.txt", "there is no file of prompts 'nowhere.txt'"),
         ("empty.txt", "'empty.txt' holds no prompts"),
         ("geneval", "'geneval' are not on the Hub; get https://github.com/djghosh13/geneval"),
@@ -287,7 +311,9 @@ def test_what_does_not_fit_is_said_before_anything_is_drawn(folder, tmp_path):
         ({"lora": [str(folder / "lora1")] * 2}, r"several models are called \['lora1'\]"),
         ({"lora": [], "include_base": False}, "there is nothing to evaluate"),
         ({"lora": [{"pth": "x"}]}, "names no model"),
-        ({"push_to_hub": True}, "`push_to_hub` has no model to push to"),
+        ({"push_to_hub": "l=me/student"}, r"`push_to_hub` needs a row for 'me/student', .* \['base', 'lora1'\]"),
+        ({"lora": [], "push_to_hub": ["me/student"]}, "`push_to_hub` needs a row for 'me/student'"),
+        ({"push_to_hub": ["me/student"]}, "`push_to_hub`: the repository 'me/student' cannot be had"),
         ({"images_per_prompt": {"ocr": 2}}, r"`images_per_prompt` names \['ocr'\]"),
         ({"images_per_prompt": 0}, "`images_per_prompt` must be at least 1, got 0"),
         ({"dtype": "bf61"}, r"`dtype` must be one of \['bfloat16', 'float16', 'float32'\], got 'bf61'"),
@@ -326,8 +352,8 @@ def test_a_grid():
 
 PUSH = """
 from diffusion_opd.evaluation import evaluate
-evaluate("acme/base", ["tests.served_rewards.brightness"], "prompts.txt", "out", ["me/student"], dtype="float32",
-         num_inference_steps=1, call_kwargs={call!r}, push_to_hub=True)
+evaluate("acme/base", ["tests.served_rewards.brightness"], "prompts.txt", "out", ["local=lora1", "acme/other"],
+         dtype="float32", num_inference_steps=1, call_kwargs={call!r}, push_to_hub=["local=me/student"])
 from huggingface_hub import ModelCard
 card = ModelCard.load("me/student")
 import json
@@ -337,15 +363,24 @@ result = {{"card": card.data.to_dict(), "text": card.text, "results": json.load(
 
 @pytest.mark.slow
 def test_results_in_a_card(folder, tmp_path):
+    """Of the row that is named: nobody writes into the cards of those that it is compared with."""
     with HubServer() as hub:
         hub.publish("acme/base", folder / "base")
-        (folder / "lora1" / "README.md").write_text("---\nlibrary_name: diffusers\ntags: [mine]\n---\n# A student\n")
-        hub.publish("me/student", folder / "lora1")
-        (tmp_path / "home").mkdir()
+        hub.publish("acme/other", folder / "lora2")
+        (tmp_path / "card").mkdir()
+        (tmp_path / "card/README.md").write_text("---\nlibrary_name: diffusers\ntags: [mine]\n---\n# A student\n")
+        hub.publish("me/student", tmp_path / "card")
+        shutil.copytree(folder / "lora1", tmp_path / "home/lora1")
         (tmp_path / "home/prompts.txt").write_text("a cat\na dog\n")
         found = client(hub, tmp_path / "home", PUSH.format(call=CALL["sd3"]))
+        commit = hub.repositories["models/acme/other"].at("main").id
+        assert [*hub.repositories["models/acme/other"].branches] == ["main"]
+        assert len(hub.repositories["models/acme/other"].commits) == 1
+    settings = json.loads((tmp_path / "home/out/pictures/other/settings.json").read_text())
+    assert settings["lora"][0] == commit and settings["from"] == "acme/other"
     (entry,) = found["card"]["model-index"]
     (result,) = entry["results"]
+    assert entry["name"] == "local"
     assert result["metrics"][0]["type"] == "brightness" and result["dataset"]["name"] == "prompts"
-    assert result["metrics"][0]["value"] == pytest.approx(found["results"]["student"]["brightness"]["mean"], abs=1e-6)
+    assert result["metrics"][0]["value"] == pytest.approx(found["results"]["local"]["brightness"]["mean"], abs=1e-6)
     assert found["card"]["tags"] == ["mine"] and "# A student" in found["text"]

@@ -17,13 +17,16 @@ from accelerate.utils import gather_object
 from huggingface_hub import EvalResult, metadata_update
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from tqdm.auto import tqdm
+from transformers.utils import hf_api
 
 from ..config import computes_in_bf16
 from ..disclosure import disclosed, is_repository
+from ..errors import one_sentence
 from ..inputs import PROMPT
 from ..rewards import Rewards, load_reward
+from ..runs import hash_values
 from .drawing import Model, Sample, draw, named, picture, samples_of, settings_of
-from .prompts import load_prompts
+from .prompts import PRESETS, load_prompts
 from .report import grid, normalised_means, summary, table
 
 logger = logging.getLogger(__name__)
@@ -52,7 +55,7 @@ def evaluate(
     batch_size: int = 8,
     dtype: str | None = None,
     seed: int = 42,
-    push_to_hub: bool = False,
+    push_to_hub: str | Sequence[str] = (),
 ) -> dict[str, Any]:
     """Draws prompts with several models, scores the pictures, and writes `results.json`, `results.md` and `grid.png`.
 
@@ -83,8 +86,9 @@ def evaluate(
             `"bfloat16"`, `"float16"` or `"float32"`, of the models. `None`: bfloat16 where the hardware computes in
             it, or float32.
         seed (`int`, *optional*, defaults to `42`): Of all pictures.
-        push_to_hub (`bool`, *optional*, defaults to `False`):
-            Puts the results into the cards (`model-index`) of those models and LoRAs that are Hub ids.
+        push_to_hub (`str` or `list[str]`, *optional*):
+            Repositories into whose cards (`model-index`) results go: `"name=repository"`, or the repository alone if it
+            is that of a row, or there is one row besides the base.
 
     Returns:
         `dict`: what `results.json` holds: `models` (by name and metric `mean`, `standard_error`, `scored`,
@@ -108,9 +112,7 @@ def evaluate(
     sets = _sets(prompts, images_per_prompt, judges, prompt_column, seed)
     for name, judge in judges.items():
         judge.check_columns(list(sets[_set_of(name, sets)][0].row))
-    pushed = [row for row in rows if is_repository(row.lora.path if row.lora else row.path) and row.name != "base"]
-    if push_to_hub and not pushed:
-        raise ValueError("`push_to_hub` has no model to push to: none of the models is a Hub id.")
+    pushed = [_pushed(one, rows) for one in ([push_to_hub] if isinstance(push_to_hub, str) else push_to_hub)]
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     given |= {"height": height, "width": width, **(call_kwargs or {})}
     call = {name: value for name, value in given.items() if value is not None}
@@ -128,9 +130,10 @@ def evaluate(
     for name, judge in judges.items():
         samples = sets[_set_of(name, sets)]
         for row in rows:
-            scores = _score(judge, name, row, samples, folder, batch_size)
+            scores = _score(judge, name, row, samples, folder, batch_size, settings[row.name])
             tags = [sample.row.get("tag") for sample in samples]
-            results[row.name][name] = summary(scores, tags if name == "geneval" else None)
+            shown = [sample.row[PROMPT] for sample in samples]
+            results[row.name][name] = summary(scores, shown, tags if name == "geneval" else None)
         judges[name] = None  # type: ignore[assignment]  # its model makes room for the next
         del judge
         gc.collect()
@@ -151,12 +154,13 @@ def evaluate(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "results.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
         (folder / "results.md").write_text(table(results), encoding="utf-8")
-        shown = next(iter(sets.values()))
-        shown = shown[:: max(1, len(shown) // GRID_ROWS)][:GRID_ROWS]
-        columns = {row.name: [picture(folder / "pictures" / row.name, one.key) for one in shown] for row in rows}
-        grid(columns, [one.row[PROMPT] for one in shown]).save(folder / "grid.png")
-        for row in pushed if push_to_hub else ():
-            _push(row, results[row.name], content["settings"])
+        firsts = list({sample.row[PROMPT]: sample for sample in reversed(wanted)}.values())[::-1]
+        count = min(GRID_ROWS, len(firsts))  # evenly spaced, from the first to the last
+        drawn = [firsts[index * (len(firsts) - 1) // max(1, count - 1)] for index in range(count)]
+        columns = {name: [picture(place, one.key) for one in drawn] for name, place in places.items()}
+        grid(columns, [one.row[PROMPT] for one in drawn]).save(folder / "grid.png")
+        for repo, name in pushed:
+            _push(repo, name, results[name], content["settings"])
     state.wait_for_everyone()
     return content
 
@@ -194,14 +198,21 @@ def _set_of(metric: str, sets: Mapping[str, Any]) -> str:
 
 
 def _score(
-    judge: Rewards, name: str, row: Model, samples: Sequence[Sample], folder: Path, batch_size: int
+    judge: Rewards,
+    name: str,
+    row: Model,
+    samples: Sequence[Sample],
+    folder: Path,
+    batch_size: int,
+    settings: Mapping[str, Any],
 ) -> list[float | None]:
     """The scores of a model's pictures, in order; what a killed run has scored is read."""
     state = PartialState()
     place = folder / "scores" / row.name
     place.mkdir(parents=True, exist_ok=True)
     known: dict[str, float | None] = {}
-    written = f"{name}.{judge.written('all')[name]}"  # the same metric with other arguments has other scores
+    # The same metric with other arguments has other scores, and so have pictures of other settings
+    written = f"{name}.{hash_values([judge.written('all')[name], settings])}"
     for earlier in place.glob(f"{written}.*.jsonl"):
         for line in earlier.read_text().splitlines():
             try:
@@ -228,22 +239,37 @@ def _score(
     return [known[sample.key] for sample in samples]
 
 
-def _push(row: Model, own: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
-    repo = str(row.lora.path if row.lora else row.path)
+def _pushed(entry: str, rows: Sequence[Model]) -> tuple[str, str]:
+    """A repository, and the row whose results go into its card."""
+    name, separator, repo = entry.rpartition("=")
+    if not separator:
+        others = [row for row in rows if row.name != "base"]
+        same = [row for row in others if str(row.lora.path if row.lora else row.path) == repo] or others
+        name = same[0].name if len(same) == 1 else ""
+    if name not in (names := [row.name for row in rows]):
+        raise ValueError(f"`push_to_hub` needs a row for {repo!r}, as in `name=repository`; the rows are {names}.")
+    with one_sentence(f"`push_to_hub`: the repository {repo!r} cannot be had"):
+        hf_api().model_info(repo)
+    return repo, name
+
+
+def _push(repo: str, name: str, own: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
     prompts = settings["prompts"]
     sources = prompts if isinstance(prompts, Mapping) else {DEFAULT: prompts}
-    entries = [
-        EvalResult(
-            task_type="text-to-image",
-            dataset_type=Path(str(sources.get(metric, sources.get(DEFAULT)))).stem,
-            dataset_name=Path(str(sources.get(metric, sources.get(DEFAULT)))).stem,
-            metric_type=metric,
-            metric_value=round(result["mean"], 6),
-            metric_name=metric,
-            metric_args=dict(settings["call_kwargs"]),
-        )
-        for metric, result in own.items()
-        if result["mean"] is not None
-    ]
-    metadata_update(repo, {"model-index": eval_results_to_model_index(row.name, entries)}, overwrite=True)
+    entries = []
+    for metric, result in own.items():
+        source = str(sources.get(metric, sources.get(DEFAULT)))
+        dataset = PRESETS[source].dataset if source in PRESETS else source if is_repository(source) else None
+        if result["mean"] is not None:
+            entry = EvalResult(
+                task_type="text-to-image",
+                dataset_type=dataset or Path(source).stem,
+                dataset_name=Path(source).stem,
+                metric_type=metric,
+                metric_value=round(result["mean"], 6),
+                metric_name=metric,
+                metric_args=dict(settings["call_kwargs"]),
+            )
+            entries.append(entry)
+    metadata_update(repo, {"model-index": eval_results_to_model_index(name, entries)}, overwrite=True)
     logger.warning(f"The results are in the card of https://huggingface.co/{repo}.")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, load_dataset
 
-from ..errors import one_sentence
+from ..errors import first_few, one_sentence
 from ..inputs import PROMPT
 
 # How `datasets` calls what a file holds
@@ -114,5 +114,8 @@ def _with_prompt(dataset: Dataset, source: str, prompt_column: str | None) -> li
     if not names or names[0] not in dataset.column_names:
         wanted = f"no column {prompt_column!r}" if prompt_column else "no column `prompt`"
         raise ValueError(f"{source!r} has {wanted}, only {dataset.column_names}; name it as `prompt_column`.")
+    held = {type(value).__name__ for value in dataset[names[0]]} - {"str", "NoneType"}
+    if held:
+        raise ValueError(f"the column {names[0]!r} of {source!r} holds {first_few(held)}, and a prompt is text.")
     rows = [{PROMPT: row[names[0]], **{k: v for k, v in row.items() if k not in (PROMPT, names[0])}} for row in dataset]
-    return [row for row in rows if isinstance(row[PROMPT], str) and row[PROMPT].strip()]
+    return [row for row in rows if row[PROMPT] and row[PROMPT].strip()]

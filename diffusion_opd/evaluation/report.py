@@ -5,7 +5,7 @@ This file knows numbers and pictures, and no model.
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -13,29 +13,38 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]  # by model and metric: `mean`, ...
 
 
-def summary(scores: Sequence[float | None], groups: Sequence[Any] | None = None) -> dict[str, Any]:
+def summary(
+    scores: Sequence[float | None], prompts: Sequence[str], groups: Sequence[Any] | None = None
+) -> dict[str, Any]:
     """Of the scores of a model's pictures: `mean`, `standard_error`, `scored`, and `without_score` of how many there
-    was none. With `groups` (one a picture) the mean is that of the groups' means, which stand under `groups`."""
+    was none. With `groups` (one a picture) the mean is that of the groups' means, which stand under `groups`.
+
+    The standard error takes prompts as what is sampled: several pictures of one are no independent samples.
+    """
     known = [score for score in scores if score is not None]
-    result: dict[str, Any] = {
-        "mean": fmean(known) if known else None,
-        "standard_error": stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None,
-        "scored": len(known),
-        "without_score": len(scores) - len(known),
-    }
+    result: dict[str, Any] = {"mean": None, "standard_error": None}
+    by_group: dict[str, dict[str, list[float]]] = {}
+    for score, prompt, group in zip(scores, prompts, groups or [None] * len(scores), strict=True):
+        if score is not None:
+            by_group.setdefault(str(group), {}).setdefault(prompt, []).append(score)
+    if known:
+        means = {group: fmean(score for scores in own.values() for score in scores) for group, own in by_group.items()}
+        errors = [_standard_error([*own.values()], means[group]) for group, own in by_group.items()]
+        result["mean"] = fmean(means.values())
+        if None not in errors:
+            result["standard_error"] = math.hypot(*errors) / len(errors)  # type: ignore[arg-type]
+    result |= {"scored": len(known), "without_score": len(scores) - len(known)}
     if groups is not None and known:
-        by_group: dict[str, list[float]] = {}
-        for group, score in zip(groups, scores, strict=True):
-            if score is not None:
-                by_group.setdefault(str(group), []).append(score)
-        result["groups"] = {group: fmean(own) for group, own in sorted(by_group.items())}
-        result["mean"] = fmean(result["groups"].values())
-        if min(map(len, by_group.values())) > 1:
-            errors = [stdev(own) / math.sqrt(len(own)) for own in by_group.values()]
-            result["standard_error"] = math.sqrt(sum(error**2 for error in errors)) / len(errors)
-        else:
-            result["standard_error"] = None
+        result["groups"] = dict(sorted(means.items()))
     return result
+
+
+def _standard_error(clusters: Sequence[Sequence[float]], mean: float) -> float | None:
+    """Of the mean of samples in clusters, each of which is drawn as a whole; of single samples the usual one."""
+    if len(clusters) < 2:
+        return None
+    square = sum(sum(value - mean for value in cluster) ** 2 for cluster in clusters)
+    return math.sqrt(square * len(clusters) / (len(clusters) - 1)) / sum(map(len, clusters))
 
 
 def normalised_means(results: Results) -> dict[str, float | None]:

@@ -39,7 +39,7 @@ class EvaluateArguments:
         batch_size (`int`, *optional*, defaults to `8`): Pictures of one call.
         dtype (`str`, *optional*): Of the models.
         seed (`int`, *optional*, defaults to `42`): Of all pictures.
-        push_to_hub (`bool`, *optional*, defaults to `False`): Puts results into the cards of models with Hub ids.
+        push_to_hub (`list[str]`, *optional*): Repositories whose cards get results: `REPOSITORY` or `NAME=REPOSITORY`.
     """
 
     model: str = field(default="stabilityai/stable-diffusion-3.5-medium", metadata={"help": "The base pipeline."})
@@ -65,7 +65,9 @@ class EvaluateArguments:
         default=None, metadata={"help": "bfloat16, float16 or float32. Default: bfloat16 where the hardware has it."}
     )
     seed: int = field(default=42, metadata={"help": "Of all pictures."})
-    push_to_hub: bool = field(default=False, metadata={"help": "Put results into the cards of models with Hub ids."})
+    push_to_hub: list[str] = field(
+        default_factory=list, metadata={"help": "Put results into cards: REPOSITORY, or NAME=REPOSITORY for a row."}
+    )
 
     def __post_init__(self) -> None:
         self.prompts = _by_metric(self.prompts)
