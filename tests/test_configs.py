@@ -128,9 +128,13 @@ def test_every_file_is_run_here():
     assert {path.stem for path in FOLDER.glob("*.yaml")} == STAGES.keys() | {"evaluate"}
 
 
+def specialists() -> list[str]:
+    return [one["path"] if isinstance(one, dict) else one for one in settings("evaluate")["lora"]]
+
+
 def test_the_table_is_of_what_the_others_leave_and_its_keys_are_flags():
     left = {settings(name)["output_dir"] for name in ("nft_geneval", "guard_ocr", "guard_aesthetic", "opd")}
-    assert set(settings("evaluate")["lora"]) == left
+    assert set(specialists()) == left
     assert set(settings("evaluate")["metrics"]) <= REWARDS.keys()
     told = LaunchedCommand("evaluate", "").launched(["--config", str(FOLDER / "evaluate.yaml")])
     assert told.config_file is None
@@ -139,7 +143,7 @@ def test_the_table_is_of_what_the_others_leave_and_its_keys_are_flags():
 @pytest.mark.slow
 def test_the_table(there, monkeypatch):
     """Of all rows and metrics; GenEval's file and OCR's are read, the preset is a file."""
-    for seed, name in enumerate(settings("evaluate")["lora"]):
+    for seed, name in enumerate(specialists()):
         if not Path(name).exists():
             lora = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=LORA_TARGETS)
             torch.manual_seed(seed)
@@ -154,7 +158,8 @@ def test_the_table(there, monkeypatch):
     script = importlib.import_module("diffusion_opd.scripts.evaluate")
     script.main(*script.make_parser().parse_args_and_config(["--config", "evaluate.yaml"]))
     results = json.loads(Path("sd35m-evaluation/results.json").read_text())
-    assert list(results["models"]) == ["base", *told["lora"]]
+    assert list(results["models"]) == ["base", *specialists()]
+    assert results["settings"]["own_call_kwargs"] == {"sd35m-geneval": {"guidance_scale": 1.0}}
     for own in results["models"].values():
         assert {name: one["scored"] for name, one in own.items()} == dict.fromkeys(told["metrics"], 2) | {
             "geneval": 8,

@@ -137,6 +137,41 @@ def test_nothing_is_done_twice(folder, tmp_path, monkeypatch):
     run(folder, tmp_path / "half", metrics=["my_judge.judge"], dtype="bfloat16")
 
 
+def test_rows_have_a_call_of_their_own_and_half_precision_is_plain(folder, tmp_path):
+    """A specialist may be drawn without guidance beside others that have it."""
+    loras = [{"name": "bare", "path": str(folder / "lora1"), "call_kwargs": {"guidance_scale": 1.0}}, folder / "lora1"]
+    results = run(folder, tmp_path, batch_size=1, lora=loras, dtype="bfloat16", metrics=["jpeg_compressibility"])
+    assert results["settings"]["own_call_kwargs"] == {"bare": {"guidance_scale": 1.0}}
+    pipe = DiffusionPipeline.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    pipe.load_lora_weights(folder / "lora1")
+    drawn = pictures(tmp_path)
+    for sample in samples_of(load_prompts(str(folder / "prompts.txt")), 1, 42)[:2]:
+        for name, guidance in (("bare", 1.0), ("lora1", STEPS["guidance_scale"])):
+            generator = torch.Generator().manual_seed(sample.seed)
+            call = STEPS | {"guidance_scale": guidance}
+            (image,) = pipe(sample.row["prompt"], generator=generator, **call).images
+            assert image.tobytes() == drawn[f"{name}/{sample.key}.png"]
+
+
+def test_a_video_is_a_folder_of_frames(tmp_path):
+    pipe = BUILDERS["wan"](0)
+    pipe.save_pretrained(tmp_path / "wan")
+    (tmp_path / "one.txt").write_text("a cat")
+    more = {"dtype": "float32", "num_inference_steps": 1, "call_kwargs": CALL["wan"]}
+    arguments = str(tmp_path / "wan"), [BRIGHTNESS], str(tmp_path / "one.txt"), str(tmp_path / "out")
+    own = evaluate(*arguments, **more)["models"]["base"]["brightness"]
+    (sample,) = samples_of([{"prompt": "a cat"}], 1, 42)
+    generator = torch.Generator().manual_seed(sample.seed)
+    frames = pipe("a cat", generator=generator, num_inference_steps=1, output_type="pil", **CALL["wan"]).frames[0]
+    files = sorted((tmp_path / "out/pictures/base" / sample.key).iterdir())
+    assert [Image.open(file).tobytes() for file in files] == [frame.tobytes() for frame in frames] and len(files) > 1
+    assert own["mean"] == pytest.approx(fmean(ImageStat.Stat(frame.convert("L")).mean[0] for frame in frames))
+    before = {file: file.stat().st_mtime_ns for file in files}
+    shutil.rmtree(tmp_path / "out/scores")
+    assert evaluate(*arguments, **more)["models"]["base"]["brightness"] == own
+    assert {file: file.stat().st_mtime_ns for file in files} == before
+
+
 def test_other_weights_are_other_settings(folder, tmp_path):
     """What lies at a path may be trained on; and it may be moved."""
     one = {"prompts": str(tmp_path / "one.txt"), "metrics": ["jpeg_compressibility"], "num_inference_steps": 1}

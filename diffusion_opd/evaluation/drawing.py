@@ -45,11 +45,13 @@ class Model(NamedTuple):
         name (`str`): In the table, and of its folder.
         path (`str`): The pipeline: Hub id or folder.
         lora ([`Lora`], *optional*): On top of it.
+        call_kwargs (`dict`, *optional*): Of its own call.
     """
 
     name: str
     path: str
     lora: Lora | None = None
+    call_kwargs: Mapping[str, Any] = {}
 
 
 class Sample(NamedTuple):
@@ -62,7 +64,7 @@ class Sample(NamedTuple):
 
 def named(entries: Sequence[Any], base: str | None = None) -> list[Model]:
     """Models, or LoRAs on a `base`, as users write them: a path, `name=path`, or a dict of [`Lora`]'s fields with
-    `name`; the name is else the last part of the path."""
+    `name` and `call_kwargs`; the name is else the last part of the path."""
     models = []
     for entry in entries:
         fields: dict[str, Any] = dict(entry) if isinstance(entry, Mapping) else {"path": str(entry)}
@@ -72,11 +74,13 @@ def named(entries: Sequence[Any], base: str | None = None) -> list[Model]:
         else:
             name = "/".join(filter(None, (Path(fields.get("path", "")).name, fields.get("subfolder"))))
         name = str(fields.pop("name", name)).replace("/", "-")
+        call_kwargs = fields.pop("call_kwargs", None) or {}
         try:
             lora = as_lora(Lora(**fields), f"the LoRA {name!r}")
         except TypeError as error:
             raise ValueError(f"{entry!r} names no model: {error}.") from error
-        models.append(Model(name, str(lora.path)) if base is None else Model(name, base, lora))
+        one = Model(name, str(lora.path)) if base is None else Model(name, base, lora)
+        models.append(one._replace(call_kwargs=call_kwargs))
     return models
 
 
@@ -179,7 +183,9 @@ def draw(
         # Some classes draw from the global generator
         with one_sentence(f"{model.name!r} cannot draw with {dict(call_kwargs)}"), torch.random.fork_rng(devices):
             torch.manual_seed(batch[0].seed)
-            output = pipeline(**given, generator=generators[0] if bare else generators, **call_kwargs)
+            output = pipeline(
+                **given, generator=generators[0] if bare else generators, output_type="pil", **call_kwargs
+            )
         if not all(finite):
             raise ValueError(
                 f"the VAE of the model {model.name!r} decodes to NaN or Inf in {settings['dtype']}, which are black "

@@ -71,7 +71,7 @@ def evaluate(
         output_dir (`str`): Where everything is written.
         lora (`Sequence`, *optional*):
             LoRAs of the base, each a row: Hub id, folder or file, `"name=path"`, or a dict of the fields of [`Lora`]
-            and `name`.
+            and `name`, and `call_kwargs` of its own over those of all.
         models (`Sequence`, *optional*): Whole pipelines, likewise.
         include_base (`bool`, *optional*, defaults to `True`): Whether the base is a row.
         num_inference_steps (`int`, *optional*, defaults to `40`): Of the pipelines' calls.
@@ -121,9 +121,10 @@ def evaluate(
     folder = Path(output_dir)
     wanted = list({sample.key: sample for own in sets.values() for sample in own}.values())
     places = {row.name: folder / "pictures" / row.name for row in rows}
-    settings = {row.name: settings_of(row, places[row.name], call, weights, seed) for row in rows}
+    calls = {row.name: {**call, **row.call_kwargs} for row in rows}
+    settings = {row.name: settings_of(row, places[row.name], calls[row.name], weights, seed) for row in rows}
     for row in rows:
-        draw(row, wanted, places[row.name], settings[row.name], call, batch_size)
+        draw(row, wanted, places[row.name], settings[row.name], calls[row.name], batch_size)
     state.wait_for_everyone()
 
     results: dict[str, dict[str, Any]] = {row.name: {} for row in rows}
@@ -145,6 +146,7 @@ def evaluate(
             "prompts": dict(prompts) if isinstance(prompts, Mapping) else prompts,
             "pictures": {name: len(own) for name, own in sets.items()},
             "call_kwargs": call,
+            "own_call_kwargs": {row.name: dict(row.call_kwargs) for row in rows if row.call_kwargs},
             "dtype": str(weights),
             "seed": seed,
         },
@@ -268,7 +270,7 @@ def _push(repo: str, name: str, own: Mapping[str, Mapping[str, Any]], settings: 
                 metric_type=metric,
                 metric_value=round(result["mean"], 6),
                 metric_name=metric,
-                metric_args=dict(settings["call_kwargs"]),
+                metric_args={**settings["call_kwargs"], **settings["own_call_kwargs"].get(name, {})},
             )
             entries.append(entry)
     metadata_update(repo, {"model-index": eval_results_to_model_index(name, entries)}, overwrite=True)

@@ -25,7 +25,8 @@ class EvaluateArguments:
 
     Args:
         model (`str`): The base pipeline.
-        lora (`list[str]`, *optional*): LoRAs of it, each a row: `PATH` or `NAME=PATH`; in YAML also dicts.
+        lora (`list[str]`, *optional*): LoRAs of it, each a row: `PATH` or `NAME=PATH`; in YAML also dicts, with
+            `call_kwargs` of its own.
         models (`list[str]`, *optional*): Whole pipelines, likewise.
         include_base (`bool`, *optional*, defaults to `True`): Whether the base is a row.
         metrics (`list[str]`): Names of rewards or dotted paths; in YAML also dicts with `name` and arguments.
