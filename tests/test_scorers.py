@@ -39,13 +39,44 @@ def pictures() -> list[Image.Image]:
     noise = np.random.default_rng(0)
     return [
         Image.fromarray(noise.integers(0, 256, (40, 61, 3), dtype=np.uint8)),
-        Image.fromarray(noise.integers(0, 256, (35, 35), dtype=np.uint8)),
+        Image.fromarray(noise.integers(0, 256, (56, 62), dtype=np.uint8)),
         Image.fromarray(noise.integers(0, 256, (90, 28, 4), dtype=np.uint8), mode="RGBA"),
     ]
 
 
 def pixels() -> Tensor:
     return PUBLISHED(images=[picture.convert("RGB") for picture in pictures()], return_tensors="pt")["pixel_values"]
+
+
+def normal(pictures: list[np.ndarray]) -> Tensor:
+    """Of pictures from 0 to 255, `[height, width, 3]`."""
+    x = (np.stack(pictures) / 255 - PUBLISHED.image_mean) / PUBLISHED.image_std
+    return torch.from_numpy(x).float().permute(0, 3, 1, 2)
+
+
+def padded_pixels() -> Tensor:
+    """As HPSv2's package has them (`ResizeMaxSize` after `ToTensor`), by Pillow on each channel in floats."""
+    found = []
+    for picture in pictures():
+        width, height = (round(side * SIZE / max(picture.size)) for side in picture.size)
+        left, top = (SIZE - width) // 2, (SIZE - height) // 2
+        canvas = np.zeros((SIZE, SIZE, 3))
+        for place, channel in enumerate(picture.convert("RGB").split()):
+            small = channel.convert("F").resize((width, height), Image.Resampling.BICUBIC)
+            canvas[top : top + height, left : left + width, place] = np.array(small)
+        found.append(canvas)
+    return normal(found)
+
+
+def torchvision_pixels() -> Tensor:
+    """As ImageReward's package has them (`Resize`, `CenterCrop`, of which the second picture leaves half a pixel)."""
+    found = []
+    for picture, size, corner in zip(
+        pictures(), [(42, 28), (31, 28), (28, 90)], [(7, 0), (2, 0), (0, 31)], strict=True
+    ):
+        small = np.array(picture.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+        found.append(small[corner[1] : corner[1] + SIZE, corner[0] : corner[0] + SIZE])
+    return normal(found)
 
 
 def tokens(tokenizer, length: int) -> Tensor:
@@ -57,7 +88,7 @@ def random(*shapes: tuple[int, ...]):
         yield torch.randn(shape) / math.sqrt(shape[-1] if len(shape) > 1 else 10)
 
 
-def save_clip(folder: Path, seed: int) -> CLIPModel:
+def save_clip(folder: Path, seed: int, width: int = 16) -> CLIPModel:
     torch.manual_seed(seed)
     tokenizer = clip_tokenizer()
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
@@ -65,12 +96,12 @@ def save_clip(folder: Path, seed: int) -> CLIPModel:
     config = CLIPConfig(
         text_config=sizes | ids | {"vocab_size": len(tokenizer)},
         vision_config=sizes | {"image_size": SIZE, "patch_size": 14},
-        projection_dim=16,
+        projection_dim=width,
     )
     model = CLIPModel(config).eval()
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * 0.2
-    model.logit_scale.data.fill_(2.0)
+    model.logit_scale.data.fill_(math.log(100))  # as published
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
@@ -146,7 +177,7 @@ def open_clip_blocks(state, prefix: str, x: Tensor, mask: Tensor | None = None) 
 
 def hps(state, ids: Tensor) -> Tensor:
     """open_clip's `encode_image`, `encode_text` and their cosine."""
-    x = F.conv2d(pixels(), state["visual.conv1.weight"], stride=14).flatten(2).transpose(1, 2)
+    x = F.conv2d(padded_pixels(), state["visual.conv1.weight"], stride=14).flatten(2).transpose(1, 2)
     x = torch.cat([state["visual.class_embedding"].expand(len(x), 1, -1), x], 1) + state["visual.positional_embedding"]
     x = open_clip_blocks(state, "visual.", norm(state, "visual.ln_pre", x))
     images = norm(state, "visual.ln_post", x[:, 0]) @ state["visual.proj"]
@@ -221,7 +252,8 @@ def image_reward(state, tokenizer) -> Tensor:
         return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
 
     vit, bert = "blip.visual_encoder", "blip.text_encoder"
-    x = F.conv2d(pixels(), state[f"{vit}.patch_embed.proj.weight"], state[f"{vit}.patch_embed.proj.bias"], stride=14)
+    patch = f"{vit}.patch_embed.proj"
+    x = F.conv2d(torchvision_pixels(), state[f"{patch}.weight"], state[f"{patch}.bias"], stride=14)
     x = torch.cat([state[f"{vit}.cls_token"].expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
     x = x + state[f"{vit}.pos_embed"]
     for layer in range(2):
@@ -327,6 +359,13 @@ def test_half_precision_is_near(name: str, published):
     assert (scores - published[1][name]).abs().max() < 0.1 * spread
 
 
+def test_the_scale_of_logits_is_never_rounded(tmp_path):
+    """Embeddings of one number have a cosine of 1 or -1 in any precision; bfloat16 has 98.9 for 100."""
+    save_clip(tmp_path, 3, width=1)
+    scorer = load_reward({"name": "clipscore", "path": str(tmp_path), "dtype": "bfloat16"})
+    assert [abs(score) for score in scorer(prompts=PROMPTS, images=pictures())] == pytest.approx([1, 1, 1], abs=1e-5)
+
+
 def test_by_their_published_names(published, tmp_path):
     root, expected = published
     code = f"""
@@ -378,7 +417,7 @@ def test_what_does_not_fit_is_refused_by_name(published, tmp_path, capsys):
     with pytest.raises(ValueError, match="'pickscore' gave nan for 'a cat'"):
         scorer = make("pickscore", root)
         scorer(prompts=["a dog"], images=pictures()[:1])
-        scorer.model.clip.logit_scale.data.fill_(math.nan)
+        scorer.model.clip.visual_projection.weight.data.fill_(math.nan)
         scorer(prompts=["a cat"], images=pictures()[:1])
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ValueError, match="for the scorer 'hpsv2' cannot be loaded"):
@@ -388,6 +427,7 @@ def test_what_does_not_fit_is_refused_by_name(published, tmp_path, capsys):
         load_reward({"name": "clipscore", "path": str(tmp_path / "nowhere")})(prompts=["a"], images=pictures()[:1])
     with pytest.raises(ValueError, match="'pickscore' takes no \\['pth'\\]"):
         load_reward({"name": "pickscore", "pth": "x"})
-    for wrong in ({"scale": "tables"}, {"placement": "gpu"}, {"batch_size": 0}, {"num_frames": 0}):
+    wrongs = {"scale": "tables", "placement": "gpu", "batch_size": 0, "num_frames": 0, "dtype": "bf16"}
+    for wrong in [{key: value} for key, value in wrongs.items()] + [{"dtype": torch.int8}]:
         with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` of pickscore must be"):
             load_reward({"name": "pickscore", **wrong})

@@ -1,19 +1,20 @@
 """Scorers that compare the embeddings of CLIP: PickScore, CLIPScore, Aesthetic, HPSv2.
 
-All four see a picture as CLIP's own processor has it: RGB, the shorter side resized to the model's size (224; bicubic),
-cropped to the middle, normalised by CLIP's mean and std. Prompts are cut to the model's 77 tokens.
+All but HPSv2 see a picture as CLIP's own processor has it: RGB, the shorter side resized to the model's size (224;
+bicubic), cropped to the middle, normalised by CLIP's mean and std. Prompts are cut to the model's 77 tokens.
 
 This file knows CLIP as transformers and open_clip name its weights, and no trainer.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import interpolate, normalize, pad
 
 from ..errors import first_few, one_sentence
 from .scorer import Scorer, read_pickle
@@ -122,8 +123,9 @@ class HPSv2(_CLIPScorer):
     How much people prefer a picture for its prompt (HPS v2.1, arXiv 2306.09341): the cosine of text and picture of
     CLIP-H that was trained on such preferences; about 0.2 to 0.35, in training and in the paper's table.
 
-    Preprocessing is that of the authors' package (the shorter side, and the middle); implementations that pad the
-    picture to a square give other numbers.
+    Preprocessing is that of the authors' package, and of DiffusionNFT: the longer side resized to 224, in floats, and
+    black around it; what crops to the middle gives other numbers for pictures that are not square. Prompts are not
+    mended by ftfy as theirs are (curly quotes, HTML).
 
     Args:
         path (`str`, *optional*, defaults to `"xswu/HPSv2"`):
@@ -149,7 +151,9 @@ class HPSv2(_CLIPScorer):
 
     def load(self) -> nn.Module:
         state = read_pickle(self.path, self.file, self.__name__)
-        return _Embedder(clip_of_open_clip(state.get("state_dict", state)), self.processor, self.__name__)
+        model = _Embedder(clip_of_open_clip(state.get("state_dict", state)), self.processor, self.__name__)
+        model.pixels = hps_pixels
+        return model
 
     def score(self, prompts: Sequence[str], images: Sequence[Image], **columns: Any) -> list[float]:
         embedder: Any = self.model
@@ -160,12 +164,15 @@ class _Embedder(nn.Module):
     """CLIP with what prepares its inputs; embeddings are normalised, `[samples, width]`, float32."""
 
     head: nn.Module
+    pixels: Callable[[Sequence[Image], int], Tensor]
 
     def __init__(self, clip: Any, processor: str | None, name: str):
         from transformers import AutoTokenizer
 
         super().__init__()
-        self.clip, self._size = clip, clip.config.vision_config.image_size
+        self.clip, self._size, self.pixels = clip, clip.config.vision_config.image_size, clip_pixels
+        # Read before any cast: bfloat16 has 4.59 for 4.61, which is 1 % of a score
+        self.logit_scale = clip.logit_scale.float().exp().item()
         if processor is not None:
             with one_sentence(f"the tokenizer {processor!r} of the scorer {name!r} cannot be loaded"):
                 self._tokenizer: Any = AutoTokenizer.from_pretrained(processor)
@@ -174,12 +181,8 @@ class _Embedder(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.clip.dtype
 
-    @property
-    def logit_scale(self) -> Tensor:
-        return self.clip.logit_scale.float().exp()
-
     def of_images(self, images: Sequence[Image]) -> Tensor:
-        pixels = clip_pixels(images, self._size).to(self.clip.device, self.clip.dtype)
+        pixels = self.pixels(images, self._size).to(self.clip.device, self.clip.dtype)
         return normalize(self.clip.get_image_features(pixels).pooler_output.float(), dim=-1)
 
     def of_texts(self, texts: Sequence[str]) -> Tensor:
@@ -201,6 +204,21 @@ def clip_pixels(images: Sequence[Image], size: int) -> Tensor:
 
     process = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     return process(images=list(images), return_tensors="pt")["pixel_values"]
+
+
+def hps_pixels(images: Sequence[Image], size: int) -> Tensor:
+    """`[pictures, 3, size, size]` as HPSv2's package has them: of floats, and without cutting anything off."""
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    pixels = []
+    for image in images:
+        x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+        height, width = (round(side * size / max(image.size)) for side in x.shape[-2:])
+        x = interpolate(x, (height, width), mode="bicubic", antialias=True)
+        left, top = (size - width) // 2, (size - height) // 2
+        pixels.append(pad(x, (left, size - width - left, top, size - height - top)))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return (torch.cat(pixels) - mean) / std
 
 
 def load_pretrained(cls: Any, path: str, name: str) -> Any:

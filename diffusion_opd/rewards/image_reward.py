@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 from torch import Tensor, nn
 
 from ..errors import one_sentence
@@ -25,7 +25,8 @@ class ImageReward(Scorer):
     the paper's table: an MLP on the first token of BLIP's text model, which looks at the picture, normalised to mean 0
     and std 1 over the authors' data. The number is that of `inference_rank` and `score` of their package.
 
-    A picture is seen as CLIP's processor has it (224, the shorter side and the middle); prompts are cut to 35 tokens.
+    A picture is seen as their package has it: as CLIP's processor does (224, bicubic, the shorter side and the middle),
+    but for torchvision's middle, which is rounded, not cut off. Prompts are cut to 35 tokens.
 
     Args:
         path (`str`, *optional*, defaults to `"THUDM/ImageReward"`):
@@ -108,12 +109,20 @@ class _Judge(nn.Module):
 
     def forward(self, prompts: Sequence[str], images: Sequence[Image]) -> Tensor:
         device, dtype = self.text_model.device, self.text_model.dtype
-        seen = self.image_model(clip_pixels(images, self.size).to(device, dtype)).last_hidden_state
+        middles = [_middle(image, self.size) for image in images]
+        seen = self.image_model(clip_pixels(middles, self.size).to(device, dtype)).last_hidden_state
         text = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
         ).to(device)
         read = self.text_model(text.input_ids, attention_mask=text.attention_mask, encoder_hidden_states=seen)
         return (self.head(read.last_hidden_state[:, 0]).float()[:, 0] - MEAN) / STD
+
+
+def _middle(image: Image, size: int) -> Image:
+    """torchvision's `Resize` and `CenterCrop`."""
+    width, height = (int(size * side / min(image.size)) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.resize((width, height), Resampling.BICUBIC).crop((left, top, left + size, top + size))
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

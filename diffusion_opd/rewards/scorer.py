@@ -61,9 +61,11 @@ class Scorer(ABC):
         scale: str = "training",
     ):
         self.device, self.batch_size, self.placement = device, batch_size, placement
-        self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         self.num_frames, self.scale = num_frames, scale
         self.model: nn.Module | None = None
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise ValueError(f"`dtype` of {self.__name__} must be one of floats, as 'bfloat16' is, got {dtype!r}.")
         for name, value, choices in (("scale", scale, SCALES), ("placement", placement, PLACEMENTS)):
             if value not in choices:
                 raise ValueError(f"`{name}` of {self.__name__} must be one of {list(choices)}, got {value!r}.")
