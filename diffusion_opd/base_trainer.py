@@ -601,7 +601,8 @@ class DiffusionTrainer(Resuming):
         if eval_dataset is not None:
             eval_dataset = self.data.routed(eval_dataset)
         before = len(self.state.log_history)
-        with self.ema_weights(), self.stopwatch.paused():
+        scorers = contextlib.nullcontext() if self.judge is None else self.judge.rewards.at_work()
+        with self.ema_weights(), self.stopwatch.paused(), scorers:
             metrics = super().evaluate(eval_dataset, *args, **kwargs)
         # Trainer logs before it asks `on_evaluate`, where callbacks may add theirs
         logged = {key for entry in self.state.log_history[before:] for key in entry}

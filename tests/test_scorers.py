@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from diffusion_opd.rewards import load_reward
+from diffusion_opd.rewards import Scorer, load_reward
 from diffusion_opd.runs import hash_function
 from tests.hub_server import HubServer, client
+from tests.rl_training import CONFIGS, DATA, GRPO, trainer_of
 from tests.tiny_pipelines import clip_tokenizer
 
 PROMPTS = ["a cat", "two dogs and a very long tail of words " * 20, "a street at night"]
@@ -317,10 +318,10 @@ def published(tmp_path_factory) -> tuple[Path, dict[str, Tensor]]:
 
 
 ARGUMENTS = {
-    "pickscore": {"path": "yuvalkirstain/PickScore_v1", "processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"},
+    "pickscore": {"path": "yuvalkirstain/PickScore_v1", "tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"},
     "clipscore": {"path": "openai/clip-vit-large-patch14"},
     "aesthetic": {"path": "openai/clip-vit-large-patch14", "head": "trl-lib/ddpo-aesthetic-predictor"},
-    "hpsv2": {"path": "xswu/HPSv2", "processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"},
+    "hpsv2": {"path": "xswu/HPSv2", "tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"},
     "imagereward": {"path": "THUDM/ImageReward", "tokenizer": "google-bert/bert-base-uncased"},
 }
 
@@ -370,7 +371,7 @@ def test_by_their_published_names(published, tmp_path):
     root, expected = published
     code = f"""
 import pickle
-from diffusion_opd.rewards import load_reward
+from diffusion_opd.rewards import Scorer, load_reward
 pictures = pickle.load(open({str(tmp_path / "pictures")!r}, "rb"))
 result = {{}}
 for name in {list(ARGUMENTS)!r}:
@@ -392,9 +393,64 @@ def test_a_scorer_is_the_same_reward_wherever_it_runs(published):
     scorer(prompts=["a cat"], images=pictures()[:1])
     assert hash_function(scorer) == before
     assert hash_function(make("pickscore", root, device="cpu", batch_size=1, placement="device")) == before
-    for more in ({"scale": "table"}, {"dtype": "bfloat16"}, {"num_frames": 2}, {"processor": "another"}):
+    for more in ({"scale": "table"}, {"dtype": "bfloat16"}, {"num_frames": 2}, {"tokenizer": "another"}):
         arguments = {key: str(root / value) for key, value in ARGUMENTS["pickscore"].items()}
         assert hash_function(load_reward({"name": "pickscore", **arguments, **more})) != before
+
+
+class Moving(nn.Module):
+    """A model that notes where it is moved to."""
+
+    def __init__(self):
+        super().__init__()
+        self.moves = []
+
+    def to(self, place):
+        self.moves += [place] if isinstance(place, str) else []
+        return self
+
+
+class Still(Scorer):
+    __name__ = "still"
+
+    def load(self):
+        return Moving()
+
+    def score(self, prompts, images, **columns):
+        self.model.moves.append(len(images))
+        return [float(index) for index in range(len(images))]
+
+
+def test_a_model_moves_once_for_a_rollout_and_once_for_an_evaluation(tmp_path, monkeypatch):
+    """Between them it is in main memory: while the policy learns, and when all is done."""
+    scorer = Still(device="there", batch_size=1)
+    learning = []
+
+    class Watched(GRPO):
+        _name = GRPO._name
+
+        def training_step(self, *args):
+            learning.append(scorer.model.moves[-1])
+            return super().training_step(*args)
+
+    monkeypatch.setitem(CONFIGS, Watched, CONFIGS[GRPO])
+    trainer = trainer_of(
+        Watched,
+        tmp_path,
+        rewards=scorer,
+        max_steps=2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        num_generations=2,
+        eval_dataset=DATA,
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_eval_batch_size=1,
+    )
+    trainer.train()
+    assert learning == ["cpu"] * 4
+    rounds = "".join(str(move)[0] for move in scorer.model.moves).split("c")
+    assert rounds[:3] == ["t" + "t1" * 2, "t" + "t1" * 2, "t" + "t1" * len(DATA)] and rounds[-1] == ""
 
 
 class Evil:

@@ -3,6 +3,7 @@
 This file knows the order of it, and neither how pictures are drawn nor how they are scored.
 """
 
+import contextlib
 import gc
 import json
 import logging
@@ -225,7 +226,8 @@ def _score(
     state.wait_for_everyone()  # all have read, before one writes
     mine = [sample for sample in samples if sample.key not in known][state.process_index :: state.num_processes]
     own: list[tuple[str, float | None]] = []
-    with (place / f"{written}.{state.process_index}.jsonl").open("a") as file:
+    scorer = judge.at_work() if mine else contextlib.nullcontext()
+    with (place / f"{written}.{state.process_index}.jsonl").open("a") as file, scorer:
         if file.tell():
             file.write("\n")  # ends a line that a killed process left
         bar = tqdm(range(0, len(mine), batch_size), desc=f"{row.name}: {name}", disable=not state.is_main_process)

@@ -21,13 +21,11 @@ class Preset(NamedTuple):
 
     Attributes:
         dataset (`str`, *optional*): On the Hub.
-        split (`str`): Of the dataset.
         url (`str`, *optional*): Where the file is, if it is not on the Hub.
         metrics (`str`): What the paper's Table 1 scores on them.
     """
 
     dataset: str | None
-    split: str = "train"
     url: str | None = None
     metrics: str = ""
 
@@ -74,15 +72,14 @@ def read_file(file: str) -> Dataset:
     return dataset.rename_column("text", PROMPT)
 
 
-def load_prompts(source: str, prompt_column: str | None = None, split: str | None = None) -> list[dict[str, Any]]:
+def load_prompts(source: str, prompt_column: str | None = None) -> list[dict[str, Any]]:
     """Reads a set of prompts.
 
     Args:
         source (`str`):
             A file (`.txt` with one prompt a line; `.json`, `.jsonl` or `.csv`), a name of [`PRESETS`], or the Hub id or
-            folder of a dataset.
+            folder of a dataset, of which `test` is read, or its only split.
         prompt_column (`str`, *optional*): Where the prompts are. `None`: `prompt`, or another usual name.
-        split (`str`, *optional*): Of a dataset; `None`: `"test"` if there is one, or the only one.
 
     Returns:
         `list[dict]`: rows with `prompt` and what else is there for scorers; lines without a prompt are left out.
@@ -99,10 +96,9 @@ def load_prompts(source: str, prompt_column: str | None = None, split: str | Non
             raise ValueError(f"the prompts {source!r} are not on the Hub; get {preset.url} and give the file.")
         with one_sentence(f"the prompts {source!r} cannot be loaded"):
             splits = load_dataset(preset.dataset)
-        name = split or ("test" if "test" in splits else next(iter(splits)) if len(splits) == 1 else preset.split)
-        if name not in splits:
-            raise ValueError(f"the prompts {source!r} have no split {name!r}, only {list(splits)}.")
-        dataset = splits[name]
+        if "test" not in splits and len(splits) > 1:
+            raise ValueError(f"the prompts {source!r} have no split 'test', only {list(splits)}; give a file of one.")
+        dataset = splits.get("test", next(iter(splits.values())))
     rows = _with_prompt(dataset, source, prompt_column)
     if not rows:
         raise ValueError(f"{source!r} holds no prompts.")

@@ -25,13 +25,13 @@ CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 class _CLIPScorer(Scorer):
     path: str
-    processor: str | None
+    tokenizer: str | None
 
     def load(self) -> nn.Module:
         from transformers import CLIPModel
 
         model = load_pretrained(CLIPModel, self.path, self.__name__)
-        return _Embedder(model, self.processor, self.__name__)
+        return _Embedder(model, self.tokenizer, self.__name__)
 
 
 class PickScore(_CLIPScorer):
@@ -44,16 +44,16 @@ class PickScore(_CLIPScorer):
     Args:
         path (`str`, *optional*, defaults to `"yuvalkirstain/PickScore_v1"`):
             Hub id or folder of the model.
-        processor (`str`, *optional*, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
-            Hub id or folder of its tokenizer.
+        tokenizer (`str`, *optional*, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
+            Hub id or folder.
         kwargs: For [`Scorer`].
     """
 
     __name__ = "pickscore"
 
-    def __init__(self, path: str = "yuvalkirstain/PickScore_v1", processor: str = CLIP_H, **kwargs: Any):
+    def __init__(self, path: str = "yuvalkirstain/PickScore_v1", tokenizer: str = CLIP_H, **kwargs: Any):
         super().__init__(**kwargs)
-        self.path, self.processor = path, processor
+        self.path, self.tokenizer = path, tokenizer
 
     def score(self, prompts: Sequence[str], images: Sequence[Image], **columns: Any) -> list[float]:
         embedder: Any = self.model
@@ -77,7 +77,7 @@ class CLIPScore(_CLIPScorer):
 
     def __init__(self, path: str = CLIP_L, **kwargs: Any):
         super().__init__(**kwargs)
-        self.path = self.processor = path
+        self.path = self.tokenizer = path
 
     def score(self, prompts: Sequence[str], images: Sequence[Image], **columns: Any) -> list[float]:
         embedder: Any = self.model
@@ -105,7 +105,7 @@ class Aesthetic(_CLIPScorer):
     def __init__(self, path: str = CLIP_L, head: str = "trl-lib/ddpo-aesthetic-predictor", **kwargs: Any):
         super().__init__(**kwargs)
         self.path, self.head = path, head
-        self.processor = None  # no text
+        self.tokenizer = None  # no text
 
     def load(self) -> nn.Module:
         model = super().load()
@@ -132,8 +132,8 @@ class HPSv2(_CLIPScorer):
             Hub id, folder or file of the checkpoint in open_clip's format.
         file (`str`, *optional*, defaults to `"HPS_v2.1_compressed.pt"`):
             Its name; `"HPS_v2_compressed.pt"` is v2.0.
-        processor (`str`, *optional*, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
-            Hub id or folder of the tokenizer.
+        tokenizer (`str`, *optional*, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
+            Hub id or folder.
         kwargs: For [`Scorer`].
     """
 
@@ -143,15 +143,15 @@ class HPSv2(_CLIPScorer):
         self,
         path: str = "xswu/HPSv2",
         file: str = "HPS_v2.1_compressed.pt",
-        processor: str = CLIP_H,
+        tokenizer: str = CLIP_H,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.path, self.file, self.processor = path, file, processor
+        self.path, self.file, self.tokenizer = path, file, tokenizer
 
     def load(self) -> nn.Module:
         state = read_pickle(self.path, self.file, self.__name__)
-        model = _Embedder(clip_of_open_clip(state.get("state_dict", state)), self.processor, self.__name__)
+        model = _Embedder(clip_of_open_clip(state.get("state_dict", state)), self.tokenizer, self.__name__)
         model.pixels = hps_pixels
         return model
 
@@ -166,16 +166,16 @@ class _Embedder(nn.Module):
     head: nn.Module
     pixels: Callable[[Sequence[Image], int], Tensor]
 
-    def __init__(self, clip: Any, processor: str | None, name: str):
+    def __init__(self, clip: Any, tokenizer: str | None, name: str):
         from transformers import AutoTokenizer
 
         super().__init__()
         self.clip, self._size, self.pixels = clip, clip.config.vision_config.image_size, clip_pixels
         # Read before any cast: bfloat16 has 4.59 for 4.61, which is 1 % of a score
         self.logit_scale = clip.logit_scale.float().exp().item()
-        if processor is not None:
-            with one_sentence(f"the tokenizer {processor!r} of the scorer {name!r} cannot be loaded"):
-                self._tokenizer: Any = AutoTokenizer.from_pretrained(processor)
+        if tokenizer is not None:
+            with one_sentence(f"the tokenizer {tokenizer!r} of the scorer {name!r} cannot be loaded"):
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -5,11 +5,12 @@ This file knows functions and pictures, and no pipeline, model or trainer.
 """
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -90,6 +91,15 @@ class Rewards:
 
     def weights(self, task: str) -> list[float]:
         return self._weights[self._key(task)]
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Keeps the models of those functions that have one where they compute, over several calls."""
+        with contextlib.ExitStack() as stack:
+            for func in {id(func): func for funcs in self._funcs.values() for func in funcs}.values():
+                if hasattr(func, "at_work"):
+                    stack.enter_context(func.at_work())
+            yield
 
     def needed_columns(self, task: str) -> dict[str, list[str]]:
         """By name, the dataset's columns that each function cannot do without."""

@@ -21,6 +21,7 @@ from transformers import (
     Mask2FormerImageProcessorPil,
 )
 
+from .clip import load_pretrained
 from .scorer import Scorer
 
 # The classes of COCO in its order, by GenEval's names
@@ -212,7 +213,7 @@ class ObjectFinder(nn.Module):
 
     def __init__(self, detector: str, clip: str):
         super().__init__()
-        self.detector = Mask2FormerForUniversalSegmentation.from_pretrained(detector)
+        self.detector = load_pretrained(Mask2FormerForUniversalSegmentation, detector, GenEval.__name__)
         if self.detector.config.num_labels != len(OBJECTS):
             raise ValueError(
                 f"GenEval's detector must know the {len(OBJECTS)} classes of COCO, but {detector} knows "
@@ -220,7 +221,7 @@ class ObjectFinder(nn.Module):
             )
         size = {"shortest_edge": 800, "longest_edge": 1333}  # as the detector was tested; its config says 384 by 384
         self._pictures = Mask2FormerImageProcessorPil.from_pretrained(detector, size=size)
-        self.clip = CLIPModel.from_pretrained(clip)
+        self.clip = load_pretrained(CLIPModel, clip, GenEval.__name__)
         self._crops, self._tokenizer = CLIPImageProcessorPil.from_pretrained(clip), AutoTokenizer.from_pretrained(clip)
         self._anchors: dict[str, Tensor] = {}
 

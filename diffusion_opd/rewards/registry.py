@@ -20,8 +20,8 @@ REWARDS = {
     "imagereward": "image_reward.ImageReward",
     "ocr": "ocr.OCR",
     "geneval": "geneval.GenEval",
-    "vlm_judge": "judges.VLMJudge",
-    "unified_reward": "judges.UnifiedReward",
+    "vlm_judge": "vlm.VLMJudge",
+    "unified_reward": "vlm.UnifiedReward",
     "jpeg_compressibility": "jpeg.JPEGCompressibility",
     "remote": "remote.RemoteReward",
 }

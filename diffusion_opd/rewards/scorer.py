@@ -20,7 +20,7 @@ from ..errors import one_sentence
 
 SCALES = ("training", "table")
 # Of a scorer, what may be another without another score
-_ANYWHERE = ("model", "device", "batch_size", "placement")
+_ANYWHERE = ("model", "device", "batch_size", "placement", "_at_work")
 PLACEMENTS = ("device", "cpu")
 
 
@@ -39,7 +39,7 @@ class Scorer(ABC):
             Pictures of one forward pass.
         placement (`str`, *optional*, defaults to `"cpu"`):
             Where the model lies between calls: `"cpu"` leaves the device's memory to the denoiser, `"device"` saves
-            the way there and back.
+            the way there and back. Trainers keep it on the device over a whole rollout, and over an evaluation.
         num_frames (`int`, *optional*, defaults to `4`):
             Of a video so many frames are scored, evenly spaced from the first to the last; its score is their mean.
         scale (`str`, *optional*, defaults to `"training"`):
@@ -64,6 +64,7 @@ class Scorer(ABC):
         self.dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         self.num_frames, self.scale = num_frames, scale
         self.model: nn.Module | None = None
+        self._at_work = 0
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise ValueError(f"`dtype` of {self.__name__} must be one of floats, as 'bfloat16' is, got {dtype!r}.")
         for name, value, choices in (("scale", scale, SCALES), ("placement", placement, PLACEMENTS)):
@@ -96,7 +97,7 @@ class Scorer(ABC):
         frames = [frames_of(image, self.num_frames) for image in images]
         flat = [(row, frame) for row, own in enumerate(frames) for frame in own]
         scores: list[list[float | None]] = [[] for _ in images]
-        with self._on_device():
+        with self.at_work():
             for start in range(0, len(flat), self.batch_size):
                 rows = [row for row, _ in flat[start : start + self.batch_size]]
                 pictures = [frame for _, frame in flat[start : start + self.batch_size]]
@@ -110,7 +111,8 @@ class Scorer(ABC):
         return [None if None in own else sum(own) / len(own) for own in scores]  # type: ignore[arg-type]
 
     @contextlib.contextmanager
-    def _on_device(self) -> Iterator[None]:
+    def at_work(self) -> Iterator[None]:
+        """Keeps the model on its device over several calls."""
         self.prepare()
         model: Any = self.model
         if self.device is None:
@@ -121,10 +123,12 @@ class Scorer(ABC):
                 else torch.device(accelerator.type, torch.accelerator.current_device_index())
             )
         model.to(self.device)
+        self._at_work += 1
         try:
             yield
         finally:
-            if self.placement == "cpu":
+            self._at_work -= 1
+            if self.placement == "cpu" and not self._at_work:
                 model.to("cpu")
 
 

@@ -207,7 +207,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches * self._windows, device)
             if not batches:
                 return [], None
-            self._rollouts, self._read_ahead = self._generate(batches), self._windows - 1
+            with self.rewards.at_work():
+                self._rollouts, self._read_ahead = self._generate(batches), self._windows - 1
         elif self._read_ahead:
             self._read_ahead -= 1
         else:  # the rows of a rollout that there is: of a later iteration, or of a run that was resumed

@@ -13,7 +13,7 @@ from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
 from ..errors import one_sentence
 from ..evaluation.prompts import read_file
-from ..rewards import RewardFunc, load_reward
+from ..rewards import registry
 from ..teachers import Lora
 
 
@@ -164,19 +164,17 @@ def load_rewards(reward_funcs: Any) -> tuple[Any, Any]:
     Returns:
         What trainers take as `reward_funcs` and `reward_weights`; the latter `None` if nobody has a weight.
     """
-    made: dict[str, RewardFunc] = {}
 
-    def load(entries: Any) -> tuple[list[RewardFunc], list[float | None]]:
+    def parted(entries: Any) -> tuple[list[Any], list[Any]]:
         entries = entries if isinstance(entries, (list, tuple)) else [entries]
-        rewards = [dict(entry) if isinstance(entry, Mapping) else {"name": entry} for entry in entries]
-        weights = [reward.pop("weight", None) for reward in rewards]
-        return [made.get(str(one)) or made.setdefault(str(one), load_reward(one)) for one in rewards], weights
+        rewards = [dict(one) if isinstance(one, Mapping) else one for one in entries]
+        return rewards, [one.pop("weight", None) if isinstance(one, dict) else None for one in rewards]
 
     is_by_task = isinstance(reward_funcs, Mapping) and "name" not in reward_funcs
-    loaded = {task: load(own) for task, own in (reward_funcs if is_by_task else {None: reward_funcs}).items()}
-    funcs = {task: own for task, (own, _) in loaded.items()}
-    weights = {task: [1.0 if one is None else one for one in own] for task, (_, own) in loaded.items()}
-    is_weighted = any(one is not None for _, own in loaded.values() for one in own)
+    by_task = {task: parted(own) for task, own in (reward_funcs if is_by_task else {None: reward_funcs}).items()}
+    funcs = registry.load_rewards({task: own for task, (own, _) in by_task.items()})
+    weights = {task: [1.0 if one is None else one for one in own] for task, (_, own) in by_task.items()}
+    is_weighted = any(one is not None for _, own in by_task.values() for one in own)
     if is_by_task:
         return funcs, weights if is_weighted else None
     return funcs[None], weights[None] if is_weighted else None

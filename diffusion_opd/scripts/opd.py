@@ -32,7 +32,6 @@ from diffusion_opd.scripts.arguments import (
     TrainingScriptArguments,
     filled,
     load_data,
-    load_rewards,
     student_arguments,
     train,
 )
@@ -91,15 +90,12 @@ def _teacher(value: Any) -> Any:
 
 def make_trainer(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> DiffusionOPDTrainer:
     teachers = load_teachers(script_args.teachers)
-    judged = {}
-    if script_args.eval_reward_funcs is not None:
-        judged["eval_reward_funcs"] = load_rewards(script_args.eval_reward_funcs)[0]
     return DiffusionOPDTrainer(
         teachers=teachers,
         args=training_args,
         **student_arguments(script_args),
         **load_data(script_args, training_args.eval_strategy != "no", list(teachers)),
-        **judged,
+        eval_reward_funcs=script_args.eval_reward_funcs,
     )
 
 

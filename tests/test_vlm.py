@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from diffusion_opd.rewards import Rewards, load_reward
-from diffusion_opd.rewards.judges import UnifiedReward, VLMJudge
+from diffusion_opd.rewards.vlm import UnifiedReward, VLMJudge
 from diffusion_opd.runs import hash_function
 
 RED, GREEN = (Image.new("RGB", (40, 20), colour) for colour in ("red", "green"))
