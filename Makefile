@@ -29,7 +29,7 @@ INSTALL := $(BIN)/python -m pip install -e ".[dev]"
 ifneq ($(LOWEST),)
 # uv, since pip knows the newest only; it keeps what is there, so the environment is made anew each time.
 INSTALL := $(BIN)/python -m pip install uv && $(BIN)/uv pip install --python $(BIN)/python \
-	--resolution lowest-direct -e ".[deepspeed,docs,examples,ocr,test]"
+	--resolution lowest-direct -e ".[deepspeed,docs,examples,rewards,test]"
 endif
 
 # torch goes first and is then held by a constraint: left to itself, pip may replace a CPU build by the newest CUDA one.

@@ -58,6 +58,21 @@ def test_what_the_examples_import_beside_it_is_in_their_extra():
     assert found - BROUGHT == declared(PROJECT["optional-dependencies"]["examples"])
 
 
+def test_every_extra_that_is_named_is_there():
+    extras, named = PROJECT["optional-dependencies"].keys(), set()
+    for path in (ROOT / "Makefile", *(ROOT / ".ci").iterdir(), *ROOT.rglob("docs/**/*.md"), ROOT / "README.md"):
+        named |= {
+            one
+            for found in re.findall(r"(?:\.|diffusion-opd)\[([a-z,]+)\]", path.read_text())
+            for one in found.split(",")
+        }
+    for path in (ROOT / ".github").rglob("*.yml"):
+        named |= {one for found in re.findall(r"\.\[([a-z,]+)\]", path.read_text()) for one in found.split(",")}
+    assert {"dev", "rewards", "deepspeed"} <= named <= extras
+    table = (ROOT / "docs" / "installation.md").read_text().partition("| extra |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == extras
+
+
 def test_every_dependency_has_a_lower_bound():
     lines = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]
     assert [line for line in lines if not re.search(r"[>=]=|^diffusion-opd\[", line)] == []
