@@ -52,7 +52,7 @@ from .inputs import PROMPT, content_key, inputs_of, is_prompt, signature
 from .policy import Policy
 from .resuming import Resuming
 from .rewards.judge import Judge
-from .sampling import ROW, SEED_EVAL, NumberedStream, TaskCycleSampler, TaskCycleStream, seed_of
+from .sampling import ROW, SEED_EVAL, NumberedStream, TaskCycleSampler, TaskCycleStream, Turns, seed_of
 from .scheduler_proxy import is_flow
 from .shards import ShardFiles
 from .startup import Checked, check_student, sees_the_end, tokenized, tokenizers_of
@@ -478,8 +478,9 @@ class DiffusionTrainer(Resuming):
             self.train_dataset,
             self.tasks,
             self._global_batch_size,
-            self._cycles,
+            self._turns,
             **self._repetition,
+            seed=self._order_seed,
             column=self.data.task_column,
             size_of=self.data.size_of,
             alike=self._alike,
@@ -493,8 +494,8 @@ class DiffusionTrainer(Resuming):
             column_of(dataset, self.data.task_column).to_pylist(),
             self.tasks,
             self._global_batch_size,
-            self._cycles,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            self._turns,
+            seed=self._order_seed,
             **self._repetition,
             sizes=self.data.sizes,
             alike=self._alike,
@@ -517,6 +518,15 @@ class DiffusionTrainer(Resuming):
     @property
     def _global_batch_size(self) -> int:
         return self._train_batch_size * self.accelerator.num_processes
+
+    @property
+    def _order_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    @property
+    def _turns(self) -> Turns:
+        """The tasks of the micro-batches that are drawn together: an optimizer step's, or a rollout's."""
+        return Turns(len(self.tasks), self._cycles)
 
     @property
     def _cycles(self) -> int:

@@ -4,7 +4,7 @@ This file knows settings and datasets, and no trainer.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,21 @@ def own_arguments(model: Any, args: Any, config_class: type, name: str) -> Any:
     return copy.copy(args)
 
 
-def whole_cycles(args: DiffusionConfig, tasks: Sequence[str]) -> None:
+def whole_cycles(args: DiffusionConfig, tasks: Sequence[str], weights: Mapping[str, float] | None = None) -> None:
     """An optimizer step sees whole cycles: `gradient_accumulation_steps` becomes, or must be, a multiple of the
-    tasks."""
-    steps = args.gradient_accumulation_steps
-    if steps == 1 and len(tasks) > 1:
-        args.gradient_accumulation_steps = len(tasks)
-        logger.info(f"An optimizer step sees every task: `gradient_accumulation_steps` is set to {len(tasks)}.")
-    elif steps % len(tasks):
+    tasks; by `weights` some have several turns in a cycle."""
+    turns = [int((weights or {}).get(task, 1)) for task in tasks]
+    steps, length = args.gradient_accumulation_steps, sum(turns)
+    if steps == 1 and length > 1:
+        args.gradient_accumulation_steps = length
+        logger.info(f"An optimizer step sees every task: `gradient_accumulation_steps` is set to {length}.")
+    elif steps % length:
+        cycle, how = f"the {len(tasks)} tasks {list(tasks)}", "equally often"
+        if weights:
+            cycle, how = f"the {length} turns of {dict(zip(tasks, turns, strict=True))}", "so often"
         raise ValueError(
-            f"`gradient_accumulation_steps={steps}` is not a multiple of the {len(tasks)} tasks {list(tasks)}: an "
-            f"optimizer step must see every task equally often; leave it out, or use "
-            f"{len(tasks) * max(1, round(steps / len(tasks)))}."
+            f"`gradient_accumulation_steps={steps}` is not a multiple of {cycle}: an optimizer step must see every "
+            f"task {how}; leave it out, or use {length * max(1, round(steps / length))}."
         )
 
 

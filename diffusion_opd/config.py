@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -18,9 +19,13 @@ from .disclosure import disclosed
 from .errors import brief, listed
 from .inputs import is_prompt
 from .objectives import OBJECTIVES
+from .queries import QUERIES
 from .transitions import TRANSITIONS, Kernel
 
 TEACHER_PLACEMENTS = ("device", "cpu", "sharded")
+TASK_SAMPLINGS = ("cycle", "random")
+ANCHOR_OBJECTIVES = ("kl", "velocity")
+BASE = "base"  # the student as it is before training, where a reference is named
 NAN_POLICIES = ("raise", "skip")
 
 # What the trainer itself hands to the pipeline's `__call__`
@@ -43,6 +48,7 @@ _KINDS = {
     dict[str, float]: "a dict of numbers",
     list: "a list",
     list[int]: "a list of whole numbers",
+    list[float]: "a list of numbers",
     list[str]: "a list of texts",
     type(None): "None",
 }
@@ -115,6 +121,12 @@ def check_call_kwargs(call_kwargs: dict[str, Any], named: dict[str, Any], owner:
             f"{owner}: {twice} is given both as a field and in `call_kwargs`; give it once "
             f"(field: {[named[key] for key in twice]}, call_kwargs: {[call_kwargs[key] for key in twice]})."
         )
+
+
+def scale_name(call_kwargs: Mapping[str, Any]) -> str:
+    """What a pipeline calls the scale of its classifier-free guidance: of one whose `guidance_scale` is an input of its
+    denoiser (FLUX, Qwen-Image) another argument, where that is given."""
+    return "true_cfg_scale" if "true_cfg_scale" in call_kwargs else "guidance_scale"
 
 
 def kernel_named(transition: str) -> Kernel:
@@ -389,6 +401,47 @@ class DiffusionOPDConfig(DiffusionConfig):
             `"kl"`: `|mu_S - mu_T|^2 / (2 std^2)` with the true std of the step, `|mu_S - mu_T|^2 / 2` for a
             deterministic step. `"velocity"`: `(v_S - v_T)^2`. `"policy_gradient"`: the PPO-style surrogate, for
             comparison only.
+        query (`str`, *optional*, defaults to `"first"`):
+            At which of the first `K` states (`timestep_fraction`) a walk learns, the same for all samples of an
+            optimizer step. `"first"`: at all of them. `"random"`: at `num_queries`, drawn without replacement.
+            `"window"`: at so many in succession. `"beta"`: at those of index `floor(K u)`, `u ~ Beta(*query_beta)`
+            (DanceOPD). States between are visited without gradient, nothing is computed after the last one, and
+            evaluation is over all `K`.
+        num_queries (`int`, *optional*):
+            How many, at most `K`. `None`: 1; with `"first"` all.
+        query_beta (`list[float]`, *optional*):
+            The two parameters of `"beta"`, above 0. `None`: `[5.0, 2.0]`, on the side of low noise.
+        target_extrapolation (`float`, *optional*, defaults to `1.0`):
+            The target is `v_ref + target_extrapolation (v_T - v_ref)`: beyond the teacher above 1 (STEP-OPD, GFD-OPD:
+            1.25). 1: the teacher itself, and no reference is asked. Above 0.
+        target_ref (`str`, *optional*):
+            What it extrapolates from: `"base"`, the student before training, asked with the arguments and columns of
+            the task's teacher; or the id of a teacher (or `"anchor"`), asked with its own. `None`: `"base"`.
+        guidance_split (`float`, *optional*):
+            Matches the conditional branch and the direction of guidance apart (PDM, arXiv 2607.24731), where the guided
+            predictions alone would let the errors of the two branches cancel: the objective of `v_c`, and
+            `guidance_split` times that of `(v_w - v_c) / (w - 1)`. Student and teachers are asked with the student's
+            `guidance_scale`, above 1, and without guidance. `None`: off.
+        teacher_weight_column (`str`, *optional*):
+            A column of numbers in [0, 1], one a sample: the target is `(1 - w) v_S + w v_T`, whose gradient is `w`
+            times that of a plain sample. `None`: 1.
+        anchor (`str`, *optional*):
+            `"base"`: the loss holds the distance to the student before training too, at the same states and with the
+            student's own arguments. Any other reference is the trainer's `anchor=Teacher(...)` (Flow-OPD: an aesthetic
+            teacher). `None`: none.
+        anchor_beta (`float`, *optional*):
+            Weight of that distance. `None`: 0.04 (Flow-OPD).
+        anchor_objective (`str`, *optional*):
+            `"kl"` or `"velocity"`. `None`: `"kl"`.
+        anchor_data_beta (`float`, *optional*):
+            Weight of the flow-matching loss on the pictures of the trainer's `anchor_dataset`. `None`: 0.1 (LIFT).
+        task_weights (`dict[str, float]`, *optional*):
+            By teacher id, how often a task comes; 1 for those left out. With `task_sampling="cycle"` whole numbers: so
+            many micro-batches of a cycle (Flow-OPD: `{"ocr": 3, "geneval": 1}`), and `gradient_accumulation_steps` is a
+            multiple of their sum. With `"random"` in proportion.
+        task_sampling (`str`, *optional*, defaults to `"cycle"`):
+            `"cycle"`: an optimizer step sees every task (the paper). `"random"`: one task, drawn anew for each step
+            from `seed`, for all processes and accumulated micro-batches (DanceOPD's routes).
         teacher_placement (`str`, *optional*, defaults to `"device"`):
             Where denoisers wait that are the teachers' own (a LoRA teacher is an adapter of the student's denoiser; of
             a student that is trained in full, of one frozen copy). `"device"`: whole on every device. `"cpu"`: in CPU
@@ -401,12 +454,49 @@ class DiffusionOPDConfig(DiffusionConfig):
         default=None, metadata={"help": "Noise of the transition. None: 0.7 for the SDEs and CPS, 0 else."}
     )
     objective: str = field(default="kl", metadata={"help": "What is asked of it.", "choices": list(OBJECTIVES)})
+    query: str = field(default="first", metadata={"help": "At which states it learns.", "choices": list(QUERIES)})
+    num_queries: int | None = field(default=None, metadata={"help": "At how many of them. None: 1, of 'first' all."})
+    query_beta: list[float] | None = field(
+        default=None, metadata={"help": "The two parameters of the query 'beta'. None: 5 and 2."}
+    )
+    target_extrapolation: float = field(
+        default=1.0, metadata={"help": "How far the target lies on the way from a reference to the teacher."}
+    )
+    target_ref: str | None = field(
+        default=None, metadata={"help": "That reference: base, or the id of a teacher. None: base."}
+    )
+    guidance_split: float | None = field(
+        default=None, metadata={"help": "Weight of the direction of guidance, matched by itself. None: off."}
+    )
+    teacher_weight_column: str | None = field(
+        default=None, metadata={"help": "Column of how much of the teacher is in each sample's target. None: 1."}
+    )
+    anchor: str | None = field(
+        default=None, metadata={"help": "What the student stays near to. None: nothing.", "choices": [BASE]}
+    )
+    anchor_beta: float | None = field(
+        default=None, metadata={"help": "Weight of the distance to the anchor. None: 0.04."}
+    )
+    anchor_objective: str | None = field(
+        default=None, metadata={"help": "How it is measured. None: kl.", "choices": list(ANCHOR_OBJECTIVES)}
+    )
+    anchor_data_beta: float | None = field(
+        default=None, metadata={"help": "Weight of the flow-matching loss on real pictures. None: 0.1."}
+    )
+    task_weights: dict | str | None = field(  # a flag is read as the second of these: JSON
+        default=None, metadata={"help": "How often each task comes, as JSON. None: equally often."}
+    )
+    task_sampling: str = field(
+        default="cycle",
+        metadata={"help": "Whether a step sees every task, or one.", "choices": list(TASK_SAMPLINGS)},
+    )
     teacher_placement: str = field(
         default="device",
         metadata={"help": "Where denoisers wait that are the teachers' own.", "choices": list(TEACHER_PLACEMENTS)},
     )
 
     def __post_init__(self) -> None:
+        self.task_weights = parse_json("task_weights", self.task_weights)
         super().__post_init__()
         if self.objective not in OBJECTIVES:
             raise ValueError(f"`objective` must be one of {list(OBJECTIVES)}, got {self.objective!r}.")
@@ -430,3 +520,98 @@ class DiffusionOPDConfig(DiffusionConfig):
                 f"the last step of {self.transition!r} has zero std, so its {self.objective!r} is not defined; set "
                 f"`timestep_fraction` below 1 (now {self.timestep_fraction} of {self.num_inference_steps} steps)."
             )
+        self._check_query()
+        self._check_target()
+        self._check_anchor()
+        self._check_tasks()
+
+    def _check_query(self) -> None:
+        if self.query not in QUERIES:
+            raise ValueError(f"`query` must be one of {list(QUERIES)}, got {self.query!r}.")
+        if self.num_queries is not None:
+            if not QUERIES[self.query].counts:
+                raise ValueError(
+                    f"`query={self.query!r}` learns at all of the first {self.num_learnt_steps} states "
+                    f"(`timestep_fraction`), so `num_queries={self.num_queries}` means nothing; leave it out, or "
+                    f"choose {listed([name for name, query in QUERIES.items() if query.counts], 'or')}."
+                )
+            if not 1 <= self.num_queries <= self.num_learnt_steps:
+                raise ValueError(
+                    f"`num_queries` must be from 1 to {self.num_learnt_steps}, the states of a walk that are learnt "
+                    f"from (`timestep_fraction`), got {self.num_queries}."
+                )
+        if self.query_beta is not None:
+            if self.query != "beta":
+                raise ValueError(f"`query_beta` is for `query='beta'`, got `query={self.query!r}`; leave it out.")
+            if len(self.query_beta) != 2 or not all(0 < value < math.inf for value in self.query_beta):
+                raise ValueError(f"`query_beta` must hold two numbers above 0, got {self.query_beta}.")
+
+    def _check_target(self) -> None:
+        if not self.target_extrapolation > 0:
+            raise ValueError(f"`target_extrapolation` must be above 0, got {self.target_extrapolation}.")
+        if self.target_ref is not None and self.target_extrapolation == 1:
+            raise ValueError(
+                f"`target_ref={self.target_ref!r}` is what `target_extrapolation` begins at, which is 1, the teacher "
+                "itself; set that, or leave this out."
+            )
+        if self.guidance_split is None:
+            return
+        if not self.guidance_split >= 0:
+            raise ValueError(f"`guidance_split` must be at least 0, got {self.guidance_split}.")
+        scale = self.pipeline_kwargs.get(scale_name(self.pipeline_kwargs))
+        if not isinstance(scale, (int, float)) or scale <= 1:
+            raise ValueError(
+                "`guidance_split` asks student and teachers with and without guidance, and needs a `guidance_scale` "
+                f"above 1 to measure the direction of guidance by; got {scale}."
+            )
+        if OBJECTIVES[self.objective].needs_noise:
+            raise ValueError(
+                f"`guidance_split` is a sum of two distances, and `objective={self.objective!r}` is none; choose 'kl' "
+                "or 'velocity'."
+            )
+        if self.target_extrapolation != 1:
+            raise ValueError(
+                "`guidance_split` matches two branches of the teacher, and `target_extrapolation` moves the guided "
+                "prediction beyond it; leave one out."
+            )
+
+    def _check_anchor(self) -> None:
+        if self.anchor not in (None, BASE):
+            raise ValueError(
+                f"`anchor` must be {BASE!r} or None, got {self.anchor!r}; a reference of its own is the trainer's "
+                "`anchor=Teacher(...)`."
+            )
+        if self.anchor_objective not in (None, *ANCHOR_OBJECTIVES):
+            raise ValueError(
+                f"`anchor_objective` must be one of {list(ANCHOR_OBJECTIVES)}, got {self.anchor_objective!r}."
+            )
+        for name in ("anchor_beta", "anchor_data_beta"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"`{name}` must be above 0, got {value}; leave it out.")
+
+    def _check_tasks(self) -> None:
+        if self.task_sampling not in TASK_SAMPLINGS:
+            raise ValueError(f"`task_sampling` must be one of {list(TASK_SAMPLINGS)}, got {self.task_sampling!r}.")
+        weights: Any = {} if self.task_weights is None else self.task_weights
+        if not _is_a(dict[str, float], weights):
+            raise TypeError(f"`task_weights` must be a dict of numbers by teacher id, or JSON of one, got {weights!r}.")
+        for task, weight in weights.items():
+            if not 0 < weight < math.inf:
+                raise ValueError(f"`task_weights` must be finite and above 0, got {weight} for {task!r}.")
+            if self.task_sampling == "cycle" and weight != int(weight):
+                raise ValueError(
+                    f"`task_weights` count micro-batches of a cycle, and must be whole numbers, got {weight} for "
+                    f"{task!r}; `task_sampling='random'` takes any."
+                )
+
+    @property
+    def weights_by_task(self) -> dict[str, float]:
+        """Those of `task_weights`."""
+        weights: Any = self.task_weights  # no text since `__post_init__`
+        return weights or {}
+
+    @property
+    def query_shape(self) -> tuple[float, float]:
+        """The two parameters of the query `"beta"`."""
+        first, second = self.query_beta or (5.0, 2.0)
+        return first, second

@@ -50,6 +50,8 @@ class Data:
         input_columns (`Sequence[str]`, *optional*):
             Which columns reach the pipeline. `None`: those that are named like what its `__call__` takes for each
             sample.
+        further (`Sequence[str]`, *optional*):
+            Columns that a step reads besides, which reach no pipeline.
 
     Attributes:
         train, evaluation: As [`routed_dataset`] returns them.
@@ -65,8 +67,10 @@ class Data:
         tasks: Sequence[str],
         task_column: str = TEACHER,
         input_columns: Sequence[str] | None = None,
+        further: Sequence[str] = (),
     ):
         self.tasks, self.task_column, self._asked = list(tasks), task_column, input_columns
+        self._further = list(further)
         self._is_by_task = {
             "train_dataset": isinstance(train_dataset, Mapping),
             "eval_dataset": isinstance(eval_dataset, Mapping),
@@ -89,7 +93,7 @@ class Data:
     @property
     def names(self) -> list[str]:
         """The columns that a step reads."""
-        return [*sorted(self._read), self.task_column]
+        return [*sorted(self._read), self.task_column, *self._further]
 
     def fit(
         self,
@@ -126,6 +130,8 @@ class Data:
                         f"teacher {key!r}: `columns` names {column!r} for {name!r}, and the data has only the columns "
                         f"{sorted(given)}."
                     )
+        if lacking := [column for column in self._further if column not in given]:
+            raise ValueError(f"the data has no column {lacking[0]!r}, only {sorted(given)}.")
         self.columns = columns_read(cls, given, self._asked)
         self._takes = set(sample_arguments(cls))
         if twice := sorted(self.columns.keys() & call_kwargs.keys()):

@@ -63,6 +63,10 @@ class Comparison(NamedTuple):
     target: Tensor
     next_sample: Tensor
 
+    def to(self, teacher: Transition, target: Tensor) -> "Comparison":
+        """The same student beside another answer."""
+        return self._replace(teacher=teacher, target=target)
+
 
 @dataclass(frozen=True)
 class Objective:

@@ -572,10 +572,21 @@ class Walk(_Call):
         """The next visit, `None` at the end."""
         return self._leg(computes=True)
 
-    def visits(self, places: Sequence[int], before_last: Callable[[], Any] | None = None) -> Iterator[Visit]:
+    def visits(
+        self,
+        places: Sequence[int],
+        before_last: Callable[[], Any] | None = None,
+        passed: Callable[[Visit], Any] | None = None,
+    ) -> Iterator[Visit]:
         """The visits at these places, in rising order, under the caller's gradient mode; those between are walked
-        without gradient, those after the last are not walked. `before_last()` is called before the forward passes of
-        the last."""
+        without gradient, those after the last are not walked.
+
+        Args:
+            places (`Sequence[int]`): At least one.
+            before_last (`Callable`, *optional*): Called before the forward passes of the last.
+            passed (`Callable`, *optional*): Called, without gradient, with each visit between: for followers that must
+                not jump.
+        """
         asked, places = list(places), sorted(set(places))
         if asked != places or not places or places[0] < self.place:
             raise ValueError(f"a walk at visit {self.place} goes on in rising order, and was asked for {asked}.")
@@ -589,6 +600,9 @@ class Walk(_Call):
                 raise ValueError(f"a walk of {self.policy.name} ended after {place} of {places[-1] + 1} visits.")
             if place in places:
                 yield visit
+            elif passed is not None:
+                with torch.no_grad():
+                    passed(visit)
             del visit  # and with it the graph, before the next one grows
 
     def jump(self, place: int) -> None:

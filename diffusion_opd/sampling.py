@@ -28,7 +28,7 @@ _MAX_WAITING = 10_000
 
 
 # What generators are for, as the first number of their seeds after the run's own
-SEED_TRAIN, SEED_EVAL, SEED_NOISE = 0, 1, 2
+SEED_TRAIN, SEED_EVAL, SEED_NOISE, SEED_QUERY, SEED_ANCHOR = 0, 1, 2, 3, 4
 
 
 def seed_of(*numbers: int) -> int:
@@ -41,8 +41,44 @@ def noise_generators(generators: Sequence[torch.Generator]) -> list[torch.Genera
     return [torch.Generator().manual_seed(seed_of(generator.initial_seed(), 1)) for generator in generators]
 
 
+class Turns:
+    """Whose turn it is: the tasks of the micro-batches of one block after another.
+
+    Args:
+        num_tasks (`int`): How many there are.
+        cycles (`int`): Cycles of a block, in each of which every task has its turns; `at_random`: its micro-batches.
+        weights (`Sequence[float]`, *optional*): By task the turns in a cycle; `at_random` how likely it is. `None`: 1.
+        at_random (`bool`, *optional*): Whether a block is of one task, which is drawn.
+    """
+
+    def __init__(self, num_tasks: int, cycles: int, weights: Sequence[float] | None = None, at_random: bool = False):
+        self.cycles, self.at_random = cycles, at_random
+        self.weights = list(weights or [1] * num_tasks)
+
+    def __len__(self) -> int:
+        """Micro-batches of a block."""
+        return self.cycles if self.at_random else self.cycles * int(sum(self.weights))
+
+    def blocks(self, seed: int) -> Iterator[list[int]]:
+        """The task of each micro-batch, block after block, without end."""
+        draws = np.random.default_rng(seed)
+        cycle = [task for task, weight in enumerate(self.weights) for _ in range(int(weight))]
+        likely = np.asarray(self.weights) / sum(self.weights)
+        while True:
+            yield [int(draws.choice(len(likely), p=likely))] * self.cycles if self.at_random else cycle * self.cycles
+
+    def blocks_for(self, rows: Sequence[int], batch_size: int) -> int:
+        """Blocks in which every row comes, of so many of each task; `at_random` as many as all of them take up."""
+        if self.at_random:
+            return -(-sum(rows) // (batch_size * self.cycles))
+        return max(
+            -(-count // (batch_size * self.cycles * int(weight)))
+            for count, weight in zip(rows, self.weights, strict=True)
+        )
+
+
 class TaskCycleSampler(Sampler[int]):
-    """Rows of a dataset: `batch_size` of the first task, `batch_size` of the second, and so on in turn.
+    """Rows of a dataset: `batch_size` of the first task, `batch_size` of the second, and so on in turn (see [`Turns`]).
 
     An epoch is the smallest whole number of blocks that shows every row; tasks with fewer rows than others
     come round again, in a new order. With `repeats` every row comes so many times in succession among those of its
@@ -55,7 +91,7 @@ class TaskCycleSampler(Sampler[int]):
         tasks (`Sequence[str]`): The task of each row.
         task_ids (`Sequence[str]`): In the order of the cycle.
         batch_size (`int`): Samples of one micro-batch, over all processes.
-        cycles (`int`): Cycles of a block: an optimizer step, or a rollout.
+        cycles (`int` or [`Turns`]): Cycles of a block: an optimizer step, or a rollout.
         seed (`int`): Of the order.
         repeats, iterations (`int`, *optional*): See above; `batch_size * cycles` is a multiple of `repeats`.
         sizes (`Sequence[Hashable]`, *optional*): Of each row, what must be equal within a batch.
@@ -67,7 +103,7 @@ class TaskCycleSampler(Sampler[int]):
         tasks: Sequence[str],
         task_ids: Sequence[str],
         batch_size: int,
-        cycles: int,
+        cycles: int | Turns,
         seed: int,
         repeats: int = 1,
         iterations: int = 1,
@@ -76,12 +112,13 @@ class TaskCycleSampler(Sampler[int]):
     ):
         column = np.asarray(tasks)
         self.rows = [np.flatnonzero(column == key) for key in task_ids]
-        self.batch_size, self.cycles, self.seed, self.epoch = batch_size, cycles, seed, 0
+        self.turns = cycles if isinstance(cycles, Turns) else Turns(len(task_ids), cycles)
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
         self.repeats, self.iterations = repeats, iterations
         self.sizes = [None] * len(column) if sizes is None else sizes
         self.unit = 1 if sizes is None else math.lcm(alike, repeats) // repeats
-        longest = max(self._rows_of_a_round(rows) for rows in self.rows)
-        self.num_steps = -(-longest * repeats // (batch_size * cycles))
+        rounds = [self._rows_of_a_round(rows) * repeats for rows in self.rows]
+        self.num_steps = self.turns.blocks_for(rounds, batch_size)
 
     def _rows_of_a_round(self, rows: np.ndarray) -> int:
         counts = Counter(self.sizes[row] for row in rows)
@@ -91,12 +128,13 @@ class TaskCycleSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.num_steps * self.iterations * self.cycles * len(self.rows) * self.batch_size
+        return self.num_steps * self.iterations * len(self.turns) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
         streams = [self._shuffled_forever(task) for task in range(len(self.rows))]
-        for _ in range(self.num_steps):
-            step = [row for _ in range(self.cycles) for stream in streams for row in islice(stream, self.batch_size)]
+        blocks = self.turns.blocks(seed_of(self.seed, self.epoch, len(self.rows)))
+        for turns in islice(blocks, self.num_steps):
+            step = [row for task in turns for row in islice(streams[task], self.batch_size)]
             for _ in range(self.iterations):
                 yield from step
 
@@ -150,16 +188,18 @@ class TaskCycleStream(torch.utils.data.IterableDataset):
         streams: Mapping[str, IterableDataset] | IterableDataset,
         task_ids: Sequence[str],
         batch_size: int,
-        cycles: int = 1,
+        cycles: int | Turns = 1,
         repeats: int = 1,
         iterations: int = 1,
         column: str = TEACHER,
         size_of: Callable[[Mapping[str, Any]], Hashable] = lambda example: None,
         alike: int = 1,
+        seed: int = 0,
     ):
         self.size_of, self.unit = size_of, math.lcm(alike, repeats) // repeats
         self.streams, self.task_ids, self.batch_size = streams, list(task_ids), batch_size
-        self.cycles, self.repeats, self.iterations, self.column = cycles, repeats, iterations, column
+        self.turns = cycles if isinstance(cycles, Turns) else Turns(len(self.task_ids), cycles)
+        self.repeats, self.iterations, self.column, self.seed = repeats, iterations, column, seed
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = torch.utils.data.get_worker_info()
@@ -173,13 +213,8 @@ class TaskCycleStream(torch.utils.data.IterableDataset):
         else:
             examples = self._split(self.streams)
         groups = {key: self._repeated(key, stream) for key, stream in examples.items()}
-        while True:
-            step = [
-                example
-                for _ in range(self.cycles)
-                for key in self.task_ids
-                for example in islice(groups[key], self.batch_size)
-            ]
+        for turns in self.turns.blocks(self.seed):
+            step = [example for task in turns for example in islice(groups[self.task_ids[task]], self.batch_size)]
             for _ in range(self.iterations):
                 yield from step
 

@@ -179,6 +179,27 @@ def check_teacher(policy: Policy, checked: Checked, inputs: Inputs | None = None
     )
 
 
+def can_jump(policy: Policy, checked: Checked, inputs: Inputs | None = None) -> bool:
+    """Whether a party may be asked at a visit without having been asked at those before.
+
+    Args:
+        policy ([`Policy`]): It.
+        checked ([`Checked`]): The student.
+        inputs (`Mapping[str, Sequence]`, *optional*): Of the party. `None`: those of the student.
+    """
+    if len(checked.visits) < 2:
+        return True
+    first, second = checked.visits[:2]
+    gap = checked.depends
+    if not _same_way(policy, checked.walk.policy):
+        with torch.no_grad(), policy.follow(checked.walk, inputs) as follow:
+            follow(first)
+            steps = zip(second.steps, follow(second), strict=True)
+            seen = replace(second, steps=tuple(replace(step, prediction=p) for step, p in steps))
+        gap = _depends(policy, checked.walk, seen, inputs)
+    return gap < _tolerance(second)
+
+
 def require_independence(policy: Policy, checked: Checked) -> None:
     """For those who ask at single states of their own choice.
 
@@ -245,11 +266,11 @@ def _same_way(policy: Policy, student: Policy) -> bool:
 
 
 @torch.no_grad()
-def _depends(policy: Policy, walk: Walk, visit: Visit) -> float:
+def _depends(policy: Policy, walk: Walk, visit: Visit, inputs: Inputs | None = None) -> float:
     """How far the prediction at a visit is from that of a copy that has jumped there; infinite if it cannot (FLUX.2's
     KV cache is filled by the first step)."""
     try:
-        with policy.follow(walk) as copy:
+        with policy.follow(walk, inputs) as copy:
             return _gap(copy(visit), visit)
     except (torch.OutOfMemoryError, Elsewhere):
         raise

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils._pytree import tree_map
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .adapters import STUDENT_ADAPTER, changes_base, inject
+from .adapters import STUDENT_ADAPTER, add_adapter, changes_base, frozen_copy, inject, with_denoiser
 from .checkpoints import give_ordinary_mode, is_checkpoint
 from .config import DiffusionConfig
 from .denoisers import NAMES, denoiser_of, denoisers_of, take_wrappers_off, unwrap_blocks
@@ -50,7 +50,7 @@ from .files import (
 from .fingerprint import differ, read_fingerprint, take_fingerprint, write_fingerprint
 from .inputs import signature
 from .modular import is_pipeline, load_modular, save_pipeline, with_call
-from .policy import Policy, check_seams, tuner_layers
+from .policy import BACKBONE, Policy, check_seams, tuner_layers
 from .shards import local_shards, reshard, shards_changed, zero3_unseen
 from .teachers import as_lora, load_lora
 
@@ -102,6 +102,28 @@ class Student:
         with zero3_unseen():
             yield local_shards(parameters)
         shards_changed(parameters)
+
+    def frozen(self, adapter: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, str | None]:
+        """The student as it is now, which does not change as it is trained: a pipeline, and the adapter of its denoiser
+        that is to be active.
+
+        Args:
+            adapter (`str`): Of a student that trains a LoRA: [`BACKBONE`], or the name of a copy of its adapter.
+            dtype (`torch.dtype`): Of the copy of a fully trained one.
+        """
+        if not self.trains_lora:
+            return with_denoiser(self.pipeline, frozen_copy(self.denoiser, dtype)), None
+        if adapter != BACKBONE:
+            for part in self.trained.values():
+                add_adapter(part, part.peft_config[STUDENT_ADAPTER], adapter)
+            for parameter, twin in zip(self.adapter(STUDENT_ADAPTER), self.adapter(adapter), strict=True):
+                twin.data = parameter.detach().clone()
+                twin.requires_grad_(False)
+        return self.pipeline, adapter
+
+    def adapter(self, name: str) -> list[nn.Parameter]:
+        """The parameters of an adapter of the denoiser."""
+        return [parameter for key, parameter in self.denoiser.named_parameters() if f".{name}." in f"{key}."]
 
     def gathered_state(self, is_fsdp: bool, deepspeed: Any = None) -> dict[str, Any] | None:
         """The weights of a sharded student (of a LoRA the trained ones alone; Trainer would gather the frozen backbone

@@ -4,13 +4,18 @@
 Reads as the paper's Algorithm 1: each optimizer step visits every task; the student denoises its prompts; at every
 state it visits, the task's teacher says what it would have done there; the closed-form divergence of the two steps is
 backpropagated at once. Rollout and gradient are one pass through the pipeline's own `__call__` (see policy.py).
+
+Which states these are (queries.py), what the right answer would have been (targets.py) and how far it is
+(objectives.py) are choices; so is an anchor, at the same states or on real pictures.
 """
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
@@ -22,26 +27,37 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
-from . import objectives
+from . import objectives, targets
 from .base_trainer import DiffusionTrainer
 from .checks import own_arguments, whole_cycles
 from .config import DiffusionOPDConfig, check_call_kwargs
 from .data import Data
 from .engines import held_gradient_sync
-from .errors import one_sentence
-from .inputs import Inputs, inputs_of, sample_arguments, signature
-from .policy import Move, Visit
+from .inputs import PROMPT, inputs_of
+from .parties import Answers, Parties, columns_of, named
+from .policy import Move, Visit, Walk
+from .queries import QUERIES
 from .rewards.functions import Rewards
 from .rewards.judge import Judge
 from .rewards.registry import load_rewards
 from .runs import plain
-from .sampling import SEED_TRAIN, TEACHER, noise_generators
+from .sampling import SEED_QUERY, SEED_TRAIN, TEACHER, Turns, noise_generators, seed_of
 from .scheduler_proxy import Step
-from .startup import check_teacher
 from .student import Student, load_student, whole_modules
-from .teachers import MANIFEST_NAME, LoadedTeacher, Teachers, load_teachers, name_teachers
+from .teachers import MANIFEST_NAME, Teachers, load_teachers
+from .transitions import Transition
 
 logger = get_logger(__name__)
+
+
+class Terms(NamedTuple):
+    """What a visit adds to the loss, each of shape `[batch]`: all of it, what it learns from its teacher, the KL of its
+    step to the teacher's, and what else is logged, by name."""
+
+    loss: Tensor
+    distilled: Tensor
+    kl: Tensor
+    logged: dict[str, Tensor]
 
 
 class DiffusionOPDTrainer(DiffusionTrainer):
@@ -95,6 +111,10 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             evaluation they score pictures of `eval_dataset`, drawn as the sample pictures are (the pipeline's own
             scheduler, `image_num_inference_steps`), as `eval_reward`, `eval_rewards/<name>/mean` and
             `eval_rewards/<name>/<teacher id>`; nothing is learnt from them.
+        anchor (the same as one of `teachers`, *optional*):
+            A frozen reference that no task has: the loss holds `anchor_beta` times the student's distance to it, at all
+            states of all tasks (Flow-OPD's aesthetic teacher). `"base"`, here or as `args.anchor`: the student before
+            training.
 
     With `ema_decay`, `trainer.pipeline` carries the trained weights until `train` returns, and their average from then
     on; `with trainer.ema_weights():` puts the average in place before that.
@@ -131,18 +151,19 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         peft_config: LoraConfig | Mapping[str, LoraConfig] | None = None,
         student_lora: Any = None,
         eval_reward_funcs: Any = None,
+        anchor: Any = None,
     ):
         args = own_arguments(model, args, DiffusionOPDConfig, self._name)
-        specs = name_teachers(teachers)
+        specs, ids = named(teachers, anchor, args)
         for key, spec in specs.items():
             check_call_kwargs(spec.call_kwargs, {"guidance_scale": spec.guidance_scale}, f"teacher {key!r}")
-        ids = list(specs)
         if eval_reward_funcs is not None:
             rewards = Rewards(load_rewards(eval_reward_funcs), name="eval_reward_funcs")
             if unknown := sorted(set(rewards.tasks or ()) - set(ids)):
                 raise ValueError(f"`eval_reward_funcs` names {unknown}, but the teachers are {ids}.")
             self.judge = Judge(rewards, ids, TEACHER)
-        data = Data(train_dataset, eval_dataset, ids, TEACHER, args.input_columns)
+        weigh = [] if args.teacher_weight_column is None else [args.teacher_weight_column]
+        data = Data(train_dataset, eval_dataset, ids, TEACHER, args.input_columns, weigh)
         if (evaluation := data.evaluation) is not None:
             evaluated = evaluation.unique(TEACHER) if isinstance(evaluation, Dataset) else ids
             metrics = ["loss", "kl", *(f"kl/{key}" for key in ids if key in evaluated)]
@@ -150,7 +171,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             self._check_best_metric(args, metrics, callbacks)
             if self.judge is not None and isinstance(evaluation, Dataset):
                 self.judge.rewards.check_columns(evaluation.column_names)
-        whole_cycles(args, ids)
+        if args.task_sampling == "cycle":
+            whole_cycles(args, ids, args.weights_by_task)
         self._hides_columns = args.remove_unused_columns
         if self.judge is not None:  # they are given all columns
             args.remove_unused_columns = False
@@ -161,7 +183,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         pipeline = load_student(model, args, peft_config, fit, student_lora)
         with whole_modules():
             loaded = load_teachers(specs, pipeline, Student(pipeline).trains_lora, args.mixed_dtype)
-        self.columns = {teacher.id: _columns_of(teacher, data, args.pipeline_kwargs) for teacher in loaded}
+        columns = columns_of(loaded, data, args.pipeline_kwargs)
         super().__init__(
             pipeline,
             args,
@@ -183,81 +205,80 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         )
         self.loaded_teachers = self.teachers.loaded
         self._micro_step = 0
-        self._check_parties(self.teachers.copies)
-        for denoiser in {self.model, *(teacher.denoiser for teacher in self.teachers.values())}:
+        self._visited = Counter[str]()  # micro-batches of each task in this optimizer step
+        self.parties = Parties(
+            args,
+            self.teachers,
+            columns,
+            self.student,
+            data,
+            self.policy_of,
+            self.stopwatch.section,
+            self.shard if self.shards_parameters else None,
+            self._start,
+        )
+        self._check_parties()
+        for denoiser in {self.model, *self.parties.denoisers}:
             self._compile(denoiser)
 
-    def _check_parties(self, copies: set[str]) -> None:
-        """Asks everybody once: refuses what does not fit, warns about a teacher with nothing to teach: the `copies` of
-        the student, and what predicts as it does."""
+    def _check_parties(self) -> None:
+        """Asks everybody once: refuses what does not fit, warns about a teacher with nothing to teach."""
         args = self.args
         noise_level: Any = args.noise_level  # a number since `__post_init__`
         needs_noise = noise_level > 0 and objectives.OBJECTIVES[args.objective].divides_by_std
         self.kernel = self.choose_kernel(args.transition, noise_level, needs_noise)
         self.student.policy.timing = partial(self.stopwatch.section, "student")
-        for key, teacher in self.teachers.items():
-            teacher.timing = partial(self.stopwatch.section, "teacher")
-            with self.teachers.on_device(key):
-                source, dtype = self.loaded_teachers[key].spec.source, next(teacher.denoiser.parameters()).dtype
-                own = self.columns[key]
-                rows, checked = self.check_task(key, anew=own != self.data.columns)
-                step = checked.visits[0].steps[0]
-                with one_sentence(
-                    f"teacher {key!r} ({source}) of {dtype} cannot be asked at the student's states of shape "
-                    f"{tuple(step.sample.shape)} and {step.sample.dtype}"
-                ):
-                    same = check_teacher(teacher, checked, inputs_of(rows, own))
-                if key in copies or same:
-                    logger.warning(
-                        f"Teacher {key!r} ({source}) predicts exactly what the untrained student predicts: there is "
-                        "nothing to learn from it."
-                    )
+        for task in self.tasks:
+            self.parties.check(task, *self.check_task(task, anew=self.parties.differ(task)))
         self._report_check()
 
     # Algorithm 1
+
+    def _query(self) -> list[int]:
+        """The visits at which the walks of this optimizer step learn: of the seed and the step alone, and so the same
+        on all processes."""
+        query, candidates = QUERIES[self.args.query], self.learnt
+        rng = np.random.default_rng(seed_of(self.args.seed, SEED_QUERY, self.state.global_step))
+        chunks, count = [self.plan[place].chunk for place in candidates], self.args.num_queries or 1
+        chosen = query.choose(chunks, min(count, len(candidates)), rng, self.args.query_shape)
+        return [candidates[number] for number in chosen]
 
     def training_step(  # type: ignore[override]  # Trainer says a dict of tensors; `identity` collates rows
         self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None
     ) -> Tensor:
         """One micro-batch: the student walks, the task's teacher follows, and each visit has its backward pass."""
         self._begin_micro_batch(model)
-        task, losses = inputs[0][TEACHER], []
+        task, places, losses = inputs[0][TEACHER], self._query(), []
         calls = self.calls(inputs)  # one, but of a pipeline that takes one sample a call
         generators = self._generators(len(inputs), SEED_TRAIN, self.state.global_step, *self._place_in_step(task))
-        scale = 1 / (len(calls) * len(self.learnt) * self.current_gradient_accumulation_steps)
-        passes = len(calls) * (1 if self.crosses else len(self.learnt))
+        scale = 1 / (len(calls) * len(places) * self.current_gradient_accumulation_steps)
+        passes = len(calls) * (1 if self.crosses else len(places))
         with (
-            self.teachers.on_device(task) as teacher,
+            self.parties.of_task_on_device(task),
             held_gradient_sync(self.accelerator, model, passes) as release_sync,
         ):
             for call in calls:
-                own = [generators[row] for row in call]
-                student, teachers = self._inputs(task, [inputs[row] for row in call])
-                with (
-                    self.student.policy.walk(student, own, self._move(own), denoiser=model) as walk,
-                    teacher.follow(walk, teachers) as follow,
-                ):
+                rows, own = [inputs[row] for row in call], [generators[row] for row in call]
+                with self._walk(rows, own, model) as walk, self.parties.follow(task, walk, rows, model) as follow:
                     whole: list[Tensor] = []
-                    for visit in walk.visits(self.learnt, release_sync if call is calls[-1] else None):
-                        with torch.no_grad():
-                            targets = follow(visit)  # what the specialist does at these very states
-                        loss, kl = self._divergence(visit, targets)  # Eq. 10-12
+                    for visit in walk.visits(places, release_sync if call is calls[-1] else None, follow.passed):
+                        answers = follow(visit)  # what the specialist does at these very states
+                        terms = self._terms(task, visit, answers, self._teacher_weights(rows))  # Eq. 10-12
                         if self.crosses:
-                            whole.append(loss.mean() * scale)
+                            whole.append(terms.loss.mean() * scale)
                         else:
-                            self._backward(loss.mean() * scale)  # Eq. 15; the graph of one visit lives at a time
-                        losses.append(loss.mean().detach())
-                        self._note(task, visit, targets, loss, kl)
+                            self._backward(terms.loss.mean() * scale)  # Eq. 15; one graph lives at a time
+                        losses.append(terms.loss.mean().detach())
+                        self._note(task, visit, answers, terms)
                     if self.crosses:
                         self._backward(torch.stack(whole).sum())
         self._end_micro_batch()
         self._micro_step += 1
         return torch.stack(losses).mean() / self.current_gradient_accumulation_steps
 
-    def _inputs(self, task: str, rows: Sequence[dict[str, Any]]) -> tuple[Inputs, Inputs | None]:
-        """Of the student, and of a task's teacher if they are others."""
-        own = self.columns[task]
-        return inputs_of(rows, self.data.columns), None if own == self.data.columns else inputs_of(rows, own)
+    def _walk(self, rows: Sequence[dict[str, Any]], generators: list[torch.Generator], model: Any = None) -> Walk:
+        inputs = inputs_of(rows, self.data.columns)
+        return self.student.policy.walk(inputs, generators, self._move(generators), denoiser=model)
 
     def _move(self, generators: list[torch.Generator]) -> Move:
         """Where a walk goes: the policy is the student's own."""
@@ -271,38 +292,125 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
         return move
 
-    def _divergence(self, visit: Visit, targets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The objective and the KL of each sample at a visit: the mean over its streams."""
-        losses, kls = [], []
-        for step, target in zip(visit.steps, targets, strict=True):
-            student = self.kernel(step.sample, step.prediction, step.schedule, step.index)
-            teacher = self.kernel(step.sample, target, step.schedule, step.index)
-            next_sample: Any = step.next_sample  # a walk has moved
-            comparison = objectives.Comparison(student, teacher, step.prediction, target, next_sample)
-            losses.append(objectives.OBJECTIVES[self.args.objective].loss(comparison))
-            with torch.no_grad():
-                kls.append(objectives.kl(student, teacher))
-        return torch.stack(losses).mean(0), torch.stack(kls).mean(0)
+    def _terms(self, task: str, visit: Visit, answers: Answers, weights: Tensor | None = None) -> Terms:
+        """What a visit adds to the loss: the mean over its streams."""
+        streams = [
+            self._terms_of(task, step, {name: predictions[number] for name, predictions in answers.items()}, weights)
+            for number, step in enumerate(visit.steps)
+        ]
+        return streams[0] if len(streams) == 1 else _mean(streams)
 
-    def _note(self, task: str, visit: Visit, targets: Sequence[Tensor], loss: Tensor, kl: Tensor) -> None:
+    def _terms_of(self, task: str, step: Step, asked: Mapping[str, Tensor], weights: Tensor | None) -> Terms:
+        """Of one stream, by what everybody predicts at its state."""
+        args, logged = self.args, dict[str, Tensor]()
+        objective = objectives.OBJECTIVES[args.objective].loss
+        teacher = target = asked["teacher"]
+        if "ref" in asked:
+            target = targets.extrapolated(teacher, asked["ref"], args.target_extrapolation)
+        if weights is not None:
+            target = targets.mixed(step.prediction.detach(), target, weights)
+        at_teacher = self._compared(step, step.prediction, teacher)
+        if "conditional" not in asked:
+            at_target = at_teacher if target is teacher else at_teacher.to(self._moved(step, target), target)
+            distilled = objective(at_target)
+        else:
+            pairs = self._branches(task, step, asked, weights)
+            logged = {name: objective(self._compared(step, *pair)) for name, pair in pairs.items()}
+            guidance_split: Any = args.guidance_split  # a number, or nobody would have been asked
+            distilled = logged["conditional"] + guidance_split * logged["guidance"]
+        loss = distilled
+        if "anchor" in asked:
+            at_anchor = at_teacher.to(self._moved(step, asked["anchor"]), asked["anchor"])
+            logged["anchor"] = objectives.OBJECTIVES[self._anchor_objective].loss(at_anchor)
+            loss = loss + self._anchor_beta * logged["anchor"]
+        with torch.no_grad():
+            kl = objectives.kl(at_teacher.student, at_teacher.teacher)
+        return Terms(loss, distilled, kl, logged)
+
+    def _moved(self, step: Step, prediction: Tensor) -> Transition:
+        return self.kernel(step.sample, prediction, step.schedule, step.index)
+
+    def _compared(self, step: Step, prediction: Tensor, target: Tensor) -> objectives.Comparison:
+        next_sample: Any = step.next_sample  # a walk has moved
+        return objectives.Comparison(
+            self._moved(step, prediction), self._moved(step, target), prediction, target, next_sample
+        )
+
+    def _branches(
+        self, task: str, step: Step, asked: Mapping[str, Tensor], weights: Tensor | None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """What is compared where guidance is split (PDM): the conditional branches, and the directions of guidance.
+        Kernels are affine in the prediction, so what both sides of the latter begin at has no part in it."""
+        mine, theirs = asked["student"].float(), asked["conditional"].float()
+        my_way = targets.direction(step.prediction, mine, self.parties.reach["student"])
+        their_way = targets.direction(asked["teacher"], theirs, self.parties.reach[task])
+        begin, wanted = theirs, theirs
+        if weights is not None:
+            wanted = targets.mixed(mine.detach(), theirs, weights)
+            their_way = targets.mixed(my_way.detach(), their_way, weights)
+        return {"conditional": (mine, wanted), "guidance": (begin + my_way, begin + their_way)}
+
+    @property
+    def _anchor_beta(self) -> float:
+        return 0.04 if self.args.anchor_beta is None else self.args.anchor_beta
+
+    @property
+    def _anchor_objective(self) -> str:
+        return self.args.anchor_objective or "kl"
+
+    def _teacher_weights(self, rows: Sequence[Mapping[str, Any]]) -> Tensor | None:
+        if (column := self.args.teacher_weight_column) is None:
+            return None
+        weights = [row.get(column) for row in rows]
+        for weight, row in zip(weights, rows, strict=True):
+            if not isinstance(weight, (int, float)) or not 0 <= weight <= 1:
+                raise ValueError(
+                    f"the `{column}` of the row with the prompt {row.get(PROMPT)!r} must be a number in [0, 1], got "
+                    f"{weight!r}."
+                )
+        return torch.tensor(weights, dtype=torch.float32, device=self.accelerator.device)
+
+    def _note(self, task: str, visit: Visit, answers: Answers, terms: Terms) -> None:
         """Metrics of a visit, and the watch for NaN."""
-        self._watch_visit(task, visit, targets, loss)
+        self._watch_visit(task, visit, answers, terms.loss)
         for name in ("kl", f"kl/{task}", f"kl_step/{visit.index}"):
-            self.record(name, kl.mean())
-        if self.args.objective != "kl":
-            self.record(f"loss/{task}", loss.mean())
-            self.record(f"loss_step/{visit.index}", loss.mean())
+            self.record(name, terms.kl.mean())
+        if self._learns_other_than_kl:
+            self.record(f"loss/{task}", terms.distilled.mean())
+            self.record(f"loss_step/{visit.index}", terms.distilled.mean())
+        for name, term in terms.logged.items():
+            self.record(name, term.mean())
+            if len(self.tasks) > 1:
+                self.record(f"{name}/{task}", term.mean())
 
-    def _watch_visit(self, task: str, visit: Visit, targets: Sequence[Tensor], loss: Tensor) -> None:
-        for step, target in zip(visit.steps, targets, strict=True):
+    @property
+    def _learns_other_than_kl(self) -> bool:
+        args = self.args
+        others = args.guidance_split, args.teacher_weight_column
+        return args.objective != "kl" or args.target_extrapolation != 1 or any(one is not None for one in others)
+
+    def _watch_visit(self, task: str, visit: Visit, answers: Answers, loss: Tensor) -> None:
+        for step in visit.steps:
             self.watch("student", task, step.prediction)
-            self.watch("teacher", task, target)
+        for name, predictions in answers.items():
+            party = {"student": "student", "teacher": "teacher", "conditional": "teacher"}.get(name, "reference")
+            for prediction in predictions:
+                self.watch(party, task, prediction)
         self.watch("loss", task, loss)
 
     def _place_in_step(self, task: str) -> tuple[int, int]:
         """Which task, and which of its micro-batches of this optimizer step."""
-        micro_step = self._micro_step % self.args.gradient_accumulation_steps
-        return self.tasks.index(task), micro_step // len(self.tasks)
+        if self._micro_step % self.args.gradient_accumulation_steps == 0:
+            self._visited.clear()
+        self._visited[task] += 1
+        return self.tasks.index(task), self._visited[task] - 1
+
+    @property
+    def _turns(self) -> Turns:
+        args, weights = self.args, [self.args.weights_by_task.get(task, 1) for task in self.tasks]
+        if args.task_sampling == "random":
+            return Turns(len(self.tasks), args.gradient_accumulation_steps, weights, at_random=True)
+        return Turns(len(self.tasks), args.gradient_accumulation_steps // int(sum(weights)), weights)
 
     # Evaluation: the same rollouts and divergences, without learning, and rewards of whole pictures
 
@@ -358,18 +466,17 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         self, task: str, rows: Sequence[dict[str, Any]], generators: list[torch.Generator]
     ) -> tuple[Tensor, Tensor]:
         losses, kls = [], []
-        student, teachers = self._inputs(task, rows)
         with (
-            self.teachers.on_device(task) as teacher,
-            self.student.policy.walk(student, generators, self._move(generators)) as walk,
-            teacher.follow(walk, teachers) as follow,
+            self.parties.of_task_on_device(task),
+            self._walk(rows, generators) as walk,
+            self.parties.follow(task, walk, rows) as follow,
         ):
-            for visit in walk.visits(self.learnt):
-                targets = follow(visit)
-                loss, kl = self._divergence(visit, targets)
-                self._watch_visit(task, visit, targets, loss)
-                losses.append(loss)
-                kls.append(kl)
+            for visit in walk.visits(self.learnt, passed=follow.passed):
+                answers = follow(visit)
+                terms = self._terms(task, visit, answers)
+                self._watch_visit(task, visit, answers, terms.loss)
+                losses.append(terms.loss)
+                kls.append(terms.kl)
         self.cache.clear()
         return torch.stack(losses).mean(0), torch.stack(kls).mean(0)
 
@@ -403,23 +510,19 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             "per_device_train_batch_size gradient_accumulation_steps max_grad_norm ema_decay seed"
         ).split()
         settings = {name: getattr(self.args, name) for name in names} | {"transition": self.kernel.func.name}
+        plainest = DiffusionOPDConfig.__dataclass_fields__
+        settings |= {name: value for name in _CHOICES if (value := getattr(self.args, name)) != plainest[name].default}
         return {"teachers": self.teachers.card_rows(), "settings": settings | self._run_settings()}
 
 
-def _columns_of(teacher: LoadedTeacher, data: Data, call_kwargs: Mapping[str, Any]) -> dict[str, str]:
-    """The column of each argument of a teacher's `__call__`: the student's, if that takes them, or its own.
+# Of the configuration, what makes the run another method; a card names those that are not as they are by default
+_CHOICES = (
+    "query num_queries query_beta target_extrapolation target_ref guidance_split teacher_weight_column anchor "
+    "anchor_beta anchor_objective anchor_data_beta task_weights task_sampling"
+).split()
 
-    Raises:
-        ValueError: if it names an argument that is not there.
-    """
-    spec = teacher.spec
-    cls: Any = type(teacher.pipeline)
-    taken = signature(cls.__call__).parameters
-    if unknown := sorted(spec.columns.keys() - taken.keys()):
-        raise ValueError(
-            f"teacher {teacher.id!r}: `columns` names {unknown}, which {cls.__name__} does not take; it takes "
-            f"{sorted(sample_arguments(cls))}."
-        )
-    if lacking := sorted({*data.columns, *call_kwargs} - taken.keys()):
-        logger.warning(f"Teacher {teacher.id!r} is asked without {lacking}, which {cls.__name__} does not take.")
-    return data.columns_of_party(cls, spec.columns, spec.overrides)
+
+def _mean(streams: Sequence[Terms]) -> Terms:
+    loss, distilled, kl = (torch.stack(parts).mean(0) for parts in zip(*(one[:3] for one in streams), strict=True))
+    logged = {name: torch.stack([one.logged[name] for one in streams]).mean(0) for name in streams[0].logged}
+    return Terms(loss, distilled, kl, logged)

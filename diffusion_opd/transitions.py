@@ -82,6 +82,17 @@ def noised(x_0: Tensor, noise: Tensor, schedule: Schedule, index: int) -> Tensor
     return schedule.scales[index] * state if schedule.scales else state
 
 
+def velocity_gap(x: Tensor, prediction: Tensor, x_0: Tensor, noise: Tensor, schedule: Schedule, index: int) -> Tensor:
+    """What a prediction at the state `x`, [`noised`] from `x_0`, is off, float32: in velocity, `v - (eps - x_0)`, for
+    flow matching (arXiv 2210.02747), in what the model predicts for VP models."""
+    if schedule.is_flow:
+        return _as_flow(x, prediction.float(), schedule, index)[1] - (noise - x_0.float())
+    if schedule.prediction_type == "epsilon":
+        return prediction.float() - noise
+    level = schedule.levels[index]
+    return prediction.float() - (math.sqrt(level) * noise - math.sqrt(1 - level) * x_0.float())
+
+
 def _as_flow(x: Tensor, prediction: Tensor, schedule: Schedule, index: int) -> tuple[Tensor, Tensor]:
     """A state and a prediction there in flow matching's coordinates: `x_s` and its velocity."""
     if schedule.scales:

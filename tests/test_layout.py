@@ -24,6 +24,7 @@ LAYERS = [
         "files",
         "paused",
         "queries",
+        "targets",
         "denoisers",
         "decoding",
         "callbacks.sounds",
@@ -51,6 +52,8 @@ LAYERS = [
     ["callbacks.__init__"],
     ["publishing"],
     ["resuming"],
+    ["guidance"],
+    ["parties"],
     ["base_trainer"],
     ["rl.objectives", "rl.config"],
     ["rl.trainer"],
@@ -67,7 +70,7 @@ LAYERS = [
     ["cli.main"],
 ]
 # Torch and nothing else: equations that are read, and tested, without a model
-PURE = {"transitions", "objectives", "queries", "rewards.statistics", "rl.objectives"}
+PURE = {"transitions", "objectives", "queries", "targets", "rewards.statistics", "rl.objectives"}
 
 
 def imports(source: str, package: str = "") -> Iterator[str]:

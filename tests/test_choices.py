@@ -1,0 +1,545 @@
+"""The choices besides the paper's: at which states the student learns, what the right answer would have been, what
+holds it back, and which task has its turn.
+
+What is expected is computed a second time, by hand: the plain pipeline rolls out with its own loop, everybody's plain
+pipeline is asked at each visited state, and the formula is written down again.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from torch import Tensor
+from transformers import TrainerCallback
+
+from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, Teacher
+from diffusion_opd.queries import QUERIES
+from diffusion_opd.targets import direction, extrapolated, mixed
+from tests.streaming_pipelines import PICTURES, STREAMING, STREAMING_CALL
+from tests.tiny_pipelines import BUILDERS, CALL
+from tests.training import DATA, PROMPTS, config, guided_by_hand, history, lora, trained, trainer_of
+
+GUIDANCE = CALL["sd3"]["guidance_scale"]
+STEPS = 4
+
+
+class Watched(DiffusionOPDTrainer):
+    """What a step was made of."""
+
+    def __init__(self, *args, **kwargs):
+        self.seeds, self.batches, self.gradients, self.places = [], [], {}, []
+        super().__init__(*args, **kwargs)
+        trainer = self
+
+        class Catch(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+                found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+                trainer.gradients = trainer.gradients or found
+
+        self.add_callback(Catch())
+
+    def _generators(self, *args):
+        generators = super()._generators(*args)
+        self.seeds.append([generator.initial_seed() for generator in generators])
+        return generators
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.batches.append(inputs)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _query(self):
+        self.places.append(super()._query())
+        return self.places[-1]
+
+
+def run(out, teachers=None, data=DATA, anchor=None, peft_config=None, **kwargs) -> tuple[Watched, DiffusionPipeline]:
+    """One optimizer step, and the student as it was before it."""
+    settings: dict[str, Any] = dict(max_steps=1, max_grad_norm=0, num_inference_steps=STEPS, timestep_fraction=1.0)
+    trainer = Watched(
+        BUILDERS["sd3"](0),
+        teachers or {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)},
+        config(out, **settings | kwargs),
+        train_dataset=data,
+        peft_config=peft_config or lora(init_lora_weights=False),
+        anchor=anchor,
+    )
+    student = BUILDERS["sd3"](0)
+    student.transformer.add_adapter(lora())
+    student.transformer.load_state_dict(trainer.model.state_dict(), strict=False)
+    trainer.train()
+    return trainer, student
+
+
+class At:
+    """A visited state, and everybody's velocity there."""
+
+    def __init__(self, x: Tensor, t: Tensor, prompts: list[str], velocity: Tensor, dt: float):
+        self.x, self.t, self.prompts, self.velocity, self.dt = x, t, prompts, velocity, dt
+
+    def of(self, pipeline: DiffusionPipeline, guidance: float = GUIDANCE, prompts: list[str] | None = None) -> Tensor:
+        return guided_by_hand(pipeline, self.x, self.t, prompts or self.prompts, guidance)
+
+    def asked(self, *args, **kwargs) -> Tensor:
+        with torch.no_grad():
+            return self.of(*args, **kwargs)
+
+
+def by_hand(trainer: Watched, student: DiffusionPipeline, loss_at: Callable[[At, list[dict]], Tensor]) -> Tensor:
+    """The mean of `loss_at` over the samples, the learnt states and the micro-batches of the first optimizer step."""
+    losses = []
+    for batch, seeds, places in zip(trainer.batches, trainer.seeds, trainer.places, strict=True):
+        visited: list[At] = []
+
+        def step(velocity, timestep, x, batch=batch, visited=visited, **kwargs):
+            dt = (student.scheduler.sigmas[len(visited) + 1] - student.scheduler.sigmas[len(visited)]).item()
+            visited.append(At(x, timestep, [row["prompt"] for row in batch], velocity, dt))
+            return ((x + dt * velocity).detach(),)
+
+        student.scheduler.step = step
+        StableDiffusion3Pipeline.__call__.__wrapped__(
+            student,
+            prompt=[row["prompt"] for row in batch],
+            num_inference_steps=STEPS,
+            output_type="latent",
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            **CALL["sd3"],
+        )
+        losses += [loss_at(visited[place], batch).mean() for place in places]
+    return torch.stack(losses).mean()
+
+
+def mse(x: Tensor) -> Tensor:
+    return x.square().flatten(1).mean(1)
+
+
+def check(trainer: Watched, student: DiffusionPipeline, loss: Tensor) -> None:
+    """The first loss and its gradient are these."""
+    loss.backward()
+    assert history(trainer, "loss")[0] == pytest.approx(loss.item(), rel=1e-4)
+    expected = {name: p.grad for name, p in student.transformer.named_parameters() if p.grad is not None}
+    assert expected.keys() <= trainer.gradients.keys() and expected
+    for name, gradient in expected.items():
+        assert (trainer.gradients[name] - gradient).norm() < 1e-4 * gradient.norm() + 1e-9, name
+
+
+# At which states
+
+
+@pytest.mark.parametrize(
+    ("query", "settings"),
+    [
+        ("random", dict(num_queries=2)),
+        ("beta", dict()),
+        ("beta", dict(num_queries=3, query_beta=[0.5, 0.5])),
+        ("window", dict(num_queries=2)),
+    ],
+)
+def test_a_query_learns_at_its_states_and_nowhere_else(tmp_path, query, settings):
+    trainer, student = run(tmp_path, query=query, objective="velocity", seed=5, **settings)
+    places = trainer.places[0]
+    assert trainer.places == [places] * 2 and len(places) == settings.get("num_queries", 1)
+    if query == "window":
+        assert places == list(range(places[0], places[0] + 2))
+    teachers = {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)}
+    check(
+        trainer,
+        student,
+        by_hand(trainer, student, lambda at, rows: mse(at.velocity - at.asked(teachers[rows[0]["teacher_id"]]))),
+    )
+    assert {key for key in trainer.state.log_history[0] if key.startswith("kl_step")} == {
+        f"kl_step/{place}" for place in places
+    }
+
+
+def test_a_query_costs_what_it_learns_from(tmp_path):
+    """Nothing is computed after the last state, a teacher is asked where it is needed alone, and there alone the
+    student has a gradient."""
+    calls = Counter[str]()
+    teacher = BUILDERS["sd3"](1)
+
+    def count(who):
+        def hook(module, args, kwargs):
+            calls[who, torch.is_grad_enabled()] += 1
+
+        return hook
+
+    trainer = Watched(
+        BUILDERS["sd3"](0),
+        {"a": teacher},
+        config(tmp_path, query="random", num_queries=2, max_steps=3, num_inference_steps=8, seed=1),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        peft_config=lora(),
+    )
+    trainer.model.register_forward_pre_hook(count("student"), with_kwargs=True)
+    teacher.transformer.register_forward_pre_hook(count("teacher"), with_kwargs=True)
+    trainer.train()
+    walked = sum(places[-1] + 1 for places in trainer.places)
+    # One pass more for the empty denoiser, to see what a real one answers to its own arguments
+    assert calls["student", True] == 6 and calls["student", False] == walked - 6
+    assert calls["teacher", False] == 6 and calls["teacher", True] == 0
+    assert len({tuple(places) for places in trainer.places}) > 1  # drawn anew
+
+
+def test_draws_are_the_distributions():
+    rng = np.random.default_rng(0)
+    chunks = [0] * 16
+    counted = Counter(QUERIES["beta"].choose(chunks, 1, rng, (5.0, 2.0))[0] for _ in range(20_000))
+    u = np.random.default_rng(1).beta(5.0, 2.0, 200_000)
+    for index in range(16):
+        share = np.mean((u >= index / 16) & (u < (index + 1) / 16))
+        assert counted[index] / 20_000 == pytest.approx(share, abs=0.012)
+    assert counted.most_common(1)[0][0] in (12, 13)
+    several = [QUERIES["random"].choose(chunks, 4, rng, (1, 1)) for _ in range(4000)]
+    assert all(sorted(set(places)) == places and len(places) == 4 for places in several)
+    each = Counter(place for places in several for place in places)
+    assert all(n / 4000 == pytest.approx(0.25, abs=0.04) for n in each.values()) and len(each) == 16
+    starts = Counter(QUERIES["window"].choose(chunks, 5, rng, (1, 1))[0] for _ in range(6000))
+    assert set(starts) == set(range(12)) and max(starts.values()) / 6000 < 0.11
+    of_chunks = Counter(QUERIES["beta"].choose([0, 0, 1, 1], 1, rng, (50.0, 1.0))[0] for _ in range(4000))
+    assert of_chunks[1] + of_chunks[3] > 3800 and 0.45 < of_chunks[1] / 4000 < 0.55
+    assert len(QUERIES["beta"].choose(chunks, 16, rng, (5.0, 2.0))) == 16
+
+
+@pytest.mark.parametrize("family", ["helios", "ltx2", "skyreels_ar"])
+def test_streams_and_chunks_are_queried(tmp_path, family):
+    """A state of a later chunk, or of some streams: its teacher has come there as the plain pipeline does."""
+    prompts = ["a red fox", "two blue birds"]
+    data = {"prompt": prompts} | ({"image": PICTURES[family]} if family in PICTURES else {})
+    call = dict(STREAMING_CALL[family])
+    runs = []
+    for seed in (1, 0):
+        trainer = Watched(
+            STREAMING[family](0),
+            {"a": STREAMING[family](seed)},
+            config(tmp_path / f"{seed}", query="random", num_queries=1, call_kwargs=call, learning_rate=1e-4, seed=3),
+            train_dataset=Dataset.from_dict(data),
+            peft_config=lora(),
+        )
+        trainer.train()
+        runs.append(history(trainer, "kl"))
+    assert all(0 < kl < math.inf for kl in runs[0])
+    # An equal teacher at the first step, after which the student has moved
+    assert runs[1][0] < 1e-9
+
+
+# What the right answer would have been
+
+
+@pytest.mark.parametrize("objective", ["kl", "velocity"])
+def test_extrapolation_from_the_base(tmp_path, objective):
+    """The base is asked as the teacher is: under its guidance."""
+    teachers = {"a": Teacher(BUILDERS["sd3"](1), guidance_scale=1.0), "b": BUILDERS["sd3"](2)}
+    trainer, student = run(tmp_path, teachers, target_extrapolation=1.25, objective=objective)
+    base, plain = BUILDERS["sd3"](0), {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)}
+
+    def loss(at, rows):
+        guidance = {"a": 1.0, "b": GUIDANCE}[key := rows[0]["teacher_id"]]
+        teacher, ref = at.asked(plain[key], guidance), at.asked(base, guidance)
+        gap = at.velocity - (ref + 1.25 * (teacher - ref))
+        return mse(gap) if objective == "velocity" else mse(at.dt * gap) / 2
+
+    check(trainer, student, by_hand(trainer, student, loss))
+
+
+def test_extrapolation_from_a_named_teacher_and_of_a_full_student(tmp_path):
+    trainer, student = run(tmp_path, target_extrapolation=1.5, target_ref="b", objective="velocity")
+    plain = {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)}
+
+    def loss(at, rows):
+        teacher, ref = at.asked(plain[rows[0]["teacher_id"]]), at.asked(plain["b"])
+        return mse(at.velocity - (ref + 1.5 * (teacher - ref)))
+
+    check(trainer, student, by_hand(trainer, student, loss))
+    settings = dict(target_extrapolation=1.25, anchor="base", max_steps=2, learning_rate=1e-3)
+    full = trainer_of(tmp_path / "full", full=True, **settings)
+    full.train()
+    # At the first step it is the base itself; then it has moved, and the base has not
+    assert history(full, "anchor")[0] == 0 and history(full, "anchor")[1] > 0
+
+
+def test_both_branches_are_matched_apart(tmp_path):
+    trainer, student = run(
+        tmp_path, guidance_split=0.5, guidance_scale=GUIDANCE, objective="velocity", call_kwargs=no_scale()
+    )
+    plain = {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)}
+    parts = []
+
+    def loss(at, rows):
+        teacher, k = plain[rows[0]["teacher_id"]], GUIDANCE - 1
+        mine, theirs = at.of(student, 1.0), at.asked(teacher, 1.0)
+        my_way, their_way = (at.velocity - mine) / k, (at.asked(teacher) - theirs) / k
+        parts.append((mse(mine - theirs).mean().item(), mse(my_way - their_way).mean().item()))
+        return mse(mine - theirs) + 0.5 * mse(my_way - their_way)
+
+    check(trainer, student, by_hand(trainer, student, loss))
+    conditional, guidance = np.mean(parts, 0)
+    assert history(trainer, "conditional")[0] == pytest.approx(conditional, rel=1e-4)
+    assert history(trainer, "guidance")[0] == pytest.approx(guidance, rel=1e-4)
+
+
+def no_scale(family: str = "sd3") -> dict[str, Any]:
+    return {name: value for name, value in CALL[family].items() if name != "guidance_scale"}
+
+
+def test_the_kl_of_split_branches_is_that_of_their_steps(tmp_path):
+    trainer, student = run(tmp_path, guidance_split=2.0, guidance_scale=GUIDANCE, call_kwargs=no_scale())
+    plain = {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)}
+
+    def loss(at, rows):
+        teacher, k = plain[rows[0]["teacher_id"]], GUIDANCE - 1
+        mine, theirs = at.of(student, 1.0), at.asked(teacher, 1.0)
+        ways = (at.velocity - mine) / k, (at.asked(teacher) - theirs) / k
+        return mse(at.dt * (mine - theirs)) / 2 + 2.0 * mse(at.dt * (ways[0] - ways[1])) / 2
+
+    check(trainer, student, by_hand(trainer, student, loss))
+
+
+def test_guidance_that_is_no_sum_of_branches_is_refused(tmp_path):
+    settings = dict(guidance_split=1.0, guidance_scale=3.5)
+    with pytest.raises(ValueError, match="^teacher 'a' .*: FluxPipeline predicts the same with and without guidance"):
+        trainer_of(tmp_path, "flux", **settings, call_kwargs=no_scale("flux"))
+    rescaled = no_scale("sd15") | {"guidance_rescale": 0.7}
+    with pytest.raises(ValueError, match="^teacher 'a' .* StableDiffusionPipeline is not linear in `guidance_scale`"):
+        trainer_of(tmp_path, "sd15", **settings, call_kwargs=rescaled)
+
+
+def test_weights_of_samples(tmp_path):
+    """The gradient of a sample is its weight times the plain one's."""
+    weights = [0.0, 0.25, 1.0, 0.5] * 3
+    data = DATA.add_column("trust", weights)
+    trainer, student = run(tmp_path, data=data, teacher_weight_column="trust", objective="velocity")
+    plain = {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)}
+    logged = []
+
+    def loss(at, rows):
+        gap = at.velocity - at.asked(plain[rows[0]["teacher_id"]])
+        trust = torch.tensor([row["trust"] for row in rows])
+        logged.append((trust**2 * mse(gap.detach())).mean().item())
+        return trust * mse(gap)  # its gradient alone
+
+    expected = by_hand(trainer, student, loss)
+    expected.backward()
+    assert history(trainer, "loss")[0] == pytest.approx(np.mean(logged), rel=1e-4)
+    for name, p in student.transformer.named_parameters():
+        if p.grad is not None:
+            assert (trainer.gradients[name] - p.grad).norm() < 1e-4 * p.grad.norm() + 1e-9, name
+    with pytest.raises(ValueError, match="the data has no column 'confidence', only"):
+        run(tmp_path / "b", teacher_weight_column="confidence")
+    with pytest.raises(ValueError, match=r"the `trust` of the row with the prompt .* number in \[0, 1\], got 1.5"):
+        run(tmp_path / "c", data=DATA.add_column("trust", [1.5] * 12), teacher_weight_column="trust")
+
+
+def test_targets_are_their_formulas():
+    torch.manual_seed(0)
+    teacher, ref, own = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    assert torch.allclose(extrapolated(teacher, ref, 1.25), teacher + 0.25 * (teacher - ref), atol=1e-6)
+    weight = torch.tensor([0.0, 0.5, 1.0])
+    rows = mixed(own, teacher, weight)
+    assert torch.equal(rows[0], own[0]) and torch.allclose(rows[2], teacher[2], atol=1e-6)
+    assert torch.allclose(rows[1], (own[1] + teacher[1]) / 2, atol=1e-6)
+    uncond = torch.randn(3, 2, 4, 4)
+    guided = uncond + 4.5 * (ref - uncond)
+    assert torch.allclose(direction(guided, ref, 3.5), ref - uncond, atol=1e-5)
+    half = extrapolated(teacher.bfloat16(), ref.bfloat16(), 1.25)
+    assert half.dtype == torch.float32
+
+
+# What holds it back
+
+
+@pytest.mark.parametrize("anchor_objective", ["kl", "velocity"])
+def test_an_anchor_to_the_base(tmp_path, anchor_objective):
+    settings = dict(anchor="base", anchor_beta=0.5, anchor_objective=anchor_objective)
+    trainer, student = run(tmp_path, objective="velocity", **settings)
+    plain, base = {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)}, BUILDERS["sd3"](0)
+    anchors = []
+
+    def loss(at, rows):
+        gap = at.velocity - at.asked(base)
+        anchor = mse(gap) if anchor_objective == "velocity" else mse(at.dt * gap) / 2
+        anchors.append(anchor.mean().item())
+        return mse(at.velocity - at.asked(plain[rows[0]["teacher_id"]])) + 0.5 * anchor
+
+    check(trainer, student, by_hand(trainer, student, loss))
+    assert history(trainer, "anchor")[0] == pytest.approx(np.mean(anchors), rel=1e-4)
+    assert {"anchor/a", "anchor/b", "loss/a", "loss/b"} <= trainer.state.log_history[0].keys()
+
+
+def test_an_anchor_of_its_own(tmp_path):
+    """Flow-OPD's: a teacher that no task has, under its own guidance; it is in the manifest and the card."""
+    anchor = Teacher(BUILDERS["sd3"](3), guidance_scale=2.0)
+    trainer, student = run(tmp_path, anchor=anchor)
+    plain, third = {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)}, BUILDERS["sd3"](3)
+
+    def loss(at, rows):
+        teacher, held = at.asked(plain[rows[0]["teacher_id"]]), at.asked(third, 2.0)
+        return mse(at.dt * (at.velocity - teacher)) / 2 + 0.04 * mse(at.dt * (at.velocity - held)) / 2
+
+    check(trainer, student, by_hand(trainer, student, loss))
+    trainer.save_model(tmp_path / "out")
+    assert '"anchor"' in (tmp_path / "out" / "teacher_manifest.json").read_text()
+    assert trainer.tasks == ["a", "b"]
+
+
+def test_an_anchor_of_a_student_that_goes_on(tmp_path):
+    """The base of a student that started from a LoRA holds that LoRA."""
+    first = trainer_of(tmp_path / "first", max_steps=3)
+    first.train()
+    first.save_model(tmp_path / "lora")
+    trainer = DiffusionOPDTrainer(
+        BUILDERS["sd3"](0),
+        {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)},
+        config(tmp_path / "second", anchor="base"),
+        train_dataset=DATA,
+        student_lora=tmp_path / "lora",
+    )
+    trainer.train()
+    assert history(trainer, "anchor")[0] < 1e-12 < history(trainer, "anchor")[1]
+
+
+# Whose turn it is
+
+
+def test_task_weights_are_turns_of_a_cycle(tmp_path):
+    trainer, _ = run(tmp_path, task_weights={"b": 3}, max_steps=2)
+    assert trainer.args.gradient_accumulation_steps == 4
+    tasks = [batch[0]["teacher_id"] for batch in trainer.batches]
+    assert [Counter(tasks[:4]), Counter(tasks[4:])] == [Counter(a=1, b=3)] * 2
+    seeds = [tuple(own) for own in trainer.seeds]
+    assert len(set(seeds)) == 8  # no noise comes twice
+
+
+def test_one_route_a_step(tmp_path):
+    trainer, _ = run(
+        tmp_path, task_weights={"b": 3.5}, task_sampling="random", max_steps=12, gradient_accumulation_steps=2
+    )
+    tasks = [batch[0]["teacher_id"] for batch in trainer.batches]
+    pairs = list(zip(tasks[::2], tasks[1::2], strict=True))
+    assert all(one == other for one, other in pairs) and {"a", "b"} == set(tasks)
+    assert Counter(tasks)["b"] > Counter(tasks)["a"]
+    assert len({tuple(own) for own in trainer.seeds}) == 24
+
+
+def test_a_resumed_run_has_the_same_turns_and_states(tmp_path):
+    settings = dict(
+        task_weights={"b": 2.0},
+        task_sampling="random",
+        query="random",
+        num_queries=2,
+        target_extrapolation=1.25,
+        anchor="base",
+        max_steps=6,
+        gradient_accumulation_steps=2,
+        save_strategy="steps",
+        save_steps=3,
+    )
+    whole = trainer_of(tmp_path / "whole", **settings)
+    whole.train()
+    again = trainer_of(tmp_path / "whole", **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert torch.equal(trained(whole), trained(again))
+    assert history(whole, "kl")[3:] == history(again, "kl")[-3:]
+
+
+def test_weighted_streams(tmp_path):
+    def rows(task):
+        yield from ({"prompt": f"{task} {number}"} for number in range(5))
+
+    data = {key: IterableDataset.from_generator(rows, gen_kwargs={"task": key}) for key in ("a", "b")}
+    trainer, _ = run(tmp_path, data=data, task_weights={"a": 2}, max_steps=2)
+    tasks = [batch[0]["teacher_id"] for batch in trainer.batches]
+    assert Counter(tasks) == Counter(a=4, b=2)
+    drawn = [
+        [
+            batch[0]["teacher_id"]
+            for batch in run(tmp_path / f"{n}", data=data, task_sampling="random", max_steps=8)[0].batches
+        ]
+        for n in range(2)
+    ]
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 2
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (dict(query="last"), "`query` must be one of"),
+        (
+            dict(num_queries=2),
+            "`query='first'` learns at all of the first 9 states .* choose 'random', 'beta' or 'window'",
+        ),
+        (dict(query="random", num_queries=10), "`num_queries` must be from 1 to 9"),
+        (dict(query="random", query_beta=[1.0, 2.0]), "`query_beta` is for `query='beta'`"),
+        (dict(query="beta", query_beta=[1.0]), "`query_beta` must hold two numbers above 0"),
+        (dict(query="beta", query_beta=[1.0, 0.0]), "`query_beta` must hold two numbers above 0"),
+        (dict(target_extrapolation=0.0), "`target_extrapolation` must be above 0"),
+        (dict(target_ref="base"), "`target_ref='base'` is what `target_extrapolation` begins at"),
+        (dict(guidance_split=-1.0, guidance_scale=4.5), "`guidance_split` must be at least 0"),
+        (dict(guidance_split=1.0), "needs a `guidance_scale` above 1 .* got None"),
+        (dict(guidance_split=1.0, guidance_scale=1.0), "needs a `guidance_scale` above 1 .* got 1.0"),
+        (
+            dict(guidance_split=1.0, guidance_scale=4.5, objective="policy_gradient", transition="flow_sde"),
+            "`guidance_split` is a sum of two distances",
+        ),
+        (dict(guidance_split=1.0, guidance_scale=4.5, target_extrapolation=1.25), "leave one out"),
+        (dict(anchor="aesthetic"), "`anchor` must be 'base' or None, .* `anchor=Teacher"),
+        (dict(anchor="base", anchor_beta=0.0), "`anchor_beta` must be above 0"),
+        (dict(anchor="base", anchor_objective="mse"), "`anchor_objective` must be one of"),
+        (dict(task_sampling="shuffled"), "`task_sampling` must be one of"),
+        (dict(task_weights={"a": 1.5}), "must be whole numbers, got 1.5 for 'a'"),
+        (dict(task_weights={"a": -1}), "must be finite and above 0, got -1 for 'a'"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(tmp_path, settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        DiffusionOPDConfig(str(tmp_path), use_cpu=True, **settings)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "sentence"),
+    [
+        (dict(task_weights={"c": 2}), r"`task_weights` names \['c'\], but the teachers are \['a', 'b'\]"),
+        (dict(target_extrapolation=1.5, target_ref="c"), "`target_ref` must be 'base' or one of"),
+        (dict(anchor_beta=0.1), "`anchor_beta=0.1` is for an anchor, and there is none"),
+        (dict(task_weights={"a": 2}, gradient_accumulation_steps=4), "no? ?.*multiple of the 3 turns of"),
+        (dict(guidance_split=1.0, guidance_scale=4.5), "teacher 'a' has `guidance_scale=1.0`, and `guidance_split`"),
+    ],
+)
+def test_what_is_not_there_is_refused(tmp_path, kwargs, sentence):
+    teachers = {"a": Teacher(BUILDERS["sd3"](1), guidance_scale=1.0), "b": BUILDERS["sd3"](2)}
+    with pytest.raises(ValueError, match=sentence):
+        trainer_of(tmp_path, teachers=teachers, **{"call_kwargs": no_scale()} | kwargs)
+
+
+def test_anchors_that_clash_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`anchor` is given twice"):
+        _anchored(tmp_path, "base")
+    with pytest.raises(ValueError, match="a teacher has the id 'anchor'"):
+        run(tmp_path, {"anchor": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)}, anchor=BUILDERS["sd3"](3))
+
+
+def _anchored(tmp_path, anchor):
+    return DiffusionOPDTrainer(
+        BUILDERS["sd3"](0),
+        {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)},
+        config(tmp_path, anchor=anchor),
+        train_dataset=DATA,
+        peft_config=lora(),
+        anchor=BUILDERS["sd3"](3),
+    )
+
+
+def test_a_card_names_what_is_not_as_the_paper_has_it(tmp_path):
+    trainer, _ = run(tmp_path, query="beta", anchor=Teacher(BUILDERS["sd3"](3)), task_weights={"b": 2})
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "query" in card and "beta" in card and "task_weights" in card and "anchor" in card
+    assert "target_extrapolation" not in card
