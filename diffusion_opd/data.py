@@ -186,7 +186,7 @@ class Data:
             column
             for column in features
             if column not in self._read
-            and (_holds_pictures(features[column]) or difflib.get_close_matches(column, free))
+            and (holds_pictures(features[column]) or difflib.get_close_matches(column, free))
         ]
         if free and unread and self._asked is None:
             logger.warning(
@@ -200,8 +200,8 @@ class Data:
             return dataset, None  # nobody has read a stream yet
         columns = [column for column in dataset.column_names if column in self._read and column != PROMPT]
         for column in columns:
-            if _holds_pictures(feature := dataset.features[column]) and column in self.pictures:
-                dataset = dataset.cast_column(column, _undecoded(feature))
+            if holds_pictures(feature := dataset.features[column]) and column in self.pictures:
+                dataset = dataset.cast_column(column, undecoded(feature))
         tasks = column_of(dataset, self.task_column).to_pylist()
         first = {task: tasks.index(task) if self._is_by_task[name] else 0 for task in set(tasks)}
         lacks: dict[tuple[str, str], int] = {}  # by task and column a row without a value
@@ -313,12 +313,12 @@ def _size_or_error(value: Any) -> Any:
         return error
 
 
-def _holds_pictures(feature: Any) -> bool:
-    return isinstance(feature, Image) or (isinstance(feature, (List, LargeList)) and _holds_pictures(feature.feature))
+def holds_pictures(feature: Any) -> bool:
+    return isinstance(feature, Image) or (isinstance(feature, (List, LargeList)) and holds_pictures(feature.feature))
 
 
-def _undecoded(feature: Any) -> Any:
-    return Image(decode=False) if isinstance(feature, Image) else type(feature)(_undecoded(feature.feature))
+def undecoded(feature: Any) -> Any:
+    return Image(decode=False) if isinstance(feature, Image) else type(feature)(undecoded(feature.feature))
 
 
 def routed_dataset(

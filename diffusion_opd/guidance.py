@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import scale_name
-from .inputs import Inputs
+from .inputs import Inputs, signature
 from .policy import Policy
 from .startup import Checked
 
@@ -21,6 +21,14 @@ PolicyAt = Callable[[float], Policy]  # a party under a guidance scale
 def at_scale(call_kwargs: Mapping[str, Any], scale: float) -> dict[str, Any]:
     """Arguments of a `__call__` with another scale of its guidance."""
     return {**call_kwargs, scale_name(call_kwargs): scale}
+
+
+def without(pipeline_class: Any, call_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a `__call__` without classifier-free guidance. A `guidance_scale` beside a `true_cfg_scale` (FLUX,
+    Qwen-Image) is an input of the denoiser, and stays."""
+    taken = signature(pipeline_class.__call__).parameters
+    name = next((name for name in ("true_cfg_scale", "guidance_scale") if name in taken), None)
+    return dict(call_kwargs) if name is None else {**call_kwargs, name: 1.0}
 
 
 @torch.no_grad()

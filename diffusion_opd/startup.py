@@ -200,8 +200,8 @@ def can_jump(policy: Policy, checked: Checked, inputs: Inputs | None = None) -> 
     return gap < _tolerance(second)
 
 
-def require_independence(policy: Policy, checked: Checked) -> None:
-    """For those who ask at single states of their own choice.
+def require_independence(policy: Policy, checked: Checked, who: str = "learning from rewards") -> None:
+    """For those `who` ask at single states of their own choice.
 
     Raises:
         ValueError: if predictions depend on the steps before, or a visit is more than one state.
@@ -214,12 +214,12 @@ def require_independence(policy: Policy, checked: Checked) -> None:
     if checked.crosses:
         raise ValueError(
             f"the gradient of {policy.name} crosses its denoising steps: something that its first step computes is "
-            "used in the second one; learning from rewards takes pipelines whose steps have each their own."
+            f"used in the second one; {who} takes pipelines whose steps have each their own."
         )
     if any(place.chunk or len(place.levels) > 1 for place in checked.plan):
         raise ValueError(
-            f"{policy.name} makes several streams, or chunk after chunk; learning from rewards takes pipelines that "
-            "make one sample at once."
+            f"{policy.name} makes several streams, or chunk after chunk; {who} takes pipelines that make one sample at "
+            "once."
         )
 
 

@@ -28,11 +28,13 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
 from . import objectives, targets
+from .anchor_data import AnchorData, Noised
 from .base_trainer import DiffusionTrainer
 from .checks import own_arguments, whole_cycles
 from .config import DiffusionOPDConfig, check_call_kwargs
 from .data import Data
 from .engines import held_gradient_sync
+from .guidance import without
 from .inputs import PROMPT, inputs_of
 from .parties import Answers, Parties, columns_of, named
 from .policy import Move, Visit, Walk
@@ -41,11 +43,12 @@ from .rewards.functions import Rewards
 from .rewards.judge import Judge
 from .rewards.registry import load_rewards
 from .runs import plain
-from .sampling import SEED_QUERY, SEED_TRAIN, TEACHER, Turns, noise_generators, seed_of
+from .sampling import SEED_ANCHOR, SEED_QUERY, SEED_TRAIN, TEACHER, Turns, noise_generators, seed_of
 from .scheduler_proxy import Step
+from .startup import require_independence
 from .student import Student, load_student, whole_modules
 from .teachers import MANIFEST_NAME, Teachers, load_teachers
-from .transitions import Transition
+from .transitions import Transition, velocity_gap
 
 logger = get_logger(__name__)
 
@@ -115,6 +118,10 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             A frozen reference that no task has: the loss holds `anchor_beta` times the student's distance to it, at all
             states of all tasks (Flow-OPD's aesthetic teacher). `"base"`, here or as `args.anchor`: the student before
             training.
+        anchor_dataset (`Dataset`, *optional*):
+            Real pictures, columns `prompt` and `target_image` (or `image`, if that is nothing that the pipeline takes):
+            each micro-batch adds `anchor_data_beta` times the flow-matching loss, without guidance, at as many of them,
+            noised to one of the run's noise levels (LIFT).
 
     With `ema_decay`, `trainer.pipeline` carries the trained weights until `train` returns, and their average from then
     on; `with trainer.ema_weights():` puts the average in place before that.
@@ -152,9 +159,14 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         student_lora: Any = None,
         eval_reward_funcs: Any = None,
         anchor: Any = None,
+        anchor_dataset: Dataset | None = None,
     ):
         args = own_arguments(model, args, DiffusionOPDConfig, self._name)
         specs, ids = named(teachers, anchor, args)
+        if anchor_dataset is None and args.anchor_data_beta is not None:
+            raise ValueError(
+                "`anchor_data_beta` is for an `anchor_dataset`, and there is none; give one, or leave it out."
+            )
         for key, spec in specs.items():
             check_call_kwargs(spec.call_kwargs, {"guidance_scale": spec.guidance_scale}, f"teacher {key!r}")
         if eval_reward_funcs is not None:
@@ -183,6 +195,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         pipeline = load_student(model, args, peft_config, fit, student_lora)
         with whole_modules():
             loaded = load_teachers(specs, pipeline, Student(pipeline).trains_lora, args.mixed_dtype)
+        self.anchor_data: AnchorData | None = None
+        if anchor_dataset is not None:
+            self.anchor_data = AnchorData(anchor_dataset, pipeline, args.input_columns, args.seed)
         columns = columns_of(loaded, data, args.pipeline_kwargs)
         super().__init__(
             pipeline,
@@ -230,7 +245,15 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         self.student.policy.timing = partial(self.stopwatch.section, "student")
         for task in self.tasks:
             self.parties.check(task, *self.check_task(task, anew=self.parties.differ(task)))
+        if self.anchor_data is not None:
+            self._check_anchor_data(self.anchor_data)
         self._report_check()
+
+    def _check_anchor_data(self, data: AnchorData) -> None:
+        require_independence(self.student.policy, self.checked, "an `anchor_dataset`")
+        self._unguided = self.policy_of(self.pipeline, None, without(type(self.pipeline), self.args.pipeline_kwargs))
+        self._unguided.timing = partial(self.stopwatch.section, "student")
+        data.noised(self._unguided, data.calls(data.rows(0, 1), self.together)[0], self.checked.learnt[0], 0)
 
     # Algorithm 1
 
@@ -253,10 +276,12 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         generators = self._generators(len(inputs), SEED_TRAIN, self.state.global_step, *self._place_in_step(task))
         scale = 1 / (len(calls) * len(places) * self.current_gradient_accumulation_steps)
         passes = len(calls) * (1 if self.crosses else len(places))
+        real = [] if self.anchor_data is None else self._real_pictures(self.anchor_data)
         with (
             self.parties.of_task_on_device(task),
-            held_gradient_sync(self.accelerator, model, passes) as release_sync,
+            held_gradient_sync(self.accelerator, model, passes + len(real)) as release_sync,
         ):
+            held = [self._flow_matching(model, task, batch, len(real)) for batch in real]  # LIFT
             for call in calls:
                 rows, own = [inputs[row] for row in call], [generators[row] for row in call]
                 with self._walk(rows, own, model) as walk, self.parties.follow(task, walk, rows, model) as follow:
@@ -274,7 +299,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                         self._backward(torch.stack(whole).sum())
         self._end_micro_batch()
         self._micro_step += 1
-        return torch.stack(losses).mean() / self.current_gradient_accumulation_steps
+        return (torch.stack(losses).mean() + sum(held)) / self.current_gradient_accumulation_steps
 
     def _walk(self, rows: Sequence[dict[str, Any]], generators: list[torch.Generator], model: Any = None) -> Walk:
         inputs = inputs_of(rows, self.data.columns)
@@ -357,6 +382,37 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     @property
     def _anchor_objective(self) -> str:
         return self.args.anchor_objective or "kl"
+
+    # An anchor on real pictures
+
+    def _real_pictures(self, data: AnchorData) -> list[Noised]:
+        """Those of a micro-batch, by calls of the pipeline, all at the noise level of one of the states that are learnt
+        from."""
+        args, world = self.args, self.accelerator
+        micro_step = self.state.global_step * args.gradient_accumulation_steps
+        micro_step += self._micro_step % args.gradient_accumulation_steps
+        rng = np.random.default_rng(seed_of(args.seed, SEED_ANCHOR, micro_step, 0))
+        place = self.learnt[int(rng.integers(len(self.learnt)))]
+        number = micro_step * world.num_processes + world.process_index
+        rows = data.rows(number, args.per_device_train_batch_size)
+        return [
+            data.noised(self._unguided, call, place, seed_of(args.seed, SEED_ANCHOR, number, index, 1))
+            for index, call in enumerate(data.calls(rows, self.together))
+        ]
+
+    def _flow_matching(self, model: nn.Module, task: str, at: Noised, num_calls: int) -> Tensor:
+        """What a call of real pictures adds to the loss, after its backward pass."""
+        (step,) = at.visit.steps
+        with self._unguided.follow(inputs=at.inputs, generators=at.generators, denoiser=model) as follow:
+            (prediction,) = follow(at.visit)
+            gap = velocity_gap(step.sample, prediction, at.x_0, at.noise, step.schedule, step.index)
+            loss = objectives.mean_per_sample(gap**2).mean()
+            self.record("anchor_data", loss)
+            self.watch("loss", task, loss)
+            beta = 0.1 if self.args.anchor_data_beta is None else self.args.anchor_data_beta
+            loss = beta * loss / num_calls
+            self._backward(loss / self.current_gradient_accumulation_steps)
+        return loss.detach()
 
     def _teacher_weights(self, rows: Sequence[Mapping[str, Any]]) -> Tensor | None:
         if (column := self.args.teacher_weight_column) is None:

@@ -15,12 +15,15 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback
 
 from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, Teacher
+from diffusion_opd.anchor_data import AnchorData
 from diffusion_opd.queries import QUERIES
 from diffusion_opd.targets import direction, extrapolated, mixed
+from tests.editing_pipelines import EDITING, EDITING_CALL
 from tests.streaming_pipelines import PICTURES, STREAMING, STREAMING_CALL
 from tests.tiny_pipelines import BUILDERS, CALL
 from tests.training import DATA, PROMPTS, config, guided_by_hand, history, lora, trained, trainer_of
@@ -401,6 +404,118 @@ def test_an_anchor_of_a_student_that_goes_on(tmp_path):
     )
     trainer.train()
     assert history(trainer, "anchor")[0] < 1e-12 < history(trainer, "anchor")[1]
+
+
+def pictures(count: int, size: int = 20) -> list[Image.Image]:
+    rng = np.random.default_rng(3)
+    return [Image.fromarray(rng.integers(0, 255, (size, size + 4, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def test_an_anchor_on_real_pictures(tmp_path):
+    """LIFT's flow-matching loss, without guidance: latents by SD3's own formula, and the velocity that carries them to
+    the noise."""
+    seen = []
+
+    class Spied(Watched):
+        def _real_pictures(self, data):
+            seen.append((data.rows(len(seen), 2), super()._real_pictures(data)))
+            return seen[-1][1]
+
+    real = Dataset.from_dict({"prompt": [f"real {n}" for n in range(5)], "image": pictures(5)})
+    trainer = Spied(
+        BUILDERS["sd3"](0),
+        {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)},
+        config(
+            tmp_path, max_steps=1, max_grad_norm=0, anchor_data_beta=0.5, timestep_fraction=1.0, objective="velocity"
+        ),
+        train_dataset=DATA,
+        peft_config=lora(init_lora_weights=False),
+        anchor_dataset=real,
+    )
+    student = BUILDERS["sd3"](0)
+    student.transformer.add_adapter(lora())
+    student.transformer.load_state_dict(trainer.model.state_dict())
+    trainer.train()
+    plain = {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)}
+    expected = by_hand(trainer, student, lambda at, rows: mse(at.velocity - at.asked(plain[rows[0]["teacher_id"]])))
+
+    vae, processor, losses = student.vae, student.image_processor, []
+    student.scheduler.set_timesteps(STEPS)
+    assert [len(calls) for _, calls in seen] == [1, 1]
+    for rows, (call,) in seen:
+        with torch.no_grad():
+            # Cropped to a square, and scaled
+            pixels = processor.preprocess([row["image"] for row in rows], 16, 16, resize_mode="crop")
+            x_0 = (vae.encode(pixels).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
+        assert (call.x_0 - x_0).abs().max() < 1e-4
+        sigma, time = student.scheduler.sigmas[call.visit.index], student.scheduler.timesteps[call.visit.index]
+        state = (1 - sigma) * x_0 + sigma * call.noise
+        velocity = guided_by_hand(student, state, time, [row["prompt"] for row in rows], 1.0)
+        losses.append(mse(velocity - (call.noise - x_0)).mean())
+    real_loss = torch.stack(losses).mean()
+    assert history(trainer, "anchor_data")[0] == pytest.approx(real_loss.item(), rel=1e-4)
+    check(trainer, student, expected + 0.5 * real_loss)
+
+
+def test_every_real_picture_comes_once_before_it_comes_again(tmp_path):
+    real = Dataset.from_dict({"prompt": [f"real {n}" for n in range(5)], "image": pictures(5)})
+    data = AnchorData(real, BUILDERS["sd3"](0), None, seed=7)
+    prompts = [row["prompt"] for number in range(5) for row in data.rows(number, 2)]
+    assert sorted(prompts[:5]) == sorted(prompts[5:]) == [f"real {n}" for n in range(5)] and prompts[:5] != prompts[5:]
+    again = AnchorData(real, BUILDERS["sd3"](0), None, seed=7)
+    assert [row["prompt"] for row in again.rows(3, 2)] == prompts[6:8]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_editing_student_has_an_anchor_on_pictures(tmp_path, dtype):
+    """Rows with a source and a target picture; in bfloat16 as from a folder."""
+    size = 24
+    real = Dataset.from_dict({"prompt": PROMPTS[:4], "image": pictures(4, size), "target_image": pictures(4, size)})
+    parties = [EDITING["flux_kontext"](seed).to(dtype=dtype) for seed in (0, 1)]
+    trainer = DiffusionOPDTrainer(
+        parties[0],
+        {"a": parties[1]},
+        config(tmp_path, call_kwargs=EDITING_CALL["flux_kontext"], learning_rate=1e-4, bf16=dtype == torch.bfloat16),
+        train_dataset=real.remove_columns("target_image"),
+        peft_config=lora(),
+        anchor_dataset=real,
+    )
+    trainer.train()
+    assert all(0 < loss < 10 for loss in history(trainer, "anchor_data")) and len(history(trainer, "anchor_data")) == 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "sentence"),
+    [
+        ({"prompt": ["a"], "picture": pictures(1)}, r"`anchor_dataset` has no column \['image'\], only"),
+        ({"prompt": [" "], "image": pictures(1)}, "`anchor_dataset`: the prompt of row 0 must be text"),
+        ({"prompt": ["a"], "image": ["nowhere.png"]}, "`anchor_dataset`: the `image` of row 0 .*nowhere.png"),
+    ],
+)
+def test_real_pictures_that_are_none_are_refused(tmp_path, columns, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        _with_pictures(tmp_path, "sd3", Dataset.from_dict(columns))
+
+
+def test_where_real_pictures_do_not_fit(tmp_path):
+    real = Dataset.from_dict({"prompt": ["a"], "image": pictures(1)})
+    with pytest.raises(ValueError, match="a picture has latents of shape .*, and WanPipeline makes"):
+        _with_pictures(tmp_path, "wan", real)
+    with pytest.raises(TypeError, match="`anchor_dataset` must be a `Dataset`, got list"):
+        _with_pictures(tmp_path, "sd3", [1])
+    with pytest.raises(ValueError, match="`anchor_data_beta` is for an `anchor_dataset`, and there is none"):
+        trainer_of(tmp_path, anchor_data_beta=0.1)
+
+
+def _with_pictures(out, family, real):
+    return DiffusionOPDTrainer(
+        BUILDERS[family](0),
+        {"a": BUILDERS[family](1)},
+        config(out, family),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        peft_config=lora(),
+        anchor_dataset=real,
+    )
 
 
 # Whose turn it is

@@ -11,6 +11,7 @@ from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
+from ..data import stream_columns
 from ..errors import one_sentence
 from ..evaluation.prompts import read_file
 from ..rewards import registry
@@ -35,6 +36,9 @@ class TrainingScriptArguments(DatasetMixtureConfig, ScriptArguments):
         train_files, eval_files (`list[str]`, *optional*):
             Files of prompts, one a task in the order of the tasks, in YAML also `{task: file}`: `.txt` with one prompt
             a line; `.json`, `.jsonl` and `.csv` with a column `prompt`, whose other columns reach reward functions.
+        rename_columns (`list[str]`, *optional*):
+            Columns of the data that are to have other names, as `old=new`, in YAML also `{old: new}`: pictures are read
+            from those that are named like arguments of the pipeline (`source_image=image`).
     """
 
     model_name_or_path: str = field(
@@ -57,6 +61,9 @@ class TrainingScriptArguments(DatasetMixtureConfig, ScriptArguments):
         default=None, metadata={"help": "Files of prompts, one a task (.txt, .json, .jsonl, .csv)."}
     )
     eval_files: list[str] | None = field(default=None, metadata={"help": "The same for evaluation."})
+    rename_columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns of the data that are to have other names, as old=new."}
+    )
 
 
 @dataclass
@@ -137,7 +144,36 @@ def load_data(script_args: TrainingScriptArguments, evaluates: bool, tasks: Sequ
         splits["eval_dataset"] = script_args.dataset_test_split
     if missing := [split for split in splits.values() if split not in found]:
         raise ValueError(f"the dataset has no split {missing[0]!r}, only {list(found)}.")
-    return {argument: found[split] for argument, split in splits.items()}
+    names = _renamed(script_args.rename_columns)
+    return {argument: rename(found[split], names) for argument, split in splits.items()}
+
+
+def _renamed(given: Any) -> dict[str, str]:
+    if isinstance(given, Mapping):
+        return {str(old): str(new) for old, new in given.items()}
+    pairs = [str(one).partition("=") for one in given or []]
+    if wrong := [old for old, told, new in pairs if not (old and told and new)]:
+        raise ValueError(f"`rename_columns` are pairs as old=new, got {wrong[0]!r}.")
+    return {old: new for old, _, new in pairs}
+
+
+def rename(data: Any, names: Mapping[str, str]) -> Any:
+    """A dataset, or datasets by task, whose columns have other names.
+
+    Raises:
+        ValueError: if none of them has such a column, or one has the new name already.
+    """
+    parts = data if isinstance(data, Mapping) else {None: data}
+    held = {key: stream_columns(part) for key, part in parts.items()} if names else {}
+    for old, new in names.items():
+        if not any(old in columns for columns in held.values()):
+            raise ValueError(f"`rename_columns` names {old!r}, and the data has {next(iter(held.values()))}.")
+        for key, columns in held.items():
+            if old in columns and new in columns:
+                raise ValueError(f"`rename_columns` would make a second {new!r} of {old!r}; the data has {columns}.")
+            if old in columns:
+                parts = {**parts, key: parts[key].rename_column(old, new)}
+    return parts if isinstance(data, Mapping) else parts[None]
 
 
 def load_files(files: Any, tasks: Sequence[str] | None, name: str) -> Dataset | dict[str, Dataset]:

@@ -25,9 +25,14 @@ One specialist of your own, for any pipeline that diffusers has:
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, load_dataset
+
 from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, Lora, Teacher
+from diffusion_opd.errors import one_sentence
+from diffusion_opd.evaluation.prompts import FORMATS, read_file
 from diffusion_opd.scripts.arguments import (
     TrainingScriptArguments,
     filled,
@@ -60,6 +65,11 @@ class OPDScriptArguments(TrainingScriptArguments):
             the fields of [`Teacher`].
         eval_reward_funcs (`list[str]`, *optional*):
             Rewards that score pictures at each evaluation, in YAML by teacher id.
+        anchor_teacher (`str`, *optional*):
+            A frozen reference that no task has, as one of `teachers` (`anchor: base` is the student before training).
+        anchor_dataset (`str`, *optional*):
+            Real pictures with their prompts: a file (`.json`, `.jsonl`, `.csv`) whose column `image` or `target_image`
+            holds paths, or a dataset of the Hub, of which `train` is read.
     """
 
     teachers: list[str] = field(
@@ -68,6 +78,12 @@ class OPDScriptArguments(TrainingScriptArguments):
     )
     eval_reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "Rewards that score pictures at each evaluation."}
+    )
+    anchor_teacher: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a frozen reference that no task has."}
+    )
+    anchor_dataset: str | None = field(
+        default=None, metadata={"help": "Real pictures with prompts: a file, or a dataset of the Hub."}
     )
 
 
@@ -96,7 +112,19 @@ def make_trainer(script_args: OPDScriptArguments, training_args: DiffusionOPDCon
         **student_arguments(script_args),
         **load_data(script_args, training_args.eval_strategy != "no", list(teachers)),
         eval_reward_funcs=script_args.eval_reward_funcs,
+        anchor=None if script_args.anchor_teacher is None else _teacher(script_args.anchor_teacher),
+        anchor_dataset=_pictures(script_args.anchor_dataset),
     )
+
+
+def _pictures(source: str | None) -> Dataset | None:
+    if source is None:
+        return None
+    if Path(source).suffix in FORMATS and not Path(source).is_dir():
+        return read_file(source)
+    with one_sentence(f"the `anchor_dataset` {source!r} cannot be loaded"):
+        dataset = load_dataset(source, split="train")
+    return dataset
 
 
 def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> None:
