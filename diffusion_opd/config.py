@@ -437,7 +437,7 @@ class DiffusionOPDConfig(DiffusionConfig):
             Weight of the flow-matching loss on the pictures of the trainer's `anchor_dataset`. `None`: 0.1 (LIFT).
         task_weights (`dict[str, float]`, *optional*):
             By teacher id, how often a task comes; 1 for those left out. With `task_sampling="cycle"` whole numbers: so
-            many micro-batches of a cycle (Flow-OPD: `{"ocr": 3, "geneval": 1}`), and `gradient_accumulation_steps` is a
+            many micro-batches of a cycle (Flow-OPD: `{"ocr": 1, "geneval": 3}`), and `gradient_accumulation_steps` is a
             multiple of their sum. With `"random"` in proportion.
         task_sampling (`str`, *optional*, defaults to `"cycle"`):
             `"cycle"`: an optimizer step sees every task (the paper). `"random"`: one task, drawn anew for each step

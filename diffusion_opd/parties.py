@@ -146,8 +146,11 @@ class Parties:
         return Party(self._timed(self._policy_of(pipeline, adapter, overrides), "reference"), columns, None)
 
     @functools.cached_property
-    def _base(self) -> tuple[DiffusionPipeline, str | None]:
+    def _base(self) -> tuple[DiffusionPipeline, Any]:
         """The student as it is before training: its backbone, with the LoRA that it started from."""
+        for teacher in self._teachers.loaded.values():
+            if teacher.spec.is_base:
+                return teacher.pipeline, teacher.adapter
         adapter = BACKBONE if self._start is None else REF_ADAPTER
         pipeline, own = self._student.frozen(adapter, self._args.mixed_dtype)
         if self._shard is not None and pipeline is not self._student.pipeline:

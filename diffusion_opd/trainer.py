@@ -36,8 +36,8 @@ from .data import Data
 from .engines import held_gradient_sync
 from .guidance import without
 from .inputs import PROMPT, inputs_of
-from .parties import Answers, Parties, columns_of, named
-from .policy import Move, Visit, Walk
+from .parties import REF_ADAPTER, Answers, Parties, columns_of, named
+from .policy import BACKBONE, Move, Visit, Walk
 from .queries import QUERIES
 from .rewards.functions import Rewards
 from .rewards.judge import Judge
@@ -194,7 +194,10 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         fit = partial(data.fit, call_kwargs=args.pipeline_kwargs, others=own_columns)
         pipeline = load_student(model, args, peft_config, fit, student_lora)
         with whole_modules():
-            loaded = load_teachers(specs, pipeline, Student(pipeline).trains_lora, args.mixed_dtype)
+            student = Student(pipeline)
+            adapter = BACKBONE if student_lora is None else REF_ADAPTER
+            untrained = partial(student.frozen, adapter, args.mixed_dtype)
+            loaded = load_teachers(specs, pipeline, student.trains_lora, args.mixed_dtype, untrained)
         self.anchor_data: AnchorData | None = None
         if anchor_dataset is not None:
             self.anchor_data = AnchorData(anchor_dataset, pipeline, args.input_columns, args.seed)

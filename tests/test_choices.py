@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
 from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback
@@ -30,6 +30,7 @@ from tests.training import DATA, PROMPTS, config, guided_by_hand, history, lora,
 
 GUIDANCE = CALL["sd3"]["guidance_scale"]
 STEPS = 4
+FLUX = "scheduler vae text_encoder tokenizer text_encoder_2 tokenizer_2 transformer".split()
 
 
 class Watched(DiffusionOPDTrainer):
@@ -351,6 +352,73 @@ def test_targets_are_their_formulas():
     assert torch.allclose(direction(guided, ref, 3.5), ref - uncond, atol=1e-5)
     half = extrapolated(teacher.bfloat16(), ref.bfloat16(), 1.25)
     assert half.dtype == torch.float32
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_student_before_training_teaches_guidance(tmp_path, full):
+    """Guidance folding: the base, guided, is what the student without guidance learns. It is not loaded again, and does
+    not move with the student."""
+    settings = dict(objective="velocity", guidance_scale=1.0, call_kwargs=no_scale(), learning_rate=1e-3, max_steps=2)
+    teachers = {"a": Teacher("base", guidance_scale=GUIDANCE), "b": Teacher("base", guidance_scale=2.0)}
+    trainer = trainer_of(tmp_path, full=full, teachers=teachers, timestep_fraction=1.0, **settings)
+    count = sum(p.numel() for p in trainer.model.parameters())
+    trainer.train()
+    base = BUILDERS["sd3"](0)
+    first = trainer_of(
+        tmp_path / "loaded",
+        full=full,
+        teachers={"a": Teacher(base, guidance_scale=GUIDANCE), "b": Teacher(BUILDERS["sd3"](0), guidance_scale=2.0)},
+        timestep_fraction=1.0,
+        **settings,
+    )
+    first.train()
+    for key in ("loss", "kl/a", "kl/b"):
+        assert history(trainer, key) == pytest.approx(history(first, key), rel=1e-4)
+    if not full:
+        assert sum(p.numel() for p in trainer.model.parameters()) == count
+        assert trainer.teachers["a"].denoiser is trainer.model
+    trainer.save_model(tmp_path / "out")
+    assert '"source": "base"' in (tmp_path / "out" / "teacher_manifest.json").read_text()
+    with pytest.raises(ValueError, match="the student before training .* has no `scale`, got 0.5"):
+        trainer_of(tmp_path, teachers=Teacher("base", scale=0.5), data=DATA.remove_columns("teacher_id"))
+
+
+def test_a_teacher_reads_trigger_words(tmp_path):
+    """CollectionLoRA: what each LoRA is triggered by stands in a column of its teacher's alone."""
+    data = DATA.map(lambda row: {"triggered": f"{row['prompt']} in the style of {row['teacher_id']}"})
+    teachers = {
+        key: Teacher(BUILDERS["sd3"](seed), columns={"prompt": "triggered"}) for key, seed in (("a", 1), ("b", 2))
+    }
+    trainer, student = run(tmp_path, teachers, data=data, objective="velocity", target_extrapolation=1.5)
+    plain, base = {"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)}, BUILDERS["sd3"](0)
+
+    def loss(at, rows):
+        told = [row["triggered"] for row in rows]
+        teacher, ref = at.asked(plain[rows[0]["teacher_id"]], prompts=told), at.asked(base, prompts=told)
+        return mse(at.velocity - (ref + 1.5 * (teacher - ref)))
+
+    check(trainer, student, by_hand(trainer, student, loss))
+
+
+def test_a_teacher_sees_a_picture_besides(tmp_path):
+    """D-OPSD: the teacher has the student's own weights, and is shown what the student is only told."""
+    data = {"prompt": PROMPTS[:4], "reference": pictures(4, 24)}
+    call = EDITING_CALL["flux_kontext"]
+    given = {name: call[name] for name in ("height", "width", "guidance_scale", "max_sequence_length")}
+    teacher = EDITING["flux_kontext"](0)
+    student = FluxPipeline(
+        **{name: part for name, part in EDITING["flux_kontext"](0).components.items() if name in FLUX}
+    )
+    own = {key: value for key, value in call.items() if key not in given}
+    trainer = DiffusionOPDTrainer(
+        student,
+        Teacher(teacher, columns={"image": "reference"}, call_kwargs=own),
+        config(tmp_path, call_kwargs=given, learning_rate=1e-3, objective="velocity", max_steps=3),
+        train_dataset=Dataset.from_dict(data),
+        peft_config=lora(),
+    )
+    trainer.train()
+    assert history(trainer, "loss")[0] > 1e-4  # of equal weights, by the picture alone
 
 
 # What holds it back

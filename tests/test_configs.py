@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 from diffusion_opd.cli.commands import LaunchedCommand
 from diffusion_opd.rewards import REWARDS
-from tests.tiny_pipelines import LORA_TARGETS, sd3
+from tests.editing_pipelines import EDITING, EDITING_CALL, picture
+from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS, sd3
 
 FOLDER = Path(__file__).parents[1] / "examples" / "configs" / "sd35"
 BASE = "stabilityai/stable-diffusion-3.5-medium"
@@ -30,6 +31,8 @@ STAGES = {
     "guard_ocr": "grpo",
     "guard_aesthetic": "grpo",
     "opd": "opd",
+    "flow_opd": "opd",
+    "danceopd_zimage": "opd",
     "multi_reward_guard": "grpo",
     "cascade_nft_1": "nft",
     "cascade_nft_2": "nft",
@@ -107,15 +110,19 @@ def there(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
+def file_of(name: str) -> Path:
+    return FOLDER.parent / f"{name}.yaml" if name == "danceopd_zimage" else FOLDER / f"{name}.yaml"
+
+
 def settings(name: str) -> dict:
-    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    return yaml.safe_load(file_of(name).read_text())
 
 
 def run(name: str, *flags: str) -> list[dict]:
     """Follows a file with the script that it is for; returns what was logged."""
     script = importlib.import_module(f"diffusion_opd.scripts.{STAGES[name]}")
     flags = [*SMALLER, *([] if STAGES[name] == "opd" else SMALLER_GROUPS), *flags]
-    script.main(*script.make_parser().parse_args_and_config(["--config", str(FOLDER / f"{name}.yaml"), *flags]))
+    script.main(*script.make_parser().parse_args_and_config(["--config", str(file_of(name)), *flags]))
     state = Path(settings(name)["output_dir"], "checkpoint-2", "trainer_state.json")
     return [entry for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
 
@@ -125,7 +132,7 @@ def weights(name: str) -> dict[str, torch.Tensor]:
 
 
 def test_every_file_is_run_here():
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == STAGES.keys() | {"evaluate"}
+    assert {path.stem for path in FOLDER.parent.rglob("*.yaml")} == STAGES.keys() | {"evaluate"}
 
 
 def specialists() -> list[str]:
@@ -171,7 +178,7 @@ def test_the_table(there, monkeypatch):
 @pytest.mark.parametrize("name", STAGES)
 def test_every_value_has_its_source(name):
     """Behind it, or behind the key that it is part of."""
-    for line in (FOLDER / f"{name}.yaml").read_text().splitlines():
+    for line in file_of(name).read_text().splitlines():
         if line[:1].isalpha() and line.split(":")[0] not in OURS:
             assert " # " in line, line
 
@@ -215,6 +222,72 @@ def test_the_student(there):
         assert first[f"kl/{task}"] > 0
     manifest = json.loads(Path("sd35m-opd", "teacher_manifest.json").read_text())["teachers"]
     assert [teacher["id"] for teacher in manifest] == list(TASKS)
+
+
+def save_lora(seed: int, base: DiffusionPipeline, folder: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        lora = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=LORA_TARGETS)
+        get_peft_model(copy.deepcopy(base.transformer), lora).save_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_the_student_of_flow_opd(there):
+    for seed, name in enumerate(("GenEval", "Text", "PickScore")):
+        save_lora(seed, sd3(), f"jieliu/SD3.5M-FlowGRPO-{name}")
+    first, second = run("flow_opd", "--per_device_train_batch_size", "1")
+    assert first["kl/ocr"] > 0 and first["kl/geneval"] > 0 and first["anchor"] > 0 and first["anchor/ocr"] > 0
+    assert second["loss"] > 0
+    told = json.loads(Path("sd35m-flow-opd", "teacher_manifest.json").read_text())["teachers"]
+    assert [teacher["id"] for teacher in told] == ["ocr", "geneval", "anchor"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["zimage", "flux_kontext", "qwen_edit"])
+def test_the_student_of_danceopd(there, family):
+    """Text-to-image, local and global edits: routes of their own data, of which those that edit hold a source picture;
+    Z-Image's pipeline takes none."""
+    makers = {**BUILDERS, **EDITING}
+    calls = CALL | EDITING_CALL
+    base = makers[family](0)
+    # A folder of Qwen-Image-Edit is read with torchvision alone
+    where = None if family == "qwen_edit" else f"bases/{family}"
+    if where:
+        base.save_pretrained(where)
+    name = "danceopd_zimage"
+    script = importlib.import_module("diffusion_opd.scripts.opd")
+    told = settings(name)
+    for seed, teacher in enumerate(told["teachers"]):
+        save_lora(seed, base, teacher["path"])
+    rows = [{"uid": n, "task": "edit", "prompt": f"make it red {n}", "source_image": f"{n}.png"} for n in range(2)]
+    for number in range(2):
+        picture(24, number).save(f"{number}.png")
+    for task, file in told["train_files"].items():
+        own = [{"prompt": f"a picture {n}"} for n in range(2)] if task == "t2i" else rows
+        Path(file).write_text("".join(json.dumps(row) + "\n" for row in own))
+    own_call = {key: value for key, value in calls[family].items() if key not in ("height", "width", "guidance_scale")}
+    flags = [*SMALLER[:-2], "--call_kwargs", json.dumps(own_call), "--max_steps", "4", "--save_steps", "4"]
+    flags += ["--bf16", "false", "--output_dir", f"dance-{family}", "--task_weights", '{"t2i": 1}', "--seed", "3"]
+    if family == "qwen_edit":  # each sample needs a picture
+        own = {task: file for task, file in told["train_files"].items() if task != "t2i"}
+        told |= {"train_files": own, "teachers": told["teachers"][1:]}
+        flags += ["--task_weights", "{}"]
+        told["teachers"] = [
+            teacher | {"guidance_scale": None, "call_kwargs": {"true_cfg_scale": 3.5}} for teacher in told["teachers"]
+        ]
+    Path("dance.yaml").write_text(yaml.safe_dump(told | ({"model_name_or_path": where} if where else {})))
+    parsed = script.make_parser().parse_args_and_config(["--config", "dance.yaml", *flags])
+    if not where:
+        parsed[0].model_name_or_path = base
+    script.main(*parsed)
+    state = Path(f"dance-{family}", "checkpoint-4", "trainer_state.json")
+    logs = [entry for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+    routes = [[key for key in entry if key.startswith("kl/")] for entry in logs]
+    assert all(len(own) == 1 for own in routes) and len({own[0] for own in routes}) > 1  # one a step
+    states = [[key for key in entry if key.startswith("kl_step/")] for entry in logs]
+    assert all(len(own) == 1 for own in states)
+    lora = load_file(Path(f"dance-{family}", "pytorch_lora_weights.safetensors"))
+    assert all(tensor.shape[0] == 128 for key, tensor in lora.items() if "lora_A" in key)
 
 
 @pytest.mark.slow

@@ -59,8 +59,8 @@ def decoded_by(pipeline: DiffusionPipeline, family: str) -> tuple[torch.Tensor, 
 
 @pytest.mark.parametrize("family", [name for name in MAKERS if name not in VIDEOS])
 def test_they_are_decoded_to_the_picture(family):
-    """A plain call's last state and what it decodes of it are related as was found; and the latents of a picture come to
-    what the VAE has encoded."""
+    """A plain call's last state and what it decodes of it are related as was found; and the latents of a picture come
+    to what the VAE has encoded."""
     pipeline, policy = made(family)
     vae = pipeline.vae
     found = find_latents(policy, inputs(family))

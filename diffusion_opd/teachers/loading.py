@@ -3,7 +3,7 @@ pipeline, and pipelines, which share with it what both have in common (VAE, text
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ..adapters import frozen_copy, with_denoiser, without_adapters
 from ..denoisers import NAMES, denoiser_of, denoisers_of, take_wrappers_off
 from ..errors import first_few, one_sentence
 from ..files import CONFIG_NAME, INDEX_NAME, MODULAR_INDEX_NAME, absent_parts, parts_named
+from ..fingerprint import take_fingerprint
 from ..modular import is_pipeline, load_modular, with_call
 from ..policy import check_seams
 from .compatible import check_compatible, share_parts
@@ -33,7 +34,11 @@ logger = get_logger(__name__)
 
 
 def load_teachers(
-    teachers: Mapping[str, Teacher], student: DiffusionPipeline, trains_lora: bool, dtype: torch.dtype
+    teachers: Mapping[str, Teacher],
+    student: DiffusionPipeline,
+    trains_lora: bool,
+    dtype: torch.dtype,
+    untrained: Callable[[], tuple[DiffusionPipeline, str | None]] | None = None,
 ) -> list[LoadedTeacher]:
     """Loads every teacher beside the student.
 
@@ -46,6 +51,9 @@ def load_teachers(
             Whether the student's backbone stays frozen. If not, LoRA teachers live on a frozen copy of it.
         dtype (`torch.dtype`):
             For the frozen modules that are loaded here.
+        untrained (`Callable`, *optional*):
+            Makes the student before training, a pipeline and the adapter of its denoiser, once for all teachers that
+            are it. `None`: there is none.
 
     Raises:
         ValueError: if a teacher cannot be read, has missing, unexpected or wrongly shaped tensors, or lives in another
@@ -53,10 +61,19 @@ def load_teachers(
     """
     own = denoisers_of(student)
     host = student
-    loaded = []
+    loaded: list[LoadedTeacher] = []
     for index, (key, teacher) in enumerate(teachers.items()):
         adapter: str | tuple[str, ...] | None = None
         commit = None
+        if teacher.is_base:
+            if untrained is None:
+                raise ValueError(f"teacher {key!r}: there is no student before training here; give it a path.")
+            before = [(one.pipeline, one.adapter) for one in loaded if one.spec.is_base]
+            pipeline, adapter = before[0] if before else untrained()
+            sampled = take_fingerprint(denoiser_of(pipeline))
+            sha256 = hash_tensors({name: torch.tensor(values) for name, values in sampled.items()})
+            loaded.append(LoadedTeacher(key, teacher, pipeline, adapter, sha256, None))
+            continue
         if is_pipeline(teacher.path):
             pipeline = copy.copy(with_call(teacher.path))
             take_wrappers_off(pipeline)

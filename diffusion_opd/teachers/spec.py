@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin
 
-from ..config import check_types
+from ..config import BASE, check_types
 from ..denoisers import denoiser_of
 from ..disclosure import origin
 from ..errors import brief
@@ -84,7 +84,8 @@ class Teacher:
     Args:
         path (`str` or [`~diffusers.DiffusionPipeline`]):
             Hub id or folder of a LoRA (in any format that plain diffusers or PEFT loads), a denoiser or a pipeline; the
-            file of a LoRA; or a loaded pipeline.
+            file of a LoRA; or a loaded pipeline. `"base"`: the student as it is before training, which is not loaded
+            again: under another guidance, or with other columns, it has something to teach.
         id (`str`, *optional*):
             What the `teacher_id` column calls it. Defaults to the last part of `path` and `subfolder` that is not
             `"lora"`, `"transformer"` or `"unet"`.
@@ -131,6 +132,11 @@ class Teacher:
         return f"teacher {self.id!r}"
 
     @property
+    def is_base(self) -> bool:
+        """Whether it is the student before training."""
+        return self.path == BASE and not os.path.exists(BASE)
+
+    @property
     def source(self) -> str:
         """Where it comes from, in words."""
         if not isinstance(self.path, (str, os.PathLike)):
@@ -141,6 +147,8 @@ class Teacher:
     def origin(self) -> str:
         """The same, as others may read it."""
         path = name_or_path(self.path) if is_pipeline(self.path) else self.path
+        if self.is_base:
+            return BASE
         return self.source if path is None else origin(path, self.subfolder)
 
     @property
@@ -200,6 +208,9 @@ def name_teachers(teachers: Any) -> dict[str, Teacher]:
         _take_file(teacher)
         if is_pipeline(teacher.path):
             what, unread = "a loaded pipeline", ["subfolder", "revision", "weight_name", "variant", "scale"]
+        elif teacher.is_base:
+            what = f"the student before training (`path={BASE!r}`)"
+            unread = ["subfolder", "revision", "weight_name", "variant", "scale", "base_lora"]
         else:
             what, unread = f"the folder {str(teacher.path)!r}", ["revision"] if os.path.isdir(teacher.path) else []
         for name in unread:
