@@ -93,14 +93,12 @@ class AnchorData:
                     if error is not None:
                         raise ValueError(f"`anchor_dataset`: the `{column}` of row {row} {error}.") from error
 
-    def rows(self, number: int, count: int) -> list[dict[str, Any]]:
-        """The rows of the `number`-th batch of `count`: every row once, then all of them in another order."""
-        chosen = []
-        for place in range(number * count, (number + 1) * count):
-            epoch, place = divmod(place, len(self.dataset))
-            order = np.random.default_rng(seed_of(self._seed, SEED_ANCHOR, epoch)).permutation(len(self.dataset))
-            chosen.append(int(order[place]))
-        return [self._read(self.dataset[row], row) for row in chosen]
+    def row(self, place: int) -> dict[str, Any]:
+        """The row that comes at a place of the run: every row once, then all of them in another order."""
+        epoch, number = divmod(place, len(self.dataset))
+        order = np.random.default_rng(seed_of(self._seed, SEED_ANCHOR, epoch)).permutation(len(self.dataset))
+        row = int(order[number])
+        return self._read(self.dataset[row], row)
 
     def _read(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
         read = dict(row)
@@ -112,31 +110,32 @@ class AnchorData:
                     raise ValueError(f"`anchor_dataset`: the `{column}` of row {number} {error}.") from error
         return read
 
-    def calls(self, rows: Sequence[Mapping[str, Any]], together: int | None) -> list[list[dict[str, Any]]]:
-        """Which rows go through the pipeline together."""
+    def calls(self, places: Sequence[int], together: int | None) -> list[list[int]]:
+        """Which places of the run go through the pipeline together."""
         alone = together == 1 or any(name not in self._texts for name in self.columns)
-        return [[dict(row)] for row in rows] if alone else [[dict(row) for row in rows]]
+        return [[place] for place in places] if alone else [list(places)]
 
     @torch.no_grad()
-    def noised(self, policy: Policy, rows: Sequence[Mapping[str, Any]], place: int, seed: int) -> Noised:
-        """Rows whose pictures are as noisy as the states of a visit.
+    def noised(self, policy: Policy, places: Sequence[int], visit: int) -> Noised:
+        """Pictures that are as noisy as the states of a visit.
 
         Args:
             policy ([`Policy`]): The student.
-            rows (`Sequence[dict]`): Of one call.
-            place (`int`): The index of that visit.
-            seed (`int`): Of the noise.
+            places (`Sequence[int]`): Of the run, of one call.
+            visit (`int`): Its index.
         """
+        rows = [self.row(place) for place in places]
         inputs = inputs_of(rows, self.columns)
-        generators = [torch.Generator().manual_seed(seed_of(seed, number)) for number in range(len(rows))]
+        seeds = [seed_of(self._seed, SEED_ANCHOR, place, 1) for place in places]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         latents, plan = self._of(policy, inputs)
-        (step,) = plan[place].steps
+        (step,) = plan[visit].steps
         x_0 = latents.encode([row[self.picture] for row in rows])
         noise = randn_tensor(x_0.shape, noise_generators(generators), x_0.device, torch.float32)
         nothing: Any = None
         state = noised(x_0, noise, step.schedule, step.index).to(step.sample.dtype)
         asked = Step(0, 0, step.index, nothing, state, nothing, step.schedule)
-        return Noised(Visit(place, (asked,)), x_0, noise, inputs, generators)
+        return Noised(Visit(visit, (asked,)), x_0, noise, inputs, generators)
 
     def _of(self, policy: Policy, inputs: Mapping[str, Sequence[Any]]) -> tuple[Latents, list[Visit]]:
         """Of what size the states are, and at which noise levels, goes by the pictures that the pipeline is given."""

@@ -256,7 +256,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         require_independence(self.student.policy, self.checked, "an `anchor_dataset`")
         self._unguided = self.policy_of(self.pipeline, None, without(type(self.pipeline), self.args.pipeline_kwargs))
         self._unguided.timing = partial(self.stopwatch.section, "student")
-        data.noised(self._unguided, data.calls(data.rows(0, 1), self.together)[0], self.checked.learnt[0], 0)
+        data.noised(self._unguided, [0], self.checked.learnt[0])
 
     # Algorithm 1
 
@@ -391,17 +391,14 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     def _real_pictures(self, data: AnchorData) -> list[Noised]:
         """Those of a micro-batch, by calls of the pipeline, all at the noise level of one of the states that are learnt
         from."""
-        args, world = self.args, self.accelerator
-        micro_step = self.state.global_step * args.gradient_accumulation_steps
-        micro_step += self._micro_step % args.gradient_accumulation_steps
-        rng = np.random.default_rng(seed_of(args.seed, SEED_ANCHOR, micro_step, 0))
-        place = self.learnt[int(rng.integers(len(self.learnt)))]
-        number = micro_step * world.num_processes + world.process_index
-        rows = data.rows(number, args.per_device_train_batch_size)
-        return [
-            data.noised(self._unguided, call, place, seed_of(args.seed, SEED_ANCHOR, number, index, 1))
-            for index, call in enumerate(data.calls(rows, self.together))
-        ]
+        args, count = self.args, self.args.per_device_train_batch_size
+        done = self.state.global_step * args.gradient_accumulation_steps
+        done += self._micro_step % args.gradient_accumulation_steps
+        rng = np.random.default_rng(seed_of(args.seed, SEED_ANCHOR, done, 0))
+        visit = self.learnt[int(rng.integers(len(self.learnt)))]
+        first = (done * self.accelerator.num_processes + self.accelerator.process_index) * count
+        calls = data.calls(range(first, first + count), self.together)
+        return [data.noised(self._unguided, places, visit) for places in calls]
 
     def _flow_matching(self, model: nn.Module, task: str, at: Noised, num_calls: int) -> Tensor:
         """What a call of real pictures adds to the loss, after its backward pass."""

@@ -61,6 +61,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", action="store_true", help="draw, and evaluate, at the end")
     parser.add_argument("--steps_per_generation", type=int, help="of which two are an optimizer step")
     parser.add_argument("--eval_rewards", action="store_true", help="pictures are judged in evaluation")
+    parser.add_argument("--choices", choices=["target", "split"], help="what is learnt, and where")
     parser.add_argument("--sizes", type=int, default=1, help="of pictures that samples are made of")
     return parser.parse_args(arguments)
 
@@ -147,6 +148,12 @@ def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
         # One of each kind: an adapter of the student's denoiser (or of a copy of it), and a denoiser of its own
         lora = save_peft(options.out / f"teacher-{os.environ.get('RANK', 0)}", MAKE[options.family](0))
         judges = {"a": str(lora), "b": MAKE[options.family](2)}
+        if options.choices == "target":
+            settings |= dict(query="random", num_queries=2, target_extrapolation=1.25, task_weights={"b": 2})
+        if options.choices == "split":
+            settings |= dict(query="window", num_queries=2, guidance_split=0.5, guidance_scale=4.5)
+            settings |= dict(task_sampling="random", gradient_accumulation_steps=2)
+            settings["call_kwargs"] = {k: v for k, v in CALLS[options.family].items() if k != "guidance_scale"}
         if options.best:
             settings |= dict(eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
             settings |= dict(metric_for_best_model="kl", greater_is_better=True)
@@ -160,7 +167,11 @@ def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
         name = {"nft": "DiffusionNFT", "grpo": "DiffusionGRPO"}[options.method]
         config_class, trainer_class = (getattr(diffusion_opd, f"{name}{part}") for part in ("Config", "Trainer"))
         judges = {"a": redness, "b": redness}
-    own = {"eval_reward_funcs": {"a": redness}} if options.eval_rewards else {}
+    own: dict = {"eval_reward_funcs": {"a": redness}} if options.eval_rewards else {}
+    if options.choices is not None:
+        prompts = [f"real {i}" for i in range(7)]
+        real = Dataset.from_dict({"prompt": prompts, "image": [picture(16, i) for i in range(7)]})
+        own |= {"anchor": "base", "anchor_dataset": real}
     args = config_class(str(options.out / "run"), **settings)
     if options.bf16:  # transformers refuses it on a CPU unless told `use_cpu`, which DeepSpeed does not take
         args.bf16, args.mixed_precision = True, "bf16"

@@ -201,6 +201,30 @@ def assert_gathered(two: dict, engine: str, mode: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    ("engine", "mode", "choices"),
+    [
+        ("ddp", "lora", "target"),
+        ("ddp", "lora", "split"),
+        ("fsdp2", "full", "target"),
+        ("zero2", "lora", "target"),
+        nightly("fsdp2", "lora", "split"),
+        nightly("zero3", "lora", "target"),
+        nightly("zero3", "full", "split"),
+    ],
+)
+def test_what_is_learnt_and_where(tmp_path, one_process, engine, mode, choices):
+    """Queries, a reference, an anchor, real pictures and turns are the same in each process, and each sample's own."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    options = ["--mode", mode, "--choices", choices]
+    _, one = one_process(*options)
+    two = run(tmp_path / "two", "--batch", "2", *options, engine=engine)
+    assert_same_run(one, two, engine)
+    assert_resumes(tmp_path / "two", two, "--batch", "2", *options, engine=engine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("mode", "family", "transition"),
     [("lora", "sd3", "flow_sde"), nightly("lora", "wan", "ode"), nightly("full", "qwenimage", "ode")],
 )
