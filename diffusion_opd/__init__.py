@@ -2,7 +2,14 @@
 from rewards."""
 
 from .config import DiffusionOPDConfig
-from .rl import DiffusionGRPOConfig, DiffusionGRPOTrainer, DiffusionNFTConfig, DiffusionNFTTrainer
+from .rl import (
+    DiffusionGRPOConfig,
+    DiffusionGRPOTrainer,
+    DiffusionNFTConfig,
+    DiffusionNFTTrainer,
+    DiffusionROPDConfig,
+    DiffusionROPDTrainer,
+)
 from .teachers import Lora, Teacher
 from .trainer import DiffusionOPDTrainer
 
@@ -13,6 +20,8 @@ __all__ = [
     "DiffusionNFTTrainer",
     "DiffusionOPDConfig",
     "DiffusionOPDTrainer",
+    "DiffusionROPDConfig",
+    "DiffusionROPDTrainer",
     "Lora",
     "Teacher",
 ]

@@ -42,13 +42,17 @@ def whole_cycles(args: DiffusionConfig, tasks: Sequence[str], weights: Mapping[s
     if steps == 1 and length > 1:
         args.gradient_accumulation_steps = length
         logger.info(f"An optimizer step sees every task: `gradient_accumulation_steps` is set to {length}.")
-    elif steps % length:
-        cycle, how = f"the {len(tasks)} tasks {list(tasks)}", "equally often"
-        if weights:
-            cycle, how = f"the {length} turns of {dict(zip(tasks, turns, strict=True))}", "so often"
+    elif steps % length and weights:
         raise ValueError(
-            f"`gradient_accumulation_steps={steps}` is not a multiple of {cycle}: an optimizer step must see every "
-            f"task {how}; leave it out, or use {length * max(1, round(steps / length))}."
+            f"`gradient_accumulation_steps={steps}` is not a multiple of the {length} turns of "
+            f"{dict(zip(tasks, turns, strict=True))} (`task_weights`); leave it out, or use "
+            f"{length * max(1, round(steps / length))}."
+        )
+    elif steps % length:
+        raise ValueError(
+            f"`gradient_accumulation_steps={steps}` is not a multiple of the {length} tasks {list(tasks)}: an "
+            f"optimizer step must see every task equally often; leave it out, or use "
+            f"{length * max(1, round(steps / length))}."
         )
 
 

@@ -176,6 +176,11 @@ class DiffusionConfig(_BaseConfig):
             The dataset's columns that are handed to the pipeline for each sample, `prompt` besides. `None`: those that
             are named like what its `__call__` takes for each sample: texts (`negative_prompt`, ...), pictures (`image`,
             `mask_image`, `control_image`, ...), videos.
+        teacher_placement (`str`, *optional*, defaults to `"device"`):
+            Where denoisers wait that are the teachers' own (a LoRA teacher is an adapter of the student's denoiser; of
+            a student that is trained in full, of one frozen copy). `"device"`: whole on every device. `"cpu"`: in CPU
+            memory, each brought to the device for the micro-batches of its task. `"sharded"`: over the processes, by
+            the engine that shards the student (FSDP2 or ZeRO-3).
         ema_decay (`float`, *optional*):
             Decay, in [0, 1), of the exponential moving average of the trained weights, which then is what is evaluated,
             saved and published. `None` turns it off. The first update copies the trained weights, update `n + 1` has
@@ -230,6 +235,10 @@ class DiffusionConfig(_BaseConfig):
     input_columns: list[str] | None = field(
         default=None,
         metadata={"help": "Columns that reach the pipeline. None: those named like what it takes for each sample."},
+    )
+    teacher_placement: str = field(
+        default="device",
+        metadata={"help": "Where denoisers wait that are the teachers' own.", "choices": list(TEACHER_PLACEMENTS)},
     )
     ema_decay: float | None = field(
         default=None, metadata={"help": "Decay of the moving average of the trained weights. None: off."}
@@ -321,6 +330,10 @@ class DiffusionConfig(_BaseConfig):
             raise ValueError(f"`timestep_fraction` must be in (0, 1], got {self.timestep_fraction}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1) or None (off), got {self.ema_decay}.")
+        if self.teacher_placement not in TEACHER_PLACEMENTS:
+            raise ValueError(
+                f"`teacher_placement` must be one of {list(TEACHER_PLACEMENTS)}, got {self.teacher_placement!r}."
+            )
         if self.nan_policy not in NAN_POLICIES:
             raise ValueError(f"`nan_policy` must be one of {list(NAN_POLICIES)}, got {self.nan_policy!r}.")
         if self.nan_policy == "skip" and self.deepspeed_plugin is not None:
@@ -442,11 +455,6 @@ class DiffusionOPDConfig(DiffusionConfig):
         task_sampling (`str`, *optional*, defaults to `"cycle"`):
             `"cycle"`: an optimizer step sees every task (the paper). `"random"`: one task, drawn anew for each step
             from `seed`, for all processes and accumulated micro-batches (DanceOPD's routes).
-        teacher_placement (`str`, *optional*, defaults to `"device"`):
-            Where denoisers wait that are the teachers' own (a LoRA teacher is an adapter of the student's denoiser; of
-            a student that is trained in full, of one frozen copy). `"device"`: whole on every device. `"cpu"`: in CPU
-            memory, each brought to the device for the micro-batches of its task. `"sharded"`: over the processes, by
-            the engine that shards the student (FSDP2 or ZeRO-3).
     """
 
     transition: str = field(default="ode", metadata={"help": "How the student moves.", "choices": list(TRANSITIONS)})
@@ -490,20 +498,12 @@ class DiffusionOPDConfig(DiffusionConfig):
         default="cycle",
         metadata={"help": "Whether a step sees every task, or one.", "choices": list(TASK_SAMPLINGS)},
     )
-    teacher_placement: str = field(
-        default="device",
-        metadata={"help": "Where denoisers wait that are the teachers' own.", "choices": list(TEACHER_PLACEMENTS)},
-    )
 
     def __post_init__(self) -> None:
         self.task_weights = parse_json("task_weights", self.task_weights)
         super().__post_init__()
         if self.objective not in OBJECTIVES:
             raise ValueError(f"`objective` must be one of {list(OBJECTIVES)}, got {self.objective!r}.")
-        if self.teacher_placement not in TEACHER_PLACEMENTS:
-            raise ValueError(
-                f"`teacher_placement` must be one of {list(TEACHER_PLACEMENTS)}, got {self.teacher_placement!r}."
-            )
         if self.noise_level is None:
             self.noise_level = kernel_named(self.transition).default_noise_level
         check_noise(self.transition, self.noise_level)

@@ -5,7 +5,6 @@ This file knows policies and who they are, and no loss or trainer.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,19 +17,16 @@ from torch import Tensor, nn
 
 from .config import BASE, DiffusionOPDConfig, scale_name
 from .data import Data
-from .denoisers import denoiser_of
 from .errors import one_sentence
 from .guidance import at_scale, reach
 from .inputs import inputs_of, sample_arguments, signature
-from .policy import BACKBONE, Policy, Visit, Walk
+from .policy import Policy, Visit, Walk
 from .startup import Checked, can_jump, check_teacher
-from .student import Student
 from .teachers import LoadedTeacher, Teacher, Teachers, name_teachers
 
 logger = get_logger(__name__)
 
 ANCHOR = "anchor"  # the id of a teacher that no task has
-REF_ADAPTER = "ref"  # as TRL has it
 
 Answers = dict[str, tuple[Tensor, ...]]  # by who was asked, one prediction a stream of a visit
 Rows = Sequence[dict[str, Any]]
@@ -63,15 +59,13 @@ class Parties:
         args ([`DiffusionOPDConfig`]): The configuration.
         teachers ([`Teachers`]): Of the tasks, and perhaps the anchor.
         columns (`dict[str, dict[str, str]]`): As [`columns_of`] returns them.
-        student ([`Student`]): With its policy.
+        pipeline ([`~diffusers.DiffusionPipeline`]): The student's.
         data ([`Data`]): What the student reads.
-        policy_of (`Callable`): As of [`DiffusionTrainer`].
+        policy_of, untrained (`Callable`): As of [`TaughtTrainer`].
         timing (`Callable`): A section of the stopwatch, by its name.
-        shard (`Callable`, *optional*): Shards a frozen denoiser in place, where the engine shards.
-        start (`str`, *optional*): Where the LoRA of the student comes from, whose training goes on.
 
     Attributes:
-        reach (`dict[str, float]`): See [`reach`](guidance.py), by task, and under `"student"` of the student.
+        reach (`dict[str, float]`): How far guidance reaches, by task, and under `"student"` of the student.
     """
 
     def __init__(
@@ -79,15 +73,14 @@ class Parties:
         args: DiffusionOPDConfig,
         teachers: Teachers,
         columns: dict[str, dict[str, str]],
-        student: Student,
+        pipeline: DiffusionPipeline,
         data: Data,
         policy_of: Callable[..., Policy],
+        untrained: Callable[..., Policy],
         timing: Callable[[str], contextlib.AbstractContextManager],
-        shard: Callable[[nn.Module], None] | None,
-        start: str | None,
     ):
-        self._args, self._teachers, self._student, self._data = args, teachers, student, data
-        self._policy_of, self._timing, self._shard, self._start = policy_of, timing, shard, start
+        self._args, self._teachers, self._pipeline, self._data = args, teachers, pipeline, data
+        self._policy_of, self._untrained, self._timing = policy_of, untrained, timing
         self.columns = columns
         self.reach: dict[str, float] = {}
         self._unguided = self._student_at(1.0) if args.guidance_split is not None else None
@@ -128,34 +121,21 @@ class Parties:
 
     def _student_at(self, scale: float) -> Policy:
         given = at_scale(self._args.pipeline_kwargs, scale)
-        return self._timed(self._policy_of(self._student.pipeline, None, given), "student")
+        return self._timed(self._policy_of(self._pipeline, None, given), "student")
 
     def _reference(self, name: str, task: str | None) -> Party:
         """A teacher, or the student before training, under its own arguments and columns; that under those of a task's
         teacher, if it is for a task."""
         if name != BASE:
             return Party(self._timed(self._teachers[name], "reference"), self.columns[name], name)
-        pipeline, adapter = self._base
         columns, overrides = self._data.columns, {}
         if task is not None:
-            cls: Any = type(pipeline)
+            cls: Any = type(self._pipeline)
             taken, spec = signature(cls.__call__).parameters, self._teachers.loaded[task].spec
             overrides = {key: value for key, value in spec.overrides.items() if key in taken}
             renamed = {key: column for key, column in spec.columns.items() if key in taken}
             columns = self._data.columns_of_party(cls, renamed, overrides)
-        return Party(self._timed(self._policy_of(pipeline, adapter, overrides), "reference"), columns, None)
-
-    @functools.cached_property
-    def _base(self) -> tuple[DiffusionPipeline, Any]:
-        """The student as it is before training: its backbone, with the LoRA that it started from."""
-        for teacher in self._teachers.loaded.values():
-            if teacher.spec.is_base:
-                return teacher.pipeline, teacher.adapter
-        adapter = BACKBONE if self._start is None else REF_ADAPTER
-        pipeline, own = self._student.frozen(adapter, self._args.mixed_dtype)
-        if self._shard is not None and pipeline is not self._student.pipeline:
-            self._shard(denoiser_of(pipeline))
-        return pipeline, own
+        return Party(self._timed(self._untrained(overrides), "reference"), columns, None)
 
     # The start-up check
 

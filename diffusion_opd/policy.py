@@ -205,6 +205,7 @@ class Policy:
         inputs: Inputs | None = None,
         generators: list[torch.Generator] | None = None,
         denoiser: Callable[..., Any] | None = None,
+        times: Mapping[tuple[int, int], Times] | None = None,
     ) -> "Follower":
         """Asks this policy at the states of visits: `follow(visit)`.
 
@@ -214,12 +215,14 @@ class Policy:
             inputs (*optional*): As for [`walk`]. `None`: those of the walk.
             generators (*optional*): As for [`walk`], in the state in which the walk began. `None`: those of the walk.
             denoiser (*optional*): As for [`walk`].
+            times (`Mapping`, *optional*): Without a walk, at whose timesteps it runs: `all_times` of one. `None`: its
+                own.
         """
         if walk is None and (inputs is None or generators is None):
             raise ValueError("a follower needs a walk, or the inputs and generators of one.")
         if inputs is not None:
             self._check_inputs(inputs, walk.generators if generators is None and walk is not None else generators or [])
-        return Follower(self, inputs, generators, denoiser, walk)
+        return Follower(self, inputs, generators, denoiser, walk, times)
 
     def _check_inputs(self, inputs: Inputs, generators: Sequence[torch.Generator]) -> None:
         accepted = signature(type(self.pipeline).__call__).parameters
@@ -702,9 +705,10 @@ class Follower(_Call):
         generators: list[torch.Generator] | None,
         denoiser: Callable[..., Any] | None,
         walk: Walk | None,
+        times: Mapping[tuple[int, int], Times] | None = None,
     ):
         super().__init__(policy, denoiser)
-        self._walk = walk
+        self._walk, self._times = walk, times if walk is None else walk.all_times
         self.inputs = walk.inputs if inputs is None else inputs  # type: ignore[union-attr]
         if generators is None:
             states = walk.began_with  # type: ignore[union-attr]
@@ -748,9 +752,9 @@ class Follower(_Call):
         return visit
 
     def times(self, number: int, chunk: int, own: Times) -> Times:
-        if self._walk is None or not self._pauses:  # closing, maybe further than the walk has come
+        if self._times is None or not self._pauses:  # closing, maybe further than the walk has come
             return own
-        times = self._walk.all_times.get((number, chunk))
+        times = self._times.get((number, chunk))
         if times is None or times.timesteps.shape[0] < own.timesteps.shape[0]:
             self._not_there("it sets its timesteps otherwise")
         # Pipelines write into sigmas (Cosmos-Predict2), which the walk's graph may hold

@@ -29,25 +29,24 @@ from transformers.trainer_utils import set_seed
 
 from . import objectives, targets
 from .anchor_data import AnchorData, Noised
-from .base_trainer import DiffusionTrainer
 from .checks import own_arguments, whole_cycles
 from .config import DiffusionOPDConfig, check_call_kwargs
 from .data import Data
 from .engines import held_gradient_sync
 from .guidance import without
 from .inputs import PROMPT, inputs_of
-from .parties import REF_ADAPTER, Answers, Parties, columns_of, named
-from .policy import BACKBONE, Move, Visit, Walk
+from .parties import Answers, Parties, named
+from .policy import Move, Visit, Walk
 from .queries import QUERIES
 from .rewards.functions import Rewards
 from .rewards.judge import Judge
 from .rewards.registry import load_rewards
-from .runs import plain
+from .runs import hash_data
 from .sampling import SEED_ANCHOR, SEED_QUERY, SEED_TRAIN, TEACHER, Turns, noise_generators, seed_of
 from .scheduler_proxy import Step
 from .startup import require_independence
-from .student import Student, load_student, whole_modules
-from .teachers import MANIFEST_NAME, Teachers, load_teachers
+from .student import load_student
+from .taught import TaughtTrainer
 from .transitions import Transition, velocity_gap
 
 logger = get_logger(__name__)
@@ -63,7 +62,7 @@ class Terms(NamedTuple):
     logged: dict[str, Tensor]
 
 
-class DiffusionOPDTrainer(DiffusionTrainer):
+class DiffusionOPDTrainer(TaughtTrainer):
     """
     Trainer for on-policy distillation of diffusion models.
 
@@ -193,15 +192,10 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         own_columns = {key: spec.columns for key, spec in specs.items()}
         fit = partial(data.fit, call_kwargs=args.pipeline_kwargs, others=own_columns)
         pipeline = load_student(model, args, peft_config, fit, student_lora)
-        with whole_modules():
-            student = Student(pipeline)
-            adapter = BACKBONE if student_lora is None else REF_ADAPTER
-            untrained = partial(student.frozen, adapter, args.mixed_dtype)
-            loaded = load_teachers(specs, pipeline, student.trains_lora, args.mixed_dtype, untrained)
+        self.load_teachers(specs, pipeline, args, data, goes_on=student_lora is not None)
         self.anchor_data: AnchorData | None = None
         if anchor_dataset is not None:
             self.anchor_data = AnchorData(anchor_dataset, pipeline, args.input_columns, args.seed)
-        columns = columns_of(loaded, data, args.pipeline_kwargs)
         super().__init__(
             pipeline,
             args,
@@ -211,29 +205,18 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.teachers = Teachers(
-            loaded,
-            self.policy_of,
-            student=self.model,
-            device=self.accelerator.device,
-            placement=args.teacher_placement,
-            shard=self.shard if self.shards_parameters else None,
-            engine=self.accelerator.distributed_type.value,
-            timing=partial(self.stopwatch.section, "placement"),
-        )
-        self.loaded_teachers = self.teachers.loaded
+        self.place_teachers()
         self._micro_step = 0
         self._visited = Counter[str]()  # micro-batches of each task in this optimizer step
         self.parties = Parties(
             args,
             self.teachers,
-            columns,
-            self.student,
+            self.teacher_columns,
+            self.pipeline,
             data,
             self.policy_of,
+            self.untrained,
             self.stopwatch.section,
-            self.shard if self.shards_parameters else None,
-            self._start,
         )
         self._check_parties()
         for denoiser in {self.model, *self.parties.denoisers}:
@@ -536,29 +519,18 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         self.cache.clear()
         return torch.stack(losses).mean(0), torch.stack(kls).mean(0)
 
-    # What a checkpoint and a card say about the teachers
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            self.teachers.write_manifest(output_dir or self.args.output_dir)
+    # What a checkpoint and a card say about the run
 
     def _made_of(self) -> dict[str, Any]:
-        teachers = {
-            key: {"call_kwargs": t.spec.overrides, "columns": t.spec.columns, "scale": t.spec.scale}
-            for key, t in self.loaded_teachers.items()
-        }
-        return super()._made_of() | plain({"teachers": teachers})
+        own = super()._made_of()
+        if self.anchor_data is not None:
+            data = self.anchor_data
+            own["anchor_dataset"] = hash_data(data.dataset, [data.picture, *data.columns.values()])
+        return own
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        if resume_from_checkpoint is not None:
-            self.teachers.check_manifest(resume_from_checkpoint)
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         self._micro_step = 0
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-
-    @property
-    def _published_names(self) -> set[str]:
-        return super()._published_names | {MANIFEST_NAME}
+        return super()._prepare_for_training(*args, **kwargs)
 
     def _card_fields(self) -> dict[str, Any]:
         names = (
@@ -568,7 +540,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         settings = {name: getattr(self.args, name) for name in names} | {"transition": self.kernel.func.name}
         plainest = DiffusionOPDConfig.__dataclass_fields__
         settings |= {name: value for name in _CHOICES if (value := getattr(self.args, name)) != plainest[name].default}
-        return {"teachers": self.teachers.card_rows(), "settings": settings | self._run_settings()}
+        return super()._card_fields() | {"settings": settings | self._run_settings()}
 
 
 # Of the configuration, what makes the run another method; a card names those that are not as they are by default

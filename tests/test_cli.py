@@ -18,9 +18,10 @@ from diffusion_opd.cli.commands import LaunchedCommand
 from diffusion_opd.cli.main import main
 from diffusion_opd.scripts.arguments import RLScriptArguments, load_data, load_rewards, student_arguments
 from diffusion_opd.teachers import Lora
+from tests.adapters import save_peft
 from tests.tiny_pipelines import sd3
 
-COMMANDS = ["opd", "nft", "grpo", "evaluate", "reward-serve"]
+COMMANDS = ["opd", "nft", "grpo", "ropd", "evaluate", "reward-serve"]
 CONFIGS = Path(diffusion_opd.__file__).parent / "accelerate_configs"
 
 
@@ -42,7 +43,7 @@ def test_alone_it_lists_the_commands(capsys):
     assert stopped(capsys, "--version")[:2] == (0, f"{diffusion_opd.__version__}\n")
 
 
-@pytest.mark.parametrize("name", ["opd", "nft", "grpo"])
+@pytest.mark.parametrize("name", ["opd", "nft", "grpo", "ropd"])
 def test_help_of_a_command_begins_with_its_own_flags(capsys, name):
     code, short, _ = stopped(capsys, name, "--help")
     assert code == 0 and short.startswith(f"usage: diffusion-opd {name} [--config FILE] [flags]\n")
@@ -53,7 +54,7 @@ def test_help_of_a_command_begins_with_its_own_flags(capsys, name):
     # Of transformers' own only the usual ones, all of them where asked
     code, long, _ = stopped(capsys, name, "--help_all")
     assert code == 0 and "--adam_beta1 NUMBER" not in short and "--adam_beta1 NUMBER" in long
-    assert len(short.splitlines()) < 200 < len(long.splitlines())
+    assert len(short.splitlines()) < 230 < len(long.splitlines())
 
 
 # Mistakes
@@ -64,7 +65,8 @@ def test_help_of_a_command_begins_with_its_own_flags(capsys, name):
     [
         (
             ["odp"],
-            "argument COMMAND: invalid choice: 'odp' (choose from 'opd', 'nft', 'grpo', 'evaluate', 'reward-serve')",
+            "argument COMMAND: invalid choice: 'odp' (choose from 'opd', 'nft', 'grpo', 'ropd', 'evaluate', "
+            "'reward-serve')",
         ),
         (["--verison"], "'--verison' is no command and no flag."),
         (["opd", "--lerning_rate", "1"], "nothing is called '--lerning_rate'; does it mean '--learning_rate'?"),
@@ -151,6 +153,9 @@ MINE = """
 def fails(prompts, images):
     raise ValueError("the server is down")
 
+def always(images, **columns):
+    return [1.0] * len(images)
+
 def red(prompts, images, weight_of_red=1.0):
     return [weight_of_red * image.getpixel((0, 0))[0] / 255 for image in images]
 """
@@ -178,6 +183,18 @@ SMALL = (
 def test_an_error_of_somebody_else_keeps_its_traceback(mine):
     with pytest.raises(ValueError, match="the server is down"):
         worker.run_script("nft", [*SMALL, "--train_files", "prompts.csv", "--reward_funcs", "my_rewards.fails"])
+
+
+def test_experts_by_flags(mine):
+    """Of a single task the expert needs no name; with teachers NFT is taught besides."""
+    save_peft(Path("expert"), sd3())
+    given = [*SMALL, "--train_files", "prompts.csv", "--teachers", "expert"]
+    worker.run_script("ropd", [*given, "--reward_funcs", "my_rewards.always", "--output_dir", "ropd"])
+    assert json.loads(Path("ropd", "teacher_manifest.json").read_text())["teachers"][0]["source"] == "expert"
+    worker.run_script(
+        "nft", [*given, "--reward_funcs", "my_rewards.red", "--distill_beta", "0.5", "--output_dir", "nft"]
+    )
+    assert Path("nft", "teacher_manifest.json").is_file()
 
 
 def test_a_function_of_the_current_folder_rewards(mine):

@@ -56,6 +56,7 @@ LAYERS = [
     ["guidance"],
     ["parties"],
     ["base_trainer"],
+    ["taught"],
     ["rl.objectives", "rl.config"],
     ["rl.trainer"],
     ["trainer", "rl.*_trainer"],

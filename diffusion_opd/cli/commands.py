@@ -88,6 +88,7 @@ def commands() -> list[Command]:
         LaunchedCommand("opd", "distil specialists into one student"),
         LaunchedCommand("nft", "train a specialist from rewards by DiffusionNFT"),
         LaunchedCommand("grpo", "train a specialist from rewards by Flow-GRPO or GRPO-Guard"),
+        LaunchedCommand("ropd", "distil experts as far as a verifier is not content with the student"),
         LaunchedCommand("evaluate", "draw prompts with models, score the pictures, and tabulate"),
         ScriptCommand("reward-serve", "serve rewards over HTTP, from an environment or a GPU of their own"),
     ]

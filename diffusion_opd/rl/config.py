@@ -38,6 +38,8 @@ class DiffusionRLConfig(DiffusionConfig):
             Bound of the advantages' absolute values.
         beta (`float`, *optional*, defaults to `0.0`):
             Weight of the distance to the base model. 0: the base is not asked.
+        distill_beta (`float`, *optional*):
+            Weight of the distance to the trainer's `teachers`, measured as `beta`'s is. `None`: 1.
 
     Defaults that differ from [`DiffusionConfig`]'s: `remove_unused_columns` (off: reward functions are given them),
     `metric_for_best_model` (`"reward"`).
@@ -56,6 +58,10 @@ class DiffusionRLConfig(DiffusionConfig):
     )
     advantage_clip: float = field(default=5.0, metadata={"help": "Bound of the advantages' absolute values."})
     beta: float = field(default=0.0, metadata={"help": "Weight of the distance to the base model. 0: not asked."})
+
+    distill_beta: float | None = field(
+        default=None, metadata={"help": "Weight of the distance to the teachers. None: 1."}
+    )
 
     remove_unused_columns: bool | None = field(  # type: ignore[assignment]  # None as in TRL's `GRPOConfig`
         default=False, metadata={"help": "Hide the dataset's other columns from the reward functions."}
@@ -82,6 +88,8 @@ class DiffusionRLConfig(DiffusionConfig):
             raise ValueError(f"`advantage_clip` must be above 0, got {self.advantage_clip}.")
         if not self.beta >= 0:
             raise ValueError(f"`beta` must be at least 0, got {self.beta}.")
+        if self.distill_beta is not None and not self.distill_beta > 0:
+            raise ValueError(f"`distill_beta` must be above 0, got {self.distill_beta}; leave the teachers out.")
 
 
 @dataclass
@@ -214,3 +222,30 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
         low, high, size = self._window
         start = low + draw(high - low - size + 1)
         return range(start, start + size)
+
+
+@dataclass
+class DiffusionROPDConfig(DiffusionRLConfig):
+    r"""
+    Configuration of [`DiffusionROPDTrainer`] (ROPD, MaineCoon's distillation). The fields of [`DiffusionRLConfig`],
+    [`DiffusionConfig`] and [`~transformers.TrainingArguments`] apply too, but for those of advantages and
+    `distill_beta`, which have no part in it.
+
+    Args:
+        ropd_alpha (`float`, *optional*, defaults to `1.0`):
+            How much of the expert is in the target of a sample where all samples of its prompt fail, in (0, 1].
+    """
+
+    ropd_alpha: float = field(
+        default=1.0, metadata={"help": "How much of the expert is in the target where all samples of a prompt fail."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.ropd_alpha <= 1:
+            raise ValueError(f"`ropd_alpha` must be in (0, 1], got {self.ropd_alpha}.")
+        if self.distill_beta is not None:
+            raise ValueError(
+                f"`distill_beta={self.distill_beta}` has no part in ROPD, whose loss is the distance to a mixture of "
+                "expert and student; `ropd_alpha` says how much of the expert."
+            )

@@ -5,7 +5,6 @@ The policy draws groups of samples with noise in each learnt step; each step's G
 of samples that are better than their group become more likely.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from ..scheduler_proxy import Step, is_flow
 from ..transitions import Schedule, Transition
 from .config import DiffusionGRPOConfig
 from .objectives import clipped_surrogate, log_ratio, normalised_log_ratio
-from .trainer import DiffusionRLTrainer, Rollout, _move
+from .trainer import Answers, DiffusionRLTrainer, Rollout, _move
 
 
 class DiffusionGRPOTrainer(DiffusionRLTrainer):
@@ -72,6 +71,9 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         student_lora (`str` or [`Lora`], *optional*):
             Hub id or folder of a LoRA of the student, in any format that teachers have: its training goes on, with its
             own rank and alpha, in the place of a new one; `beta` measures from it, as TRL does.
+        teachers (as of [`DiffusionOPDTrainer`], *optional*):
+            By task, a specialist each: the loss holds `distill_beta` times the KL of each learnt step to the teacher's,
+            at the same states. A task without a teacher has no such term.
 
     Raises:
         ValueError, TypeError: at once, if anything does not fit together: the sentence names what was given and what to
@@ -119,7 +121,8 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         places = range(*rollout.tensors["window"].tolist())
         return self._chain(rollout, places, rollout.tensors["states"].unbind())
 
-    def _loss(self, rollout: Rollout, number: int, at: Step, predictions: Mapping[str, Tensor]) -> Tensor:
+    def _loss(self, rollout: Rollout, number: int, visit: Visit, answers: Answers) -> Tensor:
+        (at,), predictions = visit.steps, {name: prediction for name, (prediction,) in answers.items()}
         args, x, schedule, index = self.args, at.sample, at.schedule, at.index
         old_mean, noise = rollout.tensors["means"][number], rollout.tensors["noise"][number]
         prediction, base = predictions["student"], predictions.get("base")
@@ -141,6 +144,9 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
             kl = objectives.kl(step, self.kernel(x, base, schedule, index)).mean()
             self.record("kl", kl)
             loss = loss + args.beta * kl
+        if "teacher" in predictions:
+            kl = objectives.kl(step, self.kernel(x, predictions["teacher"], schedule, index)).mean()
+            loss = loss + self._distilled(rollout.task, kl)
         return loss
 
     def _step_size(self, schedule: Schedule, index: int) -> float:

@@ -4,7 +4,6 @@ No likelihoods and no stochastic sampler: the old policy draws samples, the rewa
 trained policy is contrasted with the old one at noised versions of these samples.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from ..shards import local_shards, reshard, shards_changed
 from ..transitions import Schedule, denoised, noised
 from .config import DiffusionNFTConfig
 from .objectives import nft, optimality
-from .trainer import DiffusionRLTrainer, Rollout, _move
+from .trainer import Answers, DiffusionRLTrainer, Rollout, _move
 
 OLD_ADAPTER = "old"
 OLD_NAME = "old_policy.safetensors"
@@ -76,6 +75,9 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         student_lora (`str` or [`Lora`], *optional*):
             Hub id or folder of a LoRA of the student, in any format that teachers have: its training goes on, with its
             own rank and alpha, in the place of a new one; `beta` measures from it, as TRL does.
+        teachers (as of [`DiffusionOPDTrainer`], *optional*):
+            By task, a specialist each: the loss holds `distill_beta` times the mean squared distance of the velocities,
+            at the same noised samples. A task without a teacher has no such term.
 
     Raises:
         ValueError, TypeError: at once, if anything does not fit together: the sentence names what was given and what to
@@ -100,7 +102,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
     }
 
     def _prepare(self) -> None:
-        self.old = self._frozen_policy(OLD_ADAPTER, torch.float32)
+        self.old = self.policy_of(*self.frozen(OLD_ADAPTER, torch.float32))
         self._old_weights: list[Tensor] = []
 
     def _roll_out(
@@ -123,12 +125,12 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
             states.append(noised(x_0, noise, rollout.schedule, index).to(self._state_dtype))
         return self._chain(rollout, self.learnt, states)
 
-    @property
-    def _compared(self) -> dict[str, Policy]:
-        return {"old": self.old} | super()._compared
+    def _compared(self, task: str) -> dict[str, Policy]:
+        return {"old": self.old} | super()._compared(task)
 
-    def _loss(self, rollout: Rollout, number: int, step: Step, predictions: Mapping[str, Tensor]) -> Tensor:
+    def _loss(self, rollout: Rollout, number: int, visit: Visit, answers: Answers) -> Tensor:
         args, x_0 = self.args, rollout.tensors["x_0"]
+        (step,), predictions = visit.steps, {name: prediction for name, (prediction,) in answers.items()}
         new, old, base = predictions["student"], predictions["old"], predictions.get("base")
         r = optimality(rollout.advantages, args.advantage_clip)
         denoise = partial(_denoise, step)
@@ -141,6 +143,8 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
             distance = velocity(new, base).mean()
             self.record("kl", distance)
             loss = loss + args.beta * distance
+        if "teacher" in predictions:
+            loss = loss + self._distilled(rollout.task, velocity(new, predictions["teacher"]).mean())
         return loss
 
     def after_optimizer_step(self) -> None:
@@ -172,7 +176,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         """The old policy's, in the order of the trained ones."""
         reshard(self.old.denoiser)
         if self.trains_lora:
-            pairs = zip(self._adapter(STUDENT_ADAPTER), self._adapter(OLD_ADAPTER), strict=True)
+            pairs = zip(self.student.adapter(STUDENT_ADAPTER), self.student.adapter(OLD_ADAPTER), strict=True)
         else:
             pairs = zip(self.model.parameters(), self.old.denoiser.parameters(), strict=True)
         return [old for new, old in pairs if new.requires_grad]

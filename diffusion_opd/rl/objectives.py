@@ -35,6 +35,26 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: str) -> tuple
     return advantages.flatten().nan_to_num(0.0), group_std
 
 
+def expert_weights(rewards: Tensor, num_generations: int, alpha: float) -> Tensor:
+    """How much of its expert is in each sample's target (ROPD, MaineCoon's distillation): `alpha (1 - m) / (R + 1 - m)`
+    with the mean `m` of its group. Where all fail it is `alpha`, where all pass 0, and within a mixed group successes
+    have less.
+
+    Args:
+        rewards (`Tensor`): `[groups * num_generations]`, in [0, 1], a group's samples in succession; NaN has no part in
+            it.
+        num_generations (`int`): Samples of one prompt.
+        alpha (`float`): In (0, 1].
+
+    Returns:
+        `Tensor`: `[samples]`, in [0, `alpha`]; 0 for a NaN.
+    """
+    groups = rewards.view(-1, num_generations)
+    failing = 1 - groups.nanmean(1, keepdim=True)
+    # 0 / 0 where all pass: R = 1 there
+    return (alpha * failing / (groups + failing)).flatten().nan_to_num(0.0)
+
+
 def log_ratio(mean: Tensor, old_mean: Tensor, noise: Tensor, std: float) -> Tensor:
     """`log pi(x') - log pi_old(x')` of one step for `x' = old_mean + std noise`, shape `[batch]` (Flow-GRPO, arXiv
     2505.05470): the difference of two averaged Gaussian log-densities, written so that nothing large cancels."""

@@ -6,11 +6,10 @@ hands out a whole window, so that is where rollouts happen.
 """
 
 import contextlib
-import copy
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,34 +25,35 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
-from ..adapters import STUDENT_ADAPTER, add_adapter, frozen_copy
-from ..base_trainer import DiffusionTrainer
 from ..checkpoints import give_ordinary_mode, is_checkpoint
 from ..checks import own_arguments, whole_cycles
+from ..config import check_call_kwargs
 from ..data import Data, check_no_splits, stream_columns, tasks_in
 from ..decoding import CHECKER, has_checker, takes_no_checker
-from ..denoisers import parts_of, put_denoiser
 from ..engines import held_gradient_sync
 from ..errors import one_sentence
 from ..files import read_json
 from ..inputs import PROMPT, Inputs, inputs_of, packed, unpacked
-from ..policy import BACKBONE, Move, Policy, Visit, Walk
+from ..policy import Move, Policy, Visit, Walk
 from ..rewards.functions import Rewards
 from ..rewards.judge import Judge
 from ..rewards.statistics import combine, nanstd
 from ..runs import plain
 from ..sampling import SEED_TRAIN, TASK
-from ..scheduler_proxy import Step
-from ..startup import require_independence
+from ..scheduler_proxy import Step, Times
+from ..startup import can_jump, check_teacher, require_independence
 from ..student import load_student
+from ..taught import TaughtTrainer
+from ..teachers import Teacher, name_teachers
 from ..transitions import BoundKernel, Schedule
 from .config import DiffusionRLConfig
 from .objectives import group_advantages
 
 logger = get_logger(__name__)
 
+Answers = dict[str, tuple[Tensor, ...]]  # by policy, one prediction a stream of a visit
+
 MANIFEST_NAME = "reward_manifest.json"
-REF_ADAPTER = "ref"
 
 
 @dataclass
@@ -63,6 +63,7 @@ class Rollout:
     Attributes:
         task (`str`): Of all samples.
         inputs (`Inputs`): What they were made of.
+        teacher_inputs (`Inputs`, *optional*): What the teacher is told of them, if that is something else.
         place (`int`): Which of its task's micro-batches of the rollout.
         rows (`list[int]`): Which samples of that micro-batch.
         schedule (`Schedule`): The noise levels.
@@ -77,9 +78,10 @@ class Rollout:
     schedule: Schedule
     tensors: dict[str, Tensor]
     advantages: Tensor
+    teacher_inputs: Inputs | None = None
 
 
-class DiffusionRLTrainer(DiffusionTrainer):
+class DiffusionRLTrainer(TaughtTrainer):
     """
     Base of the trainers that learn from rewards.
 
@@ -91,6 +93,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     _config_class = DiffusionRLConfig
     _section = "policy"
+    _asks_anywhere = True  # at states of its own choice, and not where the policy has been, step by step
 
     def __init__(
         self,
@@ -103,13 +106,18 @@ class DiffusionRLTrainer(DiffusionTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         peft_config: LoraConfig | Mapping[str, LoraConfig] | None = None,
         student_lora: Any = None,
+        teachers: Any = None,
     ):
         args = own_arguments(model, args, self._config_class, self._name)
+        specs = {} if teachers is None else name_teachers(teachers)
+        for key, spec in specs.items():
+            check_call_kwargs(spec.call_kwargs, {"guidance_scale": spec.guidance_scale}, f"teacher {key!r}")
         self.rewards = Rewards(reward_funcs, args.reward_weights)
         tasks = self.rewards.tasks
         if tasks is None:
             given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
             tasks = _tasks_of(*next((item for item in given.items() if item[1] is not None), ("", None)))
+        specs = self._taught(args, specs, tasks)
         data = Data(train_dataset, eval_dataset, tasks, TASK, args.input_columns)
         self.judge = Judge(self.rewards, tasks, TASK)
         if (evaluation := data.evaluation) is not None:
@@ -124,8 +132,10 @@ class DiffusionRLTrainer(DiffusionTrainer):
         self._repetition = {"repeats": args.num_generations, "iterations": args.num_iterations}
 
         set_seed(args.seed)
-        fit = partial(data.fit, call_kwargs=args.pipeline_kwargs)
+        own_columns = {key: spec.columns for key, spec in specs.items()}
+        fit = partial(data.fit, call_kwargs=args.pipeline_kwargs, others=own_columns)
         pipeline = load_student(model, args, peft_config, fit, student_lora)
+        self.load_teachers(specs, pipeline, args, data, goes_on=student_lora is not None)
         super().__init__(
             pipeline,
             args,
@@ -137,15 +147,54 @@ class DiffusionRLTrainer(DiffusionTrainer):
         )
         self._rollouts: list[list[Rollout]] = []  # by micro-batch
         self._read_ahead = 0  # optimizer steps whose rows have been read
-        require_independence(self.student.policy, self.checked)
+        self._require_fitting()
         self._warn_of_checker()
         self._state_dtype = self.checked.visits[0].steps[0].sample.dtype
         self._ode = self.choose_kernel("ode", 0.0, needs_noise=False)
-        base = BACKBONE if student_lora is None else REF_ADAPTER  # as TRL has it
-        self.base = self._frozen_policy(base, args.mixed_dtype) if args.beta > 0 else None
+        self.place_teachers()
+        self.base = self.untrained() if args.beta > 0 else None
         self._prepare()
+        self._check_teachers()
         self._report_check()
-        self._compile(self.model)
+        frozen = [policy for task in self.tasks for policy in self._compared(task).values()]
+        for denoiser in {self.model, *(policy.denoiser for policy in frozen)}:
+            self._compile(denoiser)
+
+    def _taught(self, args: Any, specs: Mapping[str, Teacher], tasks: Sequence[str]) -> dict[str, Teacher]:
+        """The teachers by task: a single one of a single task whatever its id.
+
+        Raises:
+            ValueError: if one has no task, or the configuration does not fit.
+        """
+        if not specs:
+            if args.distill_beta is not None:
+                raise ValueError(
+                    f"`distill_beta={args.distill_beta}` weighs the distance to the `teachers`, and there are none; "
+                    "give some, or leave it out."
+                )
+            return {}
+        if len(specs) == len(tasks) == 1:
+            (spec,) = specs.values()
+            return {tasks[0]: replace(spec, id=tasks[0])}
+        if unknown := sorted(specs.keys() - set(tasks)):
+            raise ValueError(f"the teachers {unknown} have no task; the tasks are {list(tasks)}.")
+        return dict(specs)
+
+    def _require_fitting(self) -> None:
+        """Refuses a pipeline that this trainer cannot learn with."""
+        require_independence(self.student.policy, self.checked)
+
+    def _check_teachers(self) -> None:
+        """Asks each teacher once."""
+        for task, teacher in self.teachers.items():
+            rows, checked = self.check_task(task, anew=self.teacher_columns[task] != self.data.columns)
+            inputs, source = inputs_of(rows, self.teacher_columns[task]), self.loaded_teachers[task].spec.source
+            with self.teachers.on_device(task), one_sentence(f"teacher {task!r} ({source})"):
+                check_teacher(teacher, checked, inputs)
+                if self._asks_anywhere and not can_jump(teacher, checked, inputs):
+                    raise ValueError(
+                        "it cannot be asked at a given state: its prediction depends on the steps before it"
+                    )
 
     def _warn_of_checker(self) -> None:
         if not has_checker(self.pipeline):
@@ -157,30 +206,6 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     def _prepare(self) -> None:
         """What a trainer adds at the end of `__init__`."""
-
-    def _frozen_policy(self, adapter: str, dtype: torch.dtype) -> Policy:
-        """The policy as it is now, which does not change with the trained one: another adapter of a LoRA's denoiser
-        ([`BACKBONE`]: none), a copy of a fully trained one."""
-        pipeline = self.pipeline
-        if self.trains_lora:
-            if adapter != BACKBONE:
-                for part in parts_of(self.model).values():
-                    if STUDENT_ADAPTER in getattr(part, "peft_config", {}):
-                        add_adapter(part, part.peft_config[STUDENT_ADAPTER], adapter)
-                for parameter, twin in zip(self._adapter(STUDENT_ADAPTER), self._adapter(adapter), strict=True):
-                    twin.data = parameter.detach().clone()
-                    twin.requires_grad_(False)
-            return self.policy_of(pipeline, adapter)
-        pipeline = copy.copy(pipeline)
-        denoiser = frozen_copy(self.model, dtype)
-        put_denoiser(pipeline, denoiser)
-        if self.shards_parameters:
-            self.shard(denoiser)
-        self._compile(denoiser)
-        return self.policy_of(pipeline)
-
-    def _adapter(self, name: str) -> list[nn.Parameter]:
-        return [parameter for key, parameter in self.model.named_parameters() if f".{name}." in f"{key}."]
 
     # Rollouts
 
@@ -232,7 +257,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
                     schedule, tensors, made = self._roll_out(task, inputs, [generators[row] for row in rows])
                 for row, image in zip(rows, made, strict=True):
                     images[row] = image
-                drawn.append((index, task, inputs, place, rows, schedule, tensors))
+                told = self._teacher_inputs(task, [batch[row] for row in rows])
+                drawn.append((index, task, inputs, place, rows, schedule, tensors, told))
             self.cache.clear()
             with self.stopwatch.section("reward"):
                 if self.nan_policy.has_found("picture"):  # nobody is asked for what is not learnt from
@@ -242,12 +268,16 @@ class DiffusionRLTrainer(DiffusionTrainer):
                     rewards[task].append(self.rewards(task, batch, images, self.state))
         advantages = {task: self._advantages(task, torch.stack(rewards[task])) for task in self.tasks}
         rollouts: list[list[Rollout]] = [[] for _ in batches]
-        for index, task, inputs, place, rows, schedule, tensors in drawn:
+        for index, task, inputs, place, rows, schedule, tensors, told in drawn:
             own = advantages[task][place][rows]
             if is_broken:  # no window of it is learnt from: its groups may lie in several
                 own = torch.full_like(own, torch.nan)
-            rollouts[index].append(Rollout(task, inputs, place, rows, schedule, tensors, own))
+            rollouts[index].append(Rollout(task, inputs, place, rows, schedule, tensors, own, told))
         return rollouts
+
+    def _teacher_inputs(self, task: str, rows: Sequence[Mapping[str, Any]]) -> Inputs | None:
+        columns = self.teacher_columns.get(task, self.data.columns)
+        return None if columns == self.data.columns else inputs_of(rows, columns)
 
     def _drawing(
         self, policy: Policy, task: str, inputs: Inputs, generators: list[torch.Generator], move: Move
@@ -287,8 +317,11 @@ class DiffusionRLTrainer(DiffusionTrainer):
             if not column.isnan().all():
                 self.record(f"rewards/{name}/mean", column.nanmean())
                 self.record(f"rewards/{name}/std", nanstd(column))
-        clip = self.args.advantage_clip
-        return advantages.clamp(-clip, clip).view(count, world, batch)[:, rank]
+        return self._learnt_as(task, total, advantages).view(count, world, batch)[:, rank]
+
+    def _learnt_as(self, task: str, rewards: Tensor, advantages: Tensor) -> Tensor:
+        """What a sample is learnt by, of the rewards and advantages of all samples of a task in a rollout."""
+        return advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
 
     # Learning
 
@@ -298,11 +331,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
         """One micro-batch of samples: the trained policy, and those it is compared with, follow where the rollout went,
         or to noised versions of what it made; each visit has its backward pass."""
         self._begin_micro_batch(model)
-        visits = [
-            [(number, visit) for number, visit in enumerate(self._visits(rollout)) if visit.index in self.learnt]
-            for rollout in inputs
-        ]
-        num_backwards = sum(map(len, visits))
+        visits = [self._visits(rollout) for rollout in inputs]
+        num_backwards = sum(visit.index in self.learnt for own in visits for visit in own)
         if not num_backwards:  # a window over steps of which nothing is trained
             return torch.zeros((), device=self.accelerator.device)
         scale = 1 / (num_backwards * self.current_gradient_accumulation_steps)
@@ -311,10 +341,15 @@ class DiffusionRLTrainer(DiffusionTrainer):
             for rollout, own in zip(inputs, visits, strict=True):
                 self.watch("picture", rollout.task, rollout.advantages)  # also in a later step on one rollout
                 with self._followers(model, rollout) as ask:
-                    for number, visit in own:
+                    for number, visit in enumerate(own):
+                        if visit.index not in self.learnt:
+                            if not self._asks_anywhere:
+                                with torch.no_grad():
+                                    ask(visit)
+                            continue
                         if len(losses) == num_backwards - 1:
                             release_sync()
-                        loss = self._loss(rollout, number, visit.steps[0], ask(visit))
+                        loss = self._loss(rollout, number, visit, ask(visit))
                         self._backward(loss * scale)
                         self.watch("loss", rollout.task, loss)
                         losses.append(loss.detach())
@@ -329,38 +364,66 @@ class DiffusionRLTrainer(DiffusionTrainer):
         """Where the policies are asked."""
         raise NotImplementedError
 
-    def _loss(self, rollout: Rollout, number: int, step: Step, predictions: Mapping[str, Tensor]) -> Tensor:
-        """Mean loss of the samples at the `number`-th visit, with its graph; the predictions are by policy."""
+    def _loss(self, rollout: Rollout, number: int, visit: Visit, answers: Answers) -> Tensor:
+        """Mean loss of the samples at the `number`-th visit, with its graph; the answers are by policy."""
         raise NotImplementedError
 
-    @property
-    def _compared(self) -> dict[str, Policy]:
+    def _distilled(self, task: str, distance: Tensor) -> Tensor:
+        """What the distance to a task's teacher adds to the loss."""
+        self.record("distill", distance)
+        if len(self.tasks) > 1:
+            self.record(f"distill/{task}", distance)
+        return (1.0 if self.args.distill_beta is None else self.args.distill_beta) * distance
+
+    def _compared(self, task: str) -> dict[str, Policy]:
         """The frozen policies that the trained one is compared with."""
-        return {} if self.base is None else {"base": self.base}
+        compared = {} if self.base is None else {"base": self.base}
+        return compared | ({"teacher": self.teachers[task]} if task in self.teachers else {})
 
     @contextlib.contextmanager
-    def _followers(self, model: nn.Module, rollout: Rollout) -> Iterator[Callable[[Visit], dict[str, Tensor]]]:
+    def _followers(self, model: nn.Module, rollout: Rollout) -> Iterator[Callable[[Visit], Answers]]:
         """Asks all policies at visits of a rollout: the trained one, with gradient through the engine's wrapper, and
         the frozen ones."""
         began = self.state.global_step - self.state.global_step % self.steps_per_rollout
         place = began, self.tasks.index(rollout.task), rollout.place
-        given: Any = {"inputs": rollout.inputs, "generators": self._own_generators(rollout, SEED_TRAIN, *place)}
-        with contextlib.ExitStack() as stack:
-            trained = stack.enter_context(self.student.policy.follow(**given, denoiser=model))
-            frozen = {name: stack.enter_context(policy.follow(**given)) for name, policy in self._compared.items()}
 
-            def ask(visit: Visit) -> dict[str, Tensor]:
-                predictions = {}
-                with torch.no_grad(), self.stopwatch.section("reference"):
-                    for name, follow in frozen.items():
-                        (predictions[name],) = follow(visit)
-                        self.watch("reference", rollout.task, predictions[name])
+        def given() -> dict[str, Any]:
+            return {"inputs": rollout.inputs, "generators": self._own_generators(rollout, SEED_TRAIN, *place)}
+
+        with contextlib.ExitStack() as stack:
+            if rollout.task in self.teachers:
+                stack.enter_context(self.teachers.on_device(rollout.task))
+            trained = stack.enter_context(self.student.policy.follow(**given(), denoiser=model))
+            frozen = {}
+            for name, policy in self._compared(rollout.task).items():
+                own = given()
+                if policy.pipeline.scheduler is not self.pipeline.scheduler:  # whose timesteps may be others
+                    own["times"] = self._times(**given())
+                if name == "teacher" and rollout.teacher_inputs is not None:
+                    own["inputs"] = rollout.teacher_inputs
+                frozen[name] = stack.enter_context(policy.follow(**own))
+
+            def ask(visit: Visit) -> Answers:
+                answers = {}
+                for name, follow in frozen.items():
+                    teaches = name == "teacher"
+                    with torch.no_grad(), self.stopwatch.section(name if teaches else "reference"):
+                        answers[name] = follow(visit)
+                    for prediction in answers[name]:
+                        self.watch(name if teaches else "reference", rollout.task, prediction)
                 with self.stopwatch.section("policy"):
-                    (predictions["student"],) = trained(visit)
-                self.watch("student", rollout.task, predictions["student"])
-                return predictions
+                    answers["student"] = trained(visit)
+                for prediction in answers["student"]:
+                    self.watch("student", rollout.task, prediction)
+                return answers
 
             yield ask
+
+    def _times(self, inputs: Inputs, generators: list[torch.Generator]) -> dict[tuple[int, int], Times]:
+        """The timesteps of a walk from these."""
+        with torch.no_grad(), self.student.policy.walk(inputs, generators, lambda step: step.sample) as dry:
+            dry.plan()
+        return dry.all_times
 
     def _own_generators(self, rollout: Rollout, *place: int) -> list[torch.Generator]:
         """Those of a rollout's samples among those of their micro-batch (see `_generators`)."""
@@ -498,8 +561,9 @@ class DiffusionRLTrainer(DiffusionTrainer):
             "advantage_clip beta num_inference_steps timestep_fraction guidance_scale learning_rate "
             "per_device_train_batch_size gradient_accumulation_steps max_grad_norm ema_decay seed"
         ).split()
+        names += ["distill_beta"] if self.args.distill_beta is not None else []
         settings = {name: getattr(self.args, name) for name in names} | self._run_settings()
-        return {"rewards": rewards, "settings": settings}
+        return super()._card_fields() | {"rewards": rewards, "settings": settings}
 
     _card_settings = ""
 

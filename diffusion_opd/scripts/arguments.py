@@ -15,7 +15,7 @@ from ..data import stream_columns
 from ..errors import one_sentence
 from ..evaluation.prompts import read_file
 from ..rewards import registry
-from ..teachers import Lora
+from ..teachers import Lora, Teacher, name_teachers
 
 
 @dataclass
@@ -75,10 +75,16 @@ class RLScriptArguments(TrainingScriptArguments):
         reward_funcs (`list[str]`):
             Names of [`REWARDS`] or dotted paths of functions; in YAML also dicts with `name`, arguments and `weight`,
             and all of it by task (`{task: [...]}`).
+        teachers (`list[str]`, *optional*):
+            Specialists that are learnt from besides, by task: Hub ids or folders as `task=path`; in YAML also dicts of
+            the fields of [`Teacher`], and all of it by task.
     """
 
     reward_funcs: list[str] = field(
         default_factory=list, metadata={"help": "Names of rewards, or dotted paths of functions."}
+    )
+    teachers: list[str] | None = field(
+        default=None, metadata={"help": "Specialists that are learnt from besides, as task=path."}
     )
 
 
@@ -97,6 +103,24 @@ def student_arguments(script_args: TrainingScriptArguments) -> dict[str, Any]:
             target_modules=script_args.lora_target_modules,
         )
     return {"model": script_args.model_name_or_path, "peft_config": peft_config, "student_lora": start}
+
+
+def load_teachers(teachers: Any) -> dict[str, Teacher]:
+    """By id, from what flags or YAML say."""
+    if isinstance(teachers, Mapping):
+        return name_teachers({key: as_teacher(value) for key, value in teachers.items()})
+    return name_teachers([as_teacher(value) for value in ([teachers] if isinstance(teachers, str) else teachers)])
+
+
+def as_teacher(value: Any) -> Any:
+    """A teacher from what YAML or a flag says of it."""
+    if isinstance(value, Mapping):
+        teacher = filled(Teacher, value, "a teacher")
+        if isinstance(teacher.base_lora, Mapping):
+            teacher.base_lora = filled(Lora, teacher.base_lora, "`base_lora`")
+        return teacher
+    key, named, path = str(value).partition("=")
+    return Teacher(path, id=key) if named else value
 
 
 def filled(cls: Any, values: Mapping[str, Any], who: str) -> Any:
@@ -223,8 +247,10 @@ def make_rl_trainer(trainer_class: Any, script_args: RLScriptArguments, training
         raise ValueError("give weights either in `reward_funcs` or as `reward_weights`.")
     training_args.reward_weights = training_args.reward_weights or weights
     tasks = list(reward_funcs) if isinstance(reward_funcs, Mapping) else None
+    teachers = None if script_args.teachers is None else load_teachers(script_args.teachers)
     return trainer_class(
         reward_funcs=reward_funcs,
+        teachers=teachers,
         args=training_args,
         **student_arguments(script_args),
         **load_data(script_args, training_args.eval_strategy != "no", tasks),

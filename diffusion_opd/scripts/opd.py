@@ -23,25 +23,24 @@ One specialist of your own, for any pipeline that diffusers has:
         --teachers style=me/style-lora --lora_target_modules to_q to_k to_v to_out.0 --train_files prompts.txt
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
 
-from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, Lora, Teacher
+from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
 from diffusion_opd.errors import one_sentence
 from diffusion_opd.evaluation.prompts import FORMATS, read_file
 from diffusion_opd.scripts.arguments import (
     TrainingScriptArguments,
-    filled,
+    as_teacher,
     load_data,
+    load_teachers,
     student_arguments,
     train,
 )
 from diffusion_opd.scripts.parser import Parser
-from diffusion_opd.teachers import name_teachers
 
 # The paper's specialists, as YAML names them
 PUBLISHED: list[Any] = [
@@ -87,23 +86,6 @@ class OPDScriptArguments(TrainingScriptArguments):
     )
 
 
-def load_teachers(teachers: Any) -> dict[str, Teacher]:
-    """By id, from what flags or YAML say."""
-    if isinstance(teachers, Mapping):
-        return name_teachers({key: _teacher(value) for key, value in teachers.items()})
-    return name_teachers([_teacher(value) for value in ([teachers] if isinstance(teachers, str) else teachers)])
-
-
-def _teacher(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        teacher = filled(Teacher, value, "a teacher")
-        if isinstance(teacher.base_lora, Mapping):
-            teacher.base_lora = filled(Lora, teacher.base_lora, "`base_lora`")
-        return teacher
-    key, named, path = str(value).partition("=")
-    return Teacher(path, id=key) if named else value
-
-
 def make_trainer(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> DiffusionOPDTrainer:
     teachers = load_teachers(script_args.teachers)
     return DiffusionOPDTrainer(
@@ -112,7 +94,7 @@ def make_trainer(script_args: OPDScriptArguments, training_args: DiffusionOPDCon
         **student_arguments(script_args),
         **load_data(script_args, training_args.eval_strategy != "no", list(teachers)),
         eval_reward_funcs=script_args.eval_reward_funcs,
-        anchor=None if script_args.anchor_teacher is None else _teacher(script_args.anchor_teacher),
+        anchor=None if script_args.anchor_teacher is None else as_teacher(script_args.anchor_teacher),
         anchor_dataset=_pictures(script_args.anchor_dataset),
     )
 
