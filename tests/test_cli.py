@@ -190,7 +190,7 @@ def test_experts_by_flags(mine):
     save_peft(Path("expert"), sd3())
     given = [*SMALL, "--train_files", "prompts.csv", "--teachers", "expert"]
     worker.run_script("ropd", [*given, "--reward_funcs", "my_rewards.always", "--output_dir", "ropd"])
-    assert json.loads(Path("ropd", "teacher_manifest.json").read_text())["teachers"][0]["source"] == "expert"
+    assert json.loads(Path("ropd", "teacher_manifest.json").read_text())["teachers"][0]["source"].startswith("expert")
     worker.run_script(
         "nft", [*given, "--reward_funcs", "my_rewards.red", "--distill_beta", "0.5", "--output_dir", "nft"]
     )
