@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
-from . import objectives, targets
+from . import objectives
 from .anchor_data import AnchorData, Noised
 from .checks import own_arguments, whole_cycles
 from .config import DiffusionOPDConfig, check_call_kwargs
@@ -35,6 +35,7 @@ from .data import Data
 from .engines import held_gradient_sync
 from .guidance import without
 from .inputs import PROMPT, inputs_of
+from .losses import DistillationLoss, Terms
 from .parties import Answers, Parties, named
 from .policy import Move, Visit, Walk
 from .queries import QUERIES
@@ -47,19 +48,9 @@ from .scheduler_proxy import Step
 from .startup import require_independence
 from .student import load_student
 from .taught import TaughtTrainer
-from .transitions import Transition, velocity_gap
+from .transitions import velocity_gap
 
 logger = get_logger(__name__)
-
-
-class Terms(NamedTuple):
-    """What a visit adds to the loss, each of shape `[batch]`: all of it, what it learns from its teacher, the KL of its
-    step to the teacher's, and what else is logged, by name."""
-
-    loss: Tensor
-    distilled: Tensor
-    kl: Tensor
-    logged: dict[str, Tensor]
 
 
 class DiffusionOPDTrainer(TaughtTrainer):
@@ -228,6 +219,12 @@ class DiffusionOPDTrainer(TaughtTrainer):
         noise_level: Any = args.noise_level  # a number since `__post_init__`
         needs_noise = noise_level > 0 and objectives.OBJECTIVES[args.objective].divides_by_std
         self.kernel = self.choose_kernel(args.transition, noise_level, needs_noise)
+        if self.checked.crosses and args.query != "first":
+            raise ValueError(
+                f"`query={args.query!r}` leaves steps out, and the gradient of {type(self.pipeline).__name__} crosses "
+                "its denoising steps: what its first step computes is used in later ones; leave it out."
+            )
+        self.loss = DistillationLoss(args, self.kernel, self.parties.reach)
         self.student.policy.timing = partial(self.stopwatch.section, "student")
         for task in self.tasks:
             self.parties.check(task, *self.check_task(task, anew=self.parties.differ(task)))
@@ -274,7 +271,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
                     whole: list[Tensor] = []
                     for visit in walk.visits(places, release_sync if call is calls[-1] else None, follow.passed):
                         answers = follow(visit)  # what the specialist does at these very states
-                        terms = self._terms(task, visit, answers, self._teacher_weights(rows))  # Eq. 10-12
+                        terms = self.loss(task, visit, answers, self._teacher_weights(rows))  # Eq. 10-12
                         if self.crosses:
                             whole.append(terms.loss.mean() * scale)
                         else:
@@ -302,72 +299,6 @@ class DiffusionOPDTrainer(TaughtTrainer):
             return transition.sample(randn_tensor(transition.mean.shape, noise, transition.mean.device, torch.float32))
 
         return move
-
-    def _terms(self, task: str, visit: Visit, answers: Answers, weights: Tensor | None = None) -> Terms:
-        """What a visit adds to the loss: the mean over its streams."""
-        streams = [
-            self._terms_of(task, step, {name: predictions[number] for name, predictions in answers.items()}, weights)
-            for number, step in enumerate(visit.steps)
-        ]
-        return streams[0] if len(streams) == 1 else _mean(streams)
-
-    def _terms_of(self, task: str, step: Step, asked: Mapping[str, Tensor], weights: Tensor | None) -> Terms:
-        """Of one stream, by what everybody predicts at its state."""
-        args, logged = self.args, dict[str, Tensor]()
-        objective = objectives.OBJECTIVES[args.objective].loss
-        teacher = target = asked["teacher"]
-        if "ref" in asked:
-            target = targets.extrapolated(teacher, asked["ref"], args.target_extrapolation)
-        if weights is not None:
-            target = targets.mixed(step.prediction.detach(), target, weights)
-        at_teacher = self._compared(step, step.prediction, teacher)
-        if "conditional" not in asked:
-            at_target = at_teacher if target is teacher else at_teacher.to(self._moved(step, target), target)
-            distilled = objective(at_target)
-        else:
-            pairs = self._branches(task, step, asked, weights)
-            logged = {name: objective(self._compared(step, *pair)) for name, pair in pairs.items()}
-            guidance_split: Any = args.guidance_split  # a number, or nobody would have been asked
-            distilled = logged["conditional"] + guidance_split * logged["guidance"]
-        loss = distilled
-        if "anchor" in asked:
-            at_anchor = at_teacher.to(self._moved(step, asked["anchor"]), asked["anchor"])
-            logged["anchor"] = objectives.OBJECTIVES[self._anchor_objective].loss(at_anchor)
-            loss = loss + self._anchor_beta * logged["anchor"]
-        with torch.no_grad():
-            kl = objectives.kl(at_teacher.student, at_teacher.teacher)
-        return Terms(loss, distilled, kl, logged)
-
-    def _moved(self, step: Step, prediction: Tensor) -> Transition:
-        return self.kernel(step.sample, prediction, step.schedule, step.index)
-
-    def _compared(self, step: Step, prediction: Tensor, target: Tensor) -> objectives.Comparison:
-        next_sample: Any = step.next_sample  # a walk has moved
-        return objectives.Comparison(
-            self._moved(step, prediction), self._moved(step, target), prediction, target, next_sample
-        )
-
-    def _branches(
-        self, task: str, step: Step, asked: Mapping[str, Tensor], weights: Tensor | None
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """What is compared where guidance is split (PDM): the conditional branches, and the directions of guidance.
-        Kernels are affine in the prediction, so what both sides of the latter begin at has no part in it."""
-        mine, theirs = asked["student"].float(), asked["conditional"].float()
-        my_way = targets.direction(step.prediction, mine, self.parties.reach["student"])
-        their_way = targets.direction(asked["teacher"], theirs, self.parties.reach[task])
-        begin, wanted = theirs, theirs
-        if weights is not None:
-            wanted = targets.mixed(mine.detach(), theirs, weights)
-            their_way = targets.mixed(my_way.detach(), their_way, weights)
-        return {"conditional": (mine, wanted), "guidance": (begin + my_way, begin + their_way)}
-
-    @property
-    def _anchor_beta(self) -> float:
-        return 0.04 if self.args.anchor_beta is None else self.args.anchor_beta
-
-    @property
-    def _anchor_objective(self) -> str:
-        return self.args.anchor_objective or "kl"
 
     # An anchor on real pictures
 
@@ -414,19 +345,13 @@ class DiffusionOPDTrainer(TaughtTrainer):
         self._watch_visit(task, visit, answers, terms.loss)
         for name in ("kl", f"kl/{task}", f"kl_step/{visit.index}"):
             self.record(name, terms.kl.mean())
-        if self._learns_other_than_kl:
+        if not self.loss.is_kl:
             self.record(f"loss/{task}", terms.distilled.mean())
             self.record(f"loss_step/{visit.index}", terms.distilled.mean())
         for name, term in terms.logged.items():
             self.record(name, term.mean())
             if len(self.tasks) > 1:
                 self.record(f"{name}/{task}", term.mean())
-
-    @property
-    def _learns_other_than_kl(self) -> bool:
-        args = self.args
-        others = args.guidance_split, args.teacher_weight_column
-        return args.objective != "kl" or args.target_extrapolation != 1 or any(one is not None for one in others)
 
     def _watch_visit(self, task: str, visit: Visit, answers: Answers, loss: Tensor) -> None:
         for step in visit.steps:
@@ -512,7 +437,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
         ):
             for visit in walk.visits(self.learnt, passed=follow.passed):
                 answers = follow(visit)
-                terms = self._terms(task, visit, answers)
+                terms = self.loss(task, visit, answers)
                 self._watch_visit(task, visit, answers, terms.loss)
                 losses.append(terms.loss)
                 kls.append(terms.kl)
@@ -548,9 +473,3 @@ _CHOICES = (
     "query num_queries query_beta target_extrapolation target_ref guidance_split teacher_weight_column anchor "
     "anchor_beta anchor_objective anchor_data_beta task_weights task_sampling"
 ).split()
-
-
-def _mean(streams: Sequence[Terms]) -> Terms:
-    loss, distilled, kl = (torch.stack(parts).mean(0) for parts in zip(*(one[:3] for one in streams), strict=True))
-    logged = {name: torch.stack([one.logged[name] for one in streams]).mean(0) for name in streams[0].logged}
-    return Terms(loss, distilled, kl, logged)

@@ -24,6 +24,7 @@ from diffusion_opd.anchor_data import AnchorData
 from diffusion_opd.queries import QUERIES
 from diffusion_opd.targets import direction, extrapolated, mixed
 from tests.editing_pipelines import EDITING, EDITING_CALL
+from tests.own_pipelines import Detached, Momentum, Plain, of
 from tests.streaming_pipelines import PICTURES, STREAMING, STREAMING_CALL
 from tests.tiny_pipelines import BUILDERS, CALL
 from tests.training import DATA, PROMPTS, config, guided_by_hand, history, lora, trained, trainer_of
@@ -188,6 +189,24 @@ def test_a_query_costs_what_it_learns_from(tmp_path):
     assert calls["student", True] == 6 and calls["student", False] == walked - 6
     assert calls["teacher", False] == 6 and calls["teacher", True] == 0
     assert len({tuple(places) for places in trainer.places}) > 1  # drawn anew
+
+
+def test_a_teacher_that_remembers_its_steps_takes_every_one(tmp_path):
+    """Its answer at a drawn state is the one that it gives where all states are learnt from."""
+    data, said = Dataset.from_dict({"prompt": PROMPTS}), []
+
+    class Told(DiffusionOPDTrainer):
+        def _note(self, task, visit, answers, terms):
+            said.append((visit.index, answers["teacher"][0].clone()))
+            super()._note(task, visit, answers, terms)
+
+    for name, settings in (("all", {}), ("one", dict(query="random", num_queries=1))):
+        args = config(tmp_path / name, call_kwargs={}, num_inference_steps=6, max_steps=1, seed=2, **settings)
+        Told(of(Plain), of(Detached), args, data, peft_config=lora()).train()
+    *every, (place, answer) = said
+    assert place > 0 and torch.equal(dict(every)[place], answer)
+    with pytest.raises(ValueError, match="`query='random'` leaves steps out, and the gradient of Momentum crosses"):
+        DiffusionOPDTrainer(of(Momentum), of(Plain), args, data, peft_config=lora())
 
 
 def test_draws_are_the_distributions():

@@ -55,6 +55,7 @@ LAYERS = [
     ["resuming"],
     ["guidance"],
     ["parties"],
+    ["losses"],
     ["base_trainer"],
     ["taught"],
     ["rl.objectives", "rl.config"],
