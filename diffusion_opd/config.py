@@ -564,6 +564,12 @@ class DiffusionOPDConfig(DiffusionConfig):
                 "`guidance_split` asks student and teachers with and without guidance, and needs a `guidance_scale` "
                 f"above 1 to measure the direction of guidance by; got {scale}."
             )
+        further = [key for key in self.pipeline_kwargs if "guidance_scale" in key and key != "guidance_scale"]
+        if further and scale_name(self.pipeline_kwargs) == "guidance_scale":
+            raise ValueError(
+                f"`guidance_split` measures the direction of guidance by one scale, and {further[0]!r} is another; "
+                "leave one out."
+            )
         if OBJECTIVES[self.objective].needs_noise:
             raise ValueError(
                 f"`guidance_split` is a sum of two distances, and `objective={self.objective!r}` is none; choose 'kl' "

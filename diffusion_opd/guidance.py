@@ -27,8 +27,12 @@ def without(pipeline_class: Any, call_kwargs: Mapping[str, Any]) -> dict[str, An
     """Arguments of a `__call__` without classifier-free guidance. A `guidance_scale` beside a `true_cfg_scale` (FLUX,
     Qwen-Image) is an input of the denoiser, and stays."""
     taken = signature(pipeline_class.__call__).parameters
-    name = next((name for name in ("true_cfg_scale", "guidance_scale") if name in taken), None)
-    return dict(call_kwargs) if name is None else {**call_kwargs, name: 1.0}
+    if "true_cfg_scale" in taken:
+        return {**call_kwargs, "true_cfg_scale": 1.0}
+    # Wan 2.2 has one more for low noise, LTX-2 one for the audio
+    scales = [name for name in call_kwargs if "guidance_scale" in name]
+    scales += ["guidance_scale"] if "guidance_scale" in taken else []
+    return {**call_kwargs, **dict.fromkeys(scales, 1.0)}
 
 
 @torch.no_grad()

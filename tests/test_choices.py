@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, Teacher
 from diffusion_opd.anchor_data import AnchorData
+from diffusion_opd.guidance import without
 from diffusion_opd.queries import QUERIES
 from diffusion_opd.targets import direction, extrapolated, mixed
 from tests.editing_pipelines import EDITING, EDITING_CALL
@@ -28,6 +29,7 @@ from tests.own_pipelines import Detached, Momentum, Plain, of
 from tests.streaming_pipelines import PICTURES, STREAMING, STREAMING_CALL
 from tests.tiny_pipelines import BUILDERS, CALL
 from tests.training import DATA, PROMPTS, config, guided_by_hand, history, lora, trained, trainer_of
+from tests.two_denoisers import TWO, TWO_CALL
 
 GUIDANCE = CALL["sd3"]["guidance_scale"]
 STEPS = 4
@@ -606,6 +608,44 @@ def _with_pictures(out, family, real):
     )
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_two_denoisers_and_one_state(tmp_path, full):
+    """A drawn state calls one of them: that one moves, under weight decay too, and the other stays until its turn."""
+    trainer = Watched(
+        TWO["wan22"](0),
+        {"a": TWO["wan22"](1)},
+        config(
+            tmp_path,
+            **dict(call_kwargs=TWO_CALL["wan22"], query="random", num_queries=1, max_steps=6, seed=1),
+            anchor=None if full else "base",
+        ),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        peft_config=None if full else lora(),
+    )
+    moved = []
+
+    class Weigh(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.before = {name: _weights(part) for name, part in trainer.student.trained.items()}
+
+        def on_step_end(self, args, state, control, **kwargs):
+            now = {name: _weights(part) for name, part in trainer.student.trained.items()}
+            moved.append({name for name in now if not torch.equal(now[name], self.before[name])})
+
+    trainer.add_callback(Weigh())
+    trainer.train()
+    called = [trainer.plan[place].denoisers for (place,) in trainer.places]
+    assert moved == called and {frozenset(own) for own in called} == {
+        frozenset({"transformer"}),
+        frozenset({"transformer_2"}),
+    }
+    assert without(type(trainer.pipeline), TWO_CALL["wan22"])["guidance_scale_2"] == 1.0
+
+
+def _weights(module: torch.nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters() if p.requires_grad])
+
+
 # Whose turn it is
 
 
@@ -693,6 +733,10 @@ def test_weighted_streams(tmp_path):
             "`guidance_split` is a sum of two distances",
         ),
         (dict(guidance_split=1.0, guidance_scale=4.5, target_extrapolation=1.25), "leave one out"),
+        (
+            dict(guidance_split=1.0, guidance_scale=4.5, call_kwargs={"guidance_scale_2": 3.0}),
+            "by one scale, and 'guidance_scale_2' is another",
+        ),
         (dict(anchor="aesthetic"), "`anchor` must be 'base' or None, .* `anchor=Teacher"),
         (dict(anchor="base", anchor_beta=0.0), "`anchor_beta` must be above 0"),
         (dict(anchor="base", anchor_objective="mse"), "`anchor_objective` must be one of"),
