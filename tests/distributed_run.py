@@ -43,7 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--serve", type=Path, metavar="FOLDER", help="run what comes there instead")
     parser.add_argument("--client", type=int, help="the process that it comes from")
-    parser.add_argument("--method", choices=["opd", "nft", "grpo"], default="opd")
+    parser.add_argument("--method", choices=["opd", "nft", "grpo", "ropd"], default="opd")
     parser.add_argument("--engine", choices=["none", "ddp", "zero1", "zero2", "zero3", "fsdp2"], default="none")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--mode", choices=["lora", "full"], default="lora")
@@ -61,6 +61,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", action="store_true", help="draw, and evaluate, at the end")
     parser.add_argument("--steps_per_generation", type=int, help="of which two are an optimizer step")
     parser.add_argument("--eval_rewards", action="store_true", help="pictures are judged in evaluation")
+    parser.add_argument("--taught", action="store_true", help="by teachers, besides rewards")
     parser.add_argument("--choices", choices=["target", "split"], help="what is learnt, and where")
     parser.add_argument("--sizes", type=int, default=1, help="of pictures that samples are made of")
     return parser.parse_args(arguments)
@@ -111,6 +112,17 @@ def redness(images, prompts, **kwargs):
     return (pictures[..., 0] - pictures[..., 2]).mean((1, 2)) / 255
 
 
+def verdict(images, prompts, **kwargs):
+    """Between 0 and 1, and another for each picture."""
+    return np.clip(0.5 + 2 * redness(images, prompts), 0, 1)
+
+
+def teachers_of(options: argparse.Namespace) -> dict:
+    """One of each kind: an adapter of the student's denoiser (or of a copy of it), and a denoiser of its own."""
+    lora = save_peft(options.out / f"teacher-{os.environ.get('RANK', 0)}", MAKE[options.family](0))
+    return {"a": str(lora), "b": MAKE[options.family](2)}
+
+
 def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
     student = MAKE[options.family](0)
     if options.bf16:  # loaded from a folder, its frozen parts are in half precision
@@ -145,9 +157,7 @@ def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
         settings |= dict(transition=options.transition, teacher_placement=options.teacher_placement)
         settings |= dict(call_kwargs=CALLS[options.family])
         config_class, trainer_class = diffusion_opd.DiffusionOPDConfig, diffusion_opd.DiffusionOPDTrainer
-        # One of each kind: an adapter of the student's denoiser (or of a copy of it), and a denoiser of its own
-        lora = save_peft(options.out / f"teacher-{os.environ.get('RANK', 0)}", MAKE[options.family](0))
-        judges = {"a": str(lora), "b": MAKE[options.family](2)}
+        judges = teachers_of(options)
         if options.choices == "target":
             settings |= dict(query="random", num_queries=2, target_extrapolation=1.25, task_weights={"b": 2})
         if options.choices == "split":
@@ -164,10 +174,12 @@ def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
         settings |= dict(steps_per_generation=options.steps_per_generation)
         call = {key: value for key, value in CALLS[options.family].items() if not key.startswith("guidance_scale")}
         settings |= dict(guidance_scale=1.0, call_kwargs=call)
-        name = {"nft": "DiffusionNFT", "grpo": "DiffusionGRPO"}[options.method]
+        name = f"Diffusion{options.method.upper()}"
         config_class, trainer_class = (getattr(diffusion_opd, f"{name}{part}") for part in ("Config", "Trainer"))
-        judges = {"a": redness, "b": redness}
+        judges = dict.fromkeys("ab", verdict if options.method == "ropd" else redness)
     own: dict = {"eval_reward_funcs": {"a": redness}} if options.eval_rewards else {}
+    if options.taught:
+        own["teachers"] = teachers_of(options)
     if options.choices is not None:
         prompts = [f"real {i}" for i in range(7)]
         real = Dataset.from_dict({"prompt": prompts, "image": [picture(16, i) for i in range(7)]})

@@ -438,6 +438,29 @@ def test_learning_from_rewards_in_two_processes_equals_one(tmp_path, one_process
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "mode", "engine"),
+    [
+        ("ropd", "lora", "ddp"),
+        ("ropd", "full", "fsdp2"),
+        ("nft", "lora", "ddp"),
+        nightly("grpo", "full", "fsdp2"),
+        nightly("ropd", "lora", "zero3"),
+        nightly("nft", "full", "zero2"),
+    ],
+)
+def test_teachers_beside_rewards_in_two_processes_equal_those_in_one(tmp_path, one_process, method, mode, engine):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    options = ["--method", method, "--mode", mode, "--taught"]
+    _, one = one_process(*options)
+    options += ["--batch", "2"]
+    two = run(tmp_path / "two", *options, engine=engine)
+    assert_same_run(one, two, engine, REWARDS)
+    assert_resumes(tmp_path / "two", two, *options, step=1, engine=engine)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", nightly("zero3"), nightly("fsdp2")])
 def test_pictures_that_evaluation_judges_in_two_processes_equal_those_in_one(tmp_path, one_process, engine):
     if engine.startswith("zero"):

@@ -302,7 +302,7 @@ def test_joint_audio_and_video_and_chunk_after_chunk(tmp_path, family):
         trainer = ROPD(
             STREAMING[family](0),
             always(reward),
-            STREAMING[family](seed),
+            teachers=STREAMING[family](seed),
             args=DiffusionROPDConfig(
                 str(tmp_path / name),
                 **dict(per_device_train_batch_size=2, num_generations=2, max_steps=1, logging_steps=1),
@@ -323,7 +323,7 @@ def test_an_editing_student_is_taught_by_outcomes(tmp_path):
     trainer = ROPD(
         EDITING["flux_kontext"](0),
         always(0.0),
-        EDITING["flux_kontext"](1),
+        teachers=EDITING["flux_kontext"](1),
         args=DiffusionROPDConfig(
             str(tmp_path),
             **dict(per_device_train_batch_size=2, num_generations=2, max_steps=2, logging_steps=1, save_steps=1),

@@ -20,7 +20,7 @@ from torch import Tensor
 from diffusion_opd.policy import Policy
 from diffusion_opd.scheduler_proxy import Step, is_flow, own_scheduler, read_schedule
 from diffusion_opd.startup import check_student
-from diffusion_opd.transitions import dance_sde, ddim, denoised, flow_sde, noised, ode
+from diffusion_opd.transitions import dance_sde, ddim, denoised, flow_sde, noised, ode, velocity_gap
 from tests.own_runs import INPUTS, STEPS, assert_same, euler, own_run, run, walked
 from tests.tiny_pipelines import BUILDERS, CALL, VP
 
@@ -208,6 +208,12 @@ def test_clean_and_noised_in_other_coordinates(name: str):
             nothing, one = (scheduler.precondition_outputs(x, torch.full_like(x, v), sigma) for v in (0.0, 1.0))
             answer = (clean - nothing) / (one - nothing)
         torch.testing.assert_close(denoised(x, answer, schedule, index), clean, rtol=1e-3, atol=1e-3)
+        # What another answer's clean sample is off, its velocity is off too, over the noise level
+        other = answer + torch.randn(2, 3, generator=generator)
+        gap = velocity_gap(x, other, clean, noise, schedule, index)
+        off = (clean - denoised(x, other, schedule, index)) / schedule.levels[index]
+        torch.testing.assert_close(gap, off, rtol=1e-2, atol=1e-2 * float(off.abs().max()))
+        assert velocity_gap(x, answer, clean, noise, schedule, index).abs().max() < 1e-3 * gap.abs().max()
 
 
 def test_solvers_that_draw_noise_are_told_by_what_they_read():

@@ -25,6 +25,7 @@ from diffusion_opd.transitions import (
     ddim,
     flow_sde,
     ode,
+    velocity_gap,
 )
 from tests.grids import SHIFT_3, kl_weights, randn, sigmas
 
@@ -402,3 +403,14 @@ def test_where_the_loss_of_ten_steps_lies():
     assert shares(flow_sde)[9] == pytest.approx(47.6, abs=0.1)
     assert shares(flow_sde, steps=9)[8] == pytest.approx(64, abs=0.5)
     assert shares(cps, steps=9)[8] == pytest.approx(99.85, abs=0.01)
+
+
+@PREDICTION_TYPES
+def test_flow_matching_of_vp_models_is_that_of_what_they_predict(prediction_type):
+    """The noise, or `sqrt(a) eps - sqrt(1 - a) x_0` (arXiv 2202.00512)."""
+    schedule, clean, noise, prediction = Schedule((0.3, 0.8), prediction_type), *(randn(2, 3, seed=n) for n in range(3))
+    x = math.sqrt(0.3) * clean + math.sqrt(0.7) * noise
+    target = noise if prediction_type == "epsilon" else math.sqrt(0.3) * noise - math.sqrt(0.7) * clean
+    assert torch.allclose(velocity_gap(x, prediction, clean, noise, schedule, 0), prediction - target, atol=1e-6)
+    flow = Schedule((0.3, 0.1))
+    assert torch.allclose(velocity_gap(x, prediction, clean, noise, flow, 0), prediction - (noise - clean), atol=1e-6)

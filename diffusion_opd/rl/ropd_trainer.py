@@ -4,17 +4,12 @@ A student learns from one expert a task, as in on-policy distillation, and a ver
 prompt's samples fail, the more of the expert is in what the student is to predict; what it can do already, it keeps.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
-from diffusers import DiffusionPipeline
-from peft import LoraConfig
 from torch import Tensor
-from transformers import TrainerCallback
 
 from ..inputs import Inputs
 from ..objectives import velocity
@@ -60,8 +55,6 @@ class DiffusionROPDTrainer(DiffusionRLTrainer):
         reward_funcs (`Callable`, a list of them, or `{task: callable or list}`):
             The verifier, called as `func(prompts=..., images=..., **columns)`, sync or async; one number in [0, 1] a
             sample, 1 for a success, `None` for no verdict. Of several functions the sum by `reward_weights`.
-        teachers (as of [`DiffusionOPDTrainer`]):
-            The experts, one for each task.
         args ([`DiffusionROPDConfig`], *optional*):
             The configuration. Defaults to one with `output_dir` `"<model>-DiffusionROPD"`.
         train_dataset (`Dataset`, `IterableDataset` or `{task: dataset}`):
@@ -76,6 +69,8 @@ class DiffusionROPDTrainer(DiffusionRLTrainer):
         student_lora (`str` or [`Lora`], *optional*):
             Hub id or folder of a LoRA of the student, in any format that teachers have: its training goes on, with its
             own rank and alpha, in the place of a new one; `beta` measures from it, as TRL does.
+        teachers (as of [`DiffusionOPDTrainer`]):
+            The experts, one for each task.
 
     Raises:
         ValueError, TypeError: at once, if anything does not fit together: the sentence names what was given and what to
@@ -89,32 +84,6 @@ class DiffusionROPDTrainer(DiffusionRLTrainer):
     _card_settings = "ropd_alpha"
     _asks_anywhere = False
     _paper: dict[str, Any] = {}
-
-    def __init__(
-        self,
-        model: str | os.PathLike | DiffusionPipeline,
-        reward_funcs: Any,
-        teachers: Any,
-        args: DiffusionROPDConfig | None = None,
-        train_dataset: Dataset | IterableDataset | Mapping[str, Any] | None = None,
-        eval_dataset: Dataset | IterableDataset | Mapping[str, Any] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
-        peft_config: LoraConfig | Mapping[str, LoraConfig] | None = None,
-        student_lora: Any = None,
-    ):
-        super().__init__(
-            model,
-            reward_funcs,
-            args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            peft_config=peft_config,
-            student_lora=student_lora,
-            teachers=teachers,
-        )
 
     def _taught(self, args: Any, specs: Any, tasks: Any) -> Any:
         taught = super()._taught(args, specs, tasks)
