@@ -48,6 +48,7 @@ from .disclosure import disclosed
 from .encode_cache import EncodeCache
 from .engines import all_touched, compile_blocks, settle_arguments, settle_fsdp, take_compilation
 from .errors import listed, reason
+from .guidance import at_scale, scale_argument, unguided_scale
 from .inputs import PROMPT, content_key, inputs_of, is_prompt, signature
 from .policy import Policy
 from .resuming import Resuming
@@ -304,6 +305,7 @@ class DiffusionTrainer(Resuming):
 
     def _report_check(self) -> None:
         """Ends the start-up check."""
+        self._warn_of_guidance()
         logger.warning(f"Everything fits together ({time.perf_counter() - self._check_began:.1f} s).")
         self.cache.clear()
         self.plan, self.crosses = self.checked.plan, self.checked.crosses
@@ -318,6 +320,21 @@ class DiffusionTrainer(Resuming):
             place for place in self.checked.learnt if self.plan[place].denoisers & self.student.trained.keys()
         ]
         del self.checked, self._checks, self._check_began
+
+    def _warn_of_guidance(self) -> None:
+        """Who counts guidance from its conditional branch (Z-Image) is guided at 1, where others are without."""
+        name, given = scale_argument(type(self.pipeline)), self.args.pipeline_kwargs
+        if name is None or given.get(name) != 1.0:
+            return
+
+        def policy_at(scale: float) -> Policy:
+            return self.policy_of(self.pipeline, None, at_scale(given, scale, name))
+
+        if unguided_scale(policy_at, self.checked) == 0.0:
+            logger.warning(
+                f"{type(self.pipeline).__name__} is guided at `{name}=1.0`, since it counts from its conditional "
+                "branch; 0.0 is without guidance."
+            )
 
     def _freeze_unused(self) -> None:
         """Freezes parameters that no gradient has reached in the check (Qwen-Image's last block has six): DDP would

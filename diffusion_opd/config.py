@@ -447,7 +447,9 @@ class DiffusionOPDConfig(DiffusionConfig):
         anchor_objective (`str`, *optional*):
             `"kl"` or `"velocity"`. `None`: `"kl"`.
         anchor_data_beta (`float`, *optional*):
-            Weight of the flow-matching loss on the pictures of the trainer's `anchor_dataset`. `None`: 0.1 (LIFT).
+            Weight of the flow-matching loss on the pictures of the trainer's `anchor_dataset`, a squared distance of
+            velocities. `None`: 0.1 (LIFT) beside `objective="velocity"`; beside another one, of other units, it must be
+            given.
         task_weights (`dict[str, float]`, *optional*):
             By teacher id, how often a task comes; 1 for those left out. With `task_sampling="cycle"` whole numbers: so
             many micro-batches of a cycle (Flow-OPD: `{"ocr": 1, "geneval": 3}`), and `gradient_accumulation_steps` is a
@@ -489,7 +491,8 @@ class DiffusionOPDConfig(DiffusionConfig):
         default=None, metadata={"help": "How it is measured. None: kl.", "choices": list(ANCHOR_OBJECTIVES)}
     )
     anchor_data_beta: float | None = field(
-        default=None, metadata={"help": "Weight of the flow-matching loss on real pictures. None: 0.1."}
+        default=None,
+        metadata={"help": "Weight of the flow-matching loss on real pictures. None: 0.1 beside 'velocity'."},
     )
     task_weights: dict | str | None = field(  # a flag is read as the second of these: JSON
         default=None, metadata={"help": "How often each task comes, as JSON. None: equally often."}

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from .config import BASE, DiffusionOPDConfig, scale_name
 from .data import Data
 from .errors import one_sentence
-from .guidance import at_scale, reach
+from .guidance import at_scale, branches
 from .inputs import inputs_of, sample_arguments, signature
 from .policy import Policy, Visit, Walk
-from .startup import Checked, can_jump, check_teacher
+from .startup import Checked, can_jump, check_teacher, walked_through
 from .teachers import LoadedTeacher, Teacher, Teachers, name_teachers
 
 logger = get_logger(__name__)
@@ -83,7 +83,8 @@ class Parties:
         self._policy_of, self._untrained, self._timing = policy_of, untrained, timing
         self.columns = columns
         self.reach: dict[str, float] = {}
-        self._unguided = self._student_at(1.0) if args.guidance_split is not None else None
+        self._unguided: Policy | None = None  # the student without guidance, where that is split
+        self._unguided_jumps = True
         self._of = {task: self._parties_of(task) for task in data.tasks}
 
     @property
@@ -150,7 +151,9 @@ class Parties:
         Raises:
             ValueError: if somebody cannot be asked there; the sentence says who.
         """
-        step = checked.visits[0].steps[0]
+        step, path = checked.visits[0].steps[0], None
+        if self._skips(checked):
+            path = walked_through(checked, inputs_of(rows, self._data.columns))
         for name, party in self._of[task].items():
             inputs = inputs_of(rows, party.columns)
             dtype = next(party.policy.denoiser.parameters()).dtype
@@ -159,19 +162,23 @@ class Parties:
                     f"{self._called(party)} of {dtype} cannot be asked at the student's states of shape "
                     f"{tuple(step.sample.shape)} and {step.sample.dtype}"
                 ):
-                    same = check_teacher(party.policy, checked, inputs)
                     if name == "conditional":
-                        self.reach[task] = reach(partial(self._teacher_at, task), self._scale, checked, inputs)
-                jumps = not self._skips(checked) or can_jump(party.policy, checked, inputs)
+                        teacher_at = partial(self._teacher_at, task)
+                        off, self.reach[task] = branches(teacher_at, self._scale, checked, inputs)
+                        party = replace(party, policy=teacher_at(off))
+                    same = check_teacher(party.policy, checked, inputs)
+                jumps = path is None or can_jump(party.policy, path, inputs)
             self._of[task][name] = replace(party, jumps=jumps)
             if name == "teacher" and (task in self._teachers.copies or same):
                 logger.warning(
                     f"Teacher {task!r} ({self._teachers.loaded[task].spec.source}) predicts exactly what the untrained "
                     "student predicts: there is nothing to learn from it."
                 )
-        if self._unguided is not None and "student" not in self.reach:
+        if self._args.guidance_split is not None and self._unguided is None:
             with one_sentence("the student"):
-                self.reach["student"] = reach(self._student_at, self._scale, checked)
+                off, self.reach["student"] = branches(self._student_at, self._scale, checked)
+            self._unguided = self._student_at(off)
+            self._unguided_jumps = path is None or can_jump(self._unguided, path)
 
     def _called(self, party: Party) -> str:
         if party.teacher is None:
@@ -220,6 +227,7 @@ class Parties:
             if self._unguided is not None:
                 trained["student"] = stack.enter_context(self._unguided.follow(walk, denoiser=denoiser))
             walkers = [frozen[name] for name, party in self._of[task].items() if not party.jumps]
+            walkers += trained.values() if not self._unguided_jumps else []
             yield Following(frozen, trained, walkers)
 
 
@@ -271,13 +279,13 @@ def named(teachers: Any, anchor: Any, args: DiffusionOPDConfig) -> tuple[dict[st
                     "`anchor`."
                 )
     if args.guidance_split is not None:
-        scale = args.pipeline_kwargs[scale_name(args.pipeline_kwargs)]
         for key in ids:
             given = specs[key].overrides
-            if given.get(name := scale_name(args.pipeline_kwargs), scale) != scale:
+            scales = {name: given[name] for name in given if "guidance_scale" in name or name == "true_cfg_scale"}
+            if other := [name for name, value in scales.items() if value != args.pipeline_kwargs.get(name)]:
                 raise ValueError(
-                    f"teacher {key!r} has `{name}={given[name]}`, and `guidance_split` matches its two branches "
-                    "whatever its scale: all are asked with the student's; leave it out."
+                    f"teacher {key!r} has `{other[0]}={scales[other[0]]}`, and `guidance_split` matches its two "
+                    "branches whatever its scale: all are asked with the student's; leave it out."
                 )
     return specs, ids
 

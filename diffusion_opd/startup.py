@@ -179,25 +179,55 @@ def check_teacher(policy: Policy, checked: Checked, inputs: Inputs | None = None
     )
 
 
-def can_jump(policy: Policy, checked: Checked, inputs: Inputs | None = None) -> bool:
-    """Whether a party may be asked at a visit without having been asked at those before.
+@dataclass(frozen=True)
+class Path:
+    """A walk of the student to its last learnt state, without graph.
+
+    Attributes:
+        walk ([`Walk`]): It has ended, and can be followed.
+        visits (`list[Visit]`): All of it.
+        learnt (`tuple[int, ...]`): Where it learns.
+    """
+
+    walk: Walk
+    visits: list[Visit]
+    learnt: tuple[int, ...]
+
+
+@torch.no_grad()
+def walked_through(checked: Checked, inputs: Inputs) -> Path:
+    """Walks to the last learnt state: what depends on earlier steps may do so from any step on.
+
+    Args:
+        checked ([`Checked`]): The student.
+        inputs (`Mapping[str, Sequence]`): Of it.
+    """
+    count = len(next(iter(inputs.values())))
+    with checked.walk.policy.walk(inputs, seeded(count), _noiseless) as walk:
+        visits = [visit.detach() for visit in walk.visits(range(checked.learnt[-1] + 1))]
+    return Path(walk, visits, checked.learnt)
+
+
+@torch.no_grad()
+def can_jump(policy: Policy, path: Path, inputs: Inputs | None = None) -> bool:
+    """Whether a party says the same at each learnt state of a path if it has not been asked at those before.
 
     Args:
         policy ([`Policy`]): It.
-        checked ([`Checked`]): The student.
+        path ([`Path`]): Of the student.
         inputs (`Mapping[str, Sequence]`, *optional*): Of the party. `None`: those of the student.
     """
-    if len(checked.visits) < 2:
-        return True
-    first, second = checked.visits[:2]
-    gap = checked.depends
-    if not _same_way(policy, checked.walk.policy):
-        with torch.no_grad(), policy.follow(checked.walk, inputs) as follow:
-            follow(first)
-            steps = zip(second.steps, follow(second), strict=True)
-            seen = replace(second, steps=tuple(replace(step, prediction=p) for step, p in steps))
-        gap = _depends(policy, checked.walk, seen, inputs)
-    return gap < _tolerance(second)
+    with policy.follow(path.walk, inputs) as follow:
+        seen = [
+            replace(
+                visit, steps=tuple(replace(s, prediction=p) for s, p in zip(visit.steps, follow(visit), strict=True))
+            )
+            for visit in path.visits
+        ]
+    # Those nearest to the end depend on most
+    return all(
+        _depends(policy, path.walk, seen[place], inputs) < _tolerance(seen[place]) for place in reversed(path.learnt)
+    )
 
 
 def require_independence(policy: Policy, checked: Checked, who: str = "learning from rewards") -> None:

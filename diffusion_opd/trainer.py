@@ -33,11 +33,11 @@ from .checks import own_arguments, whole_cycles
 from .config import DiffusionOPDConfig, check_call_kwargs
 from .data import Data
 from .engines import held_gradient_sync
-from .guidance import without
+from .guidance import at_scale, scale_argument, unguided_scale
 from .inputs import PROMPT, inputs_of
 from .losses import DistillationLoss, Terms
 from .parties import Answers, Parties, named
-from .policy import Move, Visit, Walk
+from .policy import Move, Policy, Visit, Walk
 from .queries import QUERIES
 from .rewards.functions import Rewards
 from .rewards.judge import Judge
@@ -157,6 +157,11 @@ class DiffusionOPDTrainer(TaughtTrainer):
             raise ValueError(
                 "`anchor_data_beta` is for an `anchor_dataset`, and there is none; give one, or leave it out."
             )
+        if anchor_dataset is not None and args.anchor_data_beta is None and args.objective != "velocity":
+            raise ValueError(
+                f"give `anchor_data_beta` beside `objective={args.objective!r}`: LIFT's 0.1 weighs against a distance "
+                "of velocities, of which the KL of an ODE step is a thousandth."
+            )
         for key, spec in specs.items():
             check_call_kwargs(spec.call_kwargs, {"guidance_scale": spec.guidance_scale}, f"teacher {key!r}")
         if eval_reward_funcs is not None:
@@ -234,7 +239,13 @@ class DiffusionOPDTrainer(TaughtTrainer):
 
     def _check_anchor_data(self, data: AnchorData) -> None:
         require_independence(self.student.policy, self.checked, "an `anchor_dataset`")
-        self._unguided = self.policy_of(self.pipeline, None, without(type(self.pipeline), self.args.pipeline_kwargs))
+        name, given = scale_argument(type(self.pipeline)), self.args.pipeline_kwargs
+
+        def policy_at(scale: float) -> Policy:
+            return self.policy_of(self.pipeline, None, at_scale(given, scale, name))
+
+        off = None if name is None else unguided_scale(policy_at, self.checked)
+        self._unguided = self.policy_of(self.pipeline) if off is None else policy_at(off)
         self._unguided.timing = partial(self.stopwatch.section, "student")
         data.noised(self._unguided, [0], self.checked.learnt[0])
 
@@ -465,6 +476,8 @@ class DiffusionOPDTrainer(TaughtTrainer):
         settings = {name: getattr(self.args, name) for name in names} | {"transition": self.kernel.func.name}
         plainest = DiffusionOPDConfig.__dataclass_fields__
         settings |= {name: value for name in _CHOICES if (value := getattr(self.args, name)) != plainest[name].default}
+        if self.anchor_data is not None:
+            settings["anchor_dataset"] = f"{len(self.anchor_data.dataset)} pictures"
         return super()._card_fields() | {"settings": settings | self._run_settings()}
 
 

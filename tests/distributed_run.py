@@ -153,6 +153,8 @@ def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
         use_cpu=options.engine in ("none", "ddp"),
         ddp_backend="gloo" if options.engine.startswith("zero") else None,
     )
+    if options.choices is not None:
+        settings |= dict(anchor_data_beta=0.01)
     if options.method == "opd":
         settings |= dict(transition=options.transition, teacher_placement=options.teacher_placement)
         settings |= dict(call_kwargs=CALLS[options.family])

@@ -60,6 +60,53 @@ class Detached(Momentum):
         return x
 
 
+class Guided(Plain):
+    """Classifier-free guidance against the empty prompt, and a memory of the guided predictions from step `since` on,
+    with no gradient from step to step."""
+
+    since = 1
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt,
+        num_inference_steps=4,
+        generator=None,
+        output_type="pil",
+        return_dict=True,
+        guidance_scale=3.0,
+    ):
+        (embeds, pooled), (nothing, none) = self.embed(prompt), self.embed([""] * len(prompt))
+        x = self.begin(len(prompt), embeds.dtype, generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        memory = torch.zeros_like(x)
+        for index, t in enumerate(self.scheduler.timesteps):
+            v = self.predict(x, t, encoder_hidden_states=embeds, pooled_projections=pooled)
+            if guidance_scale > 1:
+                u = self.predict(x, t, encoder_hidden_states=nothing, pooled_projections=none)
+                v = u + guidance_scale * (v - u)
+            guided = v + 0.5 * memory if index >= self.since and self.remembers(guidance_scale) else v
+            memory = guided.detach()
+            x = self.scheduler.step(guided, t, x).prev_sample
+        return (x,)
+
+    def remembers(self, guidance_scale):
+        return True
+
+
+class Late(Guided):
+    """It remembers from its fourth step on."""
+
+    since = 3
+
+
+class Unmindful(Guided):
+    """It remembers under guidance alone."""
+
+    def remembers(self, guidance_scale):
+        return guidance_scale > 1
+
+
 class Broken(Plain):
     def predict(self, x: Tensor, t: Tensor, **embeds: Tensor) -> Tensor:
         return super().predict(x, t, **embeds) * float("nan")

@@ -21,13 +21,15 @@ from transformers import TrainerCallback
 
 from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, Teacher
 from diffusion_opd.anchor_data import AnchorData
-from diffusion_opd.guidance import without
+from diffusion_opd.guidance import at_scale, branches, unguided_scale
+from diffusion_opd.policy import Policy
 from diffusion_opd.queries import QUERIES
+from diffusion_opd.startup import check_student
 from diffusion_opd.targets import direction, extrapolated, mixed
 from tests.editing_pipelines import EDITING, EDITING_CALL
-from tests.own_pipelines import Detached, Momentum, Plain, of
+from tests.own_pipelines import Detached, Guided, Late, Momentum, Plain, Unmindful, of
 from tests.streaming_pipelines import PICTURES, STREAMING, STREAMING_CALL
-from tests.tiny_pipelines import BUILDERS, CALL
+from tests.tiny_pipelines import BUILDERS, CALL, denoiser
 from tests.training import DATA, PROMPTS, config, guided_by_hand, history, lora, trained, trainer_of
 from tests.two_denoisers import TWO, TWO_CALL
 
@@ -193,7 +195,17 @@ def test_a_query_costs_what_it_learns_from(tmp_path):
     assert len({tuple(places) for places in trainer.places}) > 1  # drawn anew
 
 
-def test_a_teacher_that_remembers_its_steps_takes_every_one(tmp_path):
+@pytest.mark.parametrize(
+    ("goes", "remembers", "student_settings", "teacher_settings"),
+    [
+        (Plain, Detached, {}, {}),
+        (Plain, Late, {}, {}),  # not from its second step on
+        (Unmindful, Unmindful, {"guidance_scale": 1.0}, {"guidance_scale": 3.0}),  # under guidance alone
+    ],
+)
+def test_a_teacher_that_remembers_its_steps_takes_every_one(
+    tmp_path, goes, remembers, student_settings, teacher_settings
+):
     """Its answer at a drawn state is the one that it gives where all states are learnt from."""
     data, said = Dataset.from_dict({"prompt": PROMPTS}), []
 
@@ -203,10 +215,18 @@ def test_a_teacher_that_remembers_its_steps_takes_every_one(tmp_path):
             super()._note(task, visit, answers, terms)
 
     for name, settings in (("all", {}), ("one", dict(query="random", num_queries=1))):
-        args = config(tmp_path / name, call_kwargs={}, num_inference_steps=6, max_steps=1, seed=2, **settings)
-        Told(of(Plain), of(Detached), args, data, peft_config=lora()).train()
+        args = config(
+            tmp_path / name, call_kwargs={}, num_inference_steps=6, max_steps=1, seed=2, **settings | student_settings
+        )
+        teachers = Teacher(of(remembers), **teacher_settings)
+        Told(of(goes), teachers, args, data, peft_config=lora()).train()
     *every, (place, answer) = said
-    assert place > 0 and torch.equal(dict(every)[place], answer)
+    assert place > 2 and torch.equal(dict(every)[place], answer)
+
+
+def test_a_student_whose_steps_are_one_graph_learns_at_all_of_them(tmp_path):
+    args = config(tmp_path, call_kwargs={}, query="random", num_queries=1)
+    data = Dataset.from_dict({"prompt": PROMPTS})
     with pytest.raises(ValueError, match="`query='random'` leaves steps out, and the gradient of Momentum crosses"):
         DiffusionOPDTrainer(of(Momentum), of(Plain), args, data, peft_config=lora())
 
@@ -327,11 +347,59 @@ def test_the_kl_of_split_branches_is_that_of_their_steps(tmp_path):
 
 def test_guidance_that_is_no_sum_of_branches_is_refused(tmp_path):
     settings = dict(guidance_split=1.0, guidance_scale=3.5)
-    with pytest.raises(ValueError, match="^teacher 'a' .*: FluxPipeline predicts the same with and without guidance"):
+    with pytest.raises(ValueError, match="^teacher 'a' .*: FluxPipeline evaluates no second branch"):
         trainer_of(tmp_path, "flux", **settings, call_kwargs=no_scale("flux"))
     rescaled = no_scale("sd15") | {"guidance_rescale": 0.7}
-    with pytest.raises(ValueError, match="^teacher 'a' .* StableDiffusionPipeline is not linear in `guidance_scale`"):
+    with pytest.raises(ValueError, match="^teacher 'a' .* StableDiffusionPipeline is not linear in its scale"):
         trainer_of(tmp_path, "sd15", **settings, call_kwargs=rescaled)
+
+
+@pytest.mark.parametrize(("family", "off"), [("sd3", 1.0), ("zimage", 0.0), ("wan", 1.0), ("flux", None)])
+def test_where_guidance_is_off(family, off, tmp_path, caplog):
+    """Told by what the denoiser is given, and the branches by hand: Z-Image counts from the conditional one."""
+    pipeline, call = BUILDERS[family](0), dict(CALL[family])
+
+    def policy_at(scale: float) -> Policy:
+        return Policy(pipeline, STEPS, at_scale(call, scale))
+
+    checked = check_student(policy_at(4.0), {"prompt": ["a fox", "a cat"]}, 1.0)
+    assert unguided_scale(policy_at, checked) == off
+    if off is None:
+        return
+    assert branches(policy_at, 4.0, checked) == (off, 4.0 - off)
+    rows = []
+    hook = denoiser(pipeline).register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len((*args, *kwargs.values())[0])), with_kwargs=True
+    )
+    with torch.no_grad(), policy_at(off).follow(checked.walk) as follow:
+        follow(checked.visits[0])
+    hook.remove()
+    assert sum(rows) == 2  # one branch of two samples
+    trainer_of(tmp_path, family, guidance_scale=1.0, call_kwargs=no_scale(family))
+    assert ("is guided at `guidance_scale=1.0`" in caplog.text) == (family == "zimage")
+
+
+def test_split_branches_of_a_student_that_remembers_its_steps(tmp_path):
+    """The student without guidance takes every step too: a drawn state's loss is the one that it has where all are
+    learnt from."""
+    seen = []
+
+    class Told(DiffusionOPDTrainer):
+        def _note(self, task, visit, answers, terms):
+            seen.append((visit.index, terms.logged["conditional"].detach()))
+            super()._note(task, visit, answers, terms)
+
+    for name, settings in (("all", {}), ("one", dict(query="random", num_queries=1))):
+        args = config(
+            tmp_path / name,
+            **dict(call_kwargs={}, num_inference_steps=6, max_steps=1, seed=2),
+            **dict(guidance_split=1.0, guidance_scale=4.0),
+            **settings,
+        )
+        data = Dataset.from_dict({"prompt": PROMPTS})
+        Told(of(Guided), of(Guided), args, data, peft_config=lora(init_lora_weights=False)).train()
+    *every, (place, answer) = seen
+    assert place > 0 and torch.equal(dict(every)[place], answer) and answer.min() > 1e-6
 
 
 def test_weights_of_samples(tmp_path):
@@ -565,7 +633,11 @@ def test_an_editing_student_has_an_anchor_on_pictures(tmp_path, dtype):
     trainer = DiffusionOPDTrainer(
         parties[0],
         {"a": parties[1]},
-        config(tmp_path, call_kwargs=EDITING_CALL["flux_kontext"], learning_rate=1e-4, bf16=dtype == torch.bfloat16),
+        config(
+            tmp_path,
+            **dict(call_kwargs=EDITING_CALL["flux_kontext"], learning_rate=1e-4, bf16=dtype == torch.bfloat16),
+            anchor_data_beta=0.001,
+        ),
         train_dataset=real.remove_columns("target_image"),
         peft_config=lora(),
         anchor_dataset=real,
@@ -595,13 +667,15 @@ def test_where_real_pictures_do_not_fit(tmp_path):
         _with_pictures(tmp_path, "sd3", [1])
     with pytest.raises(ValueError, match="`anchor_data_beta` is for an `anchor_dataset`, and there is none"):
         trainer_of(tmp_path, anchor_data_beta=0.1)
+    with pytest.raises(ValueError, match="give `anchor_data_beta` beside `objective='kl'`"):
+        DiffusionOPDTrainer(BUILDERS["sd3"](0), BUILDERS["sd3"](1), config(tmp_path), DATA, anchor_dataset=real)
 
 
 def _with_pictures(out, family, real):
     return DiffusionOPDTrainer(
         BUILDERS[family](0),
         {"a": BUILDERS[family](1)},
-        config(out, family),
+        config(out, family, objective="velocity"),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         peft_config=lora(),
         anchor_dataset=real,
@@ -639,7 +713,7 @@ def test_two_denoisers_and_one_state(tmp_path, full):
         frozenset({"transformer"}),
         frozenset({"transformer_2"}),
     }
-    assert without(type(trainer.pipeline), TWO_CALL["wan22"])["guidance_scale_2"] == 1.0
+    assert at_scale(TWO_CALL["wan22"], 1.0)["guidance_scale_2"] == 1.0
 
 
 def _weights(module: torch.nn.Module) -> Tensor:

@@ -41,7 +41,7 @@ from ..rewards.statistics import combine, nanstd
 from ..runs import plain
 from ..sampling import SEED_TRAIN, TASK
 from ..scheduler_proxy import Step, Times
-from ..startup import can_jump, check_teacher, require_independence
+from ..startup import Checked, can_jump, check_teacher, require_independence, walked_through
 from ..student import load_student
 from ..taught import TaughtTrainer
 from ..teachers import Teacher, name_teachers
@@ -183,6 +183,16 @@ class DiffusionRLTrainer(TaughtTrainer):
     def _require_fitting(self) -> None:
         """Refuses a pipeline that this trainer cannot learn with."""
         require_independence(self.student.policy, self.checked)
+        self._require_jumping(self.student.policy, self.check_task(None)[0], self.data.columns, self.checked)
+
+    def _require_jumping(
+        self, policy: Policy, rows: Sequence[dict[str, Any]], columns: Mapping[str, str], checked: Checked
+    ) -> None:
+        path = walked_through(checked, inputs_of(rows, self.data.columns))
+        if not can_jump(policy, path, inputs_of(rows, columns)):
+            raise ValueError(
+                f"{policy.name} cannot be asked at a given state: its prediction depends on the steps before it."
+            )
 
     def _check_teachers(self) -> None:
         """Asks each teacher once."""
@@ -191,10 +201,8 @@ class DiffusionRLTrainer(TaughtTrainer):
             inputs, source = inputs_of(rows, self.teacher_columns[task]), self.loaded_teachers[task].spec.source
             with self.teachers.on_device(task), one_sentence(f"teacher {task!r} ({source})"):
                 check_teacher(teacher, checked, inputs)
-                if self._asks_anywhere and not can_jump(teacher, checked, inputs):
-                    raise ValueError(
-                        "it cannot be asked at a given state: its prediction depends on the steps before it"
-                    )
+                if self._asks_anywhere:
+                    self._require_jumping(teacher, rows, self.teacher_columns[task], checked)
 
     def _warn_of_checker(self) -> None:
         if not has_checker(self.pipeline):
