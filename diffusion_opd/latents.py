@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .decoding import Watched, decoders_of
-from .errors import brief
+from .errors import brief, reason
 from .inputs import Inputs, read_picture
 from .policy import Policy, Walk
 from .scheduler_proxy import SchedulerStep, Step
 
 _BASE = 8  # of the digits that say where a number comes from: so few that any precision holds them, scaled and shifted
+_MODES = {3: "RGB", 4: "RGBA"}  # by channels
 _ROUNDED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -99,9 +100,9 @@ class Latents:
                 f"{self.name} makes {self.frames} frame(s) a sample as it is called, picture {index} has {len(frames)}."
             )
         height, width = self.picture_shape[-2:]
-        # The size is what the VAE decodes, whatever its factor
-        processor = VaeImageProcessor(vae_scale_factor=1, do_convert_rgb=True)
-        pixels = processor.preprocess(frames, height, width, resize_mode="crop")
+        processor = VaeImageProcessor(vae_scale_factor=1)  # the size is what the VAE decodes, whatever its factor
+        covered = [processor.resize(frame, height, width, resize_mode="crop") for frame in frames]
+        pixels = processor.preprocess([frame.convert(_MODES[self.picture_shape[1]]) for frame in covered])
         if len(self.picture_shape) == 5:
             pixels = pixels.transpose(0, 1)[None]
         with _own_precision(self.vae) as (device, dtype):
@@ -123,7 +124,7 @@ def find_latents(policy: Policy, inputs: Inputs) -> Latents:
         ValueError: if the map is no permutation with a scale and an offset for each element, or there is no VAE that
             encodes pictures; the sentence says what.
     """
-    count = len(next(iter(inputs.values())))
+    count = len(next(iter(inputs.values()), ()))
     if count != 1:
         raise ValueError(f"the latents of {policy.name} are found with one sample, got {count}.")
     with torch.no_grad():
@@ -133,7 +134,7 @@ def find_latents(policy: Policy, inputs: Inputs) -> Latents:
 def _found(policy: Policy, inputs: Inputs) -> Latents:
     with policy.walk(inputs, [torch.Generator().manual_seed(0)], _stay) as walk:
         steps = [step for visit in walk.plan() for step in visit.steps]
-    if any(step.stream or step.chunk for step in steps):
+    if len({(step.stream, step.chunk) for step in steps}) != 1:
         _refuse(policy, "it makes several streams, or chunk after chunk")
     state = steps[-1].sample
     if state.shape[0] != 1:
@@ -168,7 +169,9 @@ def _found(policy: Policy, inputs: Inputs) -> Latents:
     if not callable(getattr(asked.part, "encode", None)):
         _refuse(policy, f"its {type(asked.part).__name__} does not encode")
     shape = tuple(asked.decoder_input.shape)
-    found = Latents(policy.name, asked.part, tuple(state.shape[1:]), shape, asked.decoded(), source, scale, offset)
+    with _told(policy, "its VAE fails to decode"):
+        pictures = asked.decoded()
+    found = Latents(policy.name, asked.part, tuple(state.shape[1:]), shape, pictures, source, scale, offset)
     gap = (found.to_decoder(last).flatten() - asked.decoder_input.float().flatten()).abs()
     size = (scale * last.flatten()[source]).abs() + offset.abs()
     if not (gap <= 8 * _rounding(policy) * size).all():
@@ -178,10 +181,11 @@ def _found(policy: Policy, inputs: Inputs) -> Latents:
 
 
 def _check_encoder(policy: Policy, found: Latents) -> None:
-    if len(found.picture_shape) not in (4, 5) or found.picture_shape[1] != 3:
+    if len(found.picture_shape) not in (4, 5) or found.picture_shape[1] not in _MODES:
         _refuse(policy, f"it decodes {found.picture_shape}, which is no picture")
     height, width = found.picture_shape[-2:]
-    encoded = found._encoded([Image.new("RGB", (width, height), "gray")] * found.frames, 0)
+    with _told(policy, "its VAE fails to encode"):
+        encoded = found._encoded([Image.new("RGB", (width, height), "gray")] * found.frames, 0)
     if encoded.shape != found.decoder_shape:
         _refuse(
             policy,
@@ -194,6 +198,14 @@ def _check_encoder(policy: Policy, found: Latents) -> None:
 
 def _refuse(policy: Policy, why: str) -> NoReturn:
     raise ValueError(f"{policy.name} gives no latents of pictures: {why}.")
+
+
+@contextlib.contextmanager
+def _told(policy: Policy, what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{policy.name} gives no latents of pictures: {what}: {reason(error)}") from error
 
 
 def _stay(step: Step) -> Tensor:
@@ -295,7 +307,7 @@ class _Decoder(Watched):
 
 def _ask(policy: Policy, inputs: Inputs, last: Tensor, seed: int) -> _Asked:
     try:
-        with _Ending(policy, inputs, last, seed) as ending:
+        with _told(policy, "it fails before it decodes"), _Ending(policy, inputs, last, seed) as ending:
             ending.plan()
     except _Decodes as stop:
         return stop.asked
