@@ -106,7 +106,8 @@ class Latents:
         if len(self.picture_shape) == 5:
             pixels = pixels.transpose(0, 1)[None]
         with _own_precision(self.vae) as (device, dtype):
-            posterior = self.vae.encode(pixels.to(device, dtype), return_dict=False)[0]
+            # Of another layout in memory it may be rounded otherwise
+            posterior = self.vae.encode(pixels.to(device, dtype).contiguous(), return_dict=False)[0]
         return posterior if isinstance(posterior, Tensor) else posterior.mode()
 
 

@@ -38,7 +38,7 @@ LAYERS = [
     ["rewards.[!_]*"],
     ["rewards.__init__"],
     ["policy"],
-    ["startup", "adapters", "fingerprint"],
+    ["startup", "latents", "adapters", "fingerprint"],
     ["teachers.spec"],
     ["teachers.locating", "teachers.manifest"],
     ["teachers.compatible"],
