@@ -288,7 +288,8 @@ class _Ending(Walk):
 
 
 class _Decoder(Watched):
-    """A part that is not asked to decode, nor to change its precision, which others may share."""
+    """A part that is not asked to decode, nor to change its precision for that: stopped, a pipeline would not change it
+    back."""
 
     def __init__(self, module: Any, ending: _Ending):
         super().__init__(module, lambda decoded: None)
@@ -300,6 +301,8 @@ class _Decoder(Watched):
         return self._ending.last.dtype if self._ending.is_there else own
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._ending.is_there:  # to encode
+            self._module.to(*args, **kwargs)
         return self
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:

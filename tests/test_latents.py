@@ -331,6 +331,15 @@ def test_nothing_is_left_behind(family: str, dtype: torch.dtype):
     assert all(parameter.grad is None for part in before for parameter in parts[part].parameters())
 
 
+def test_a_pipeline_that_encodes_in_float32_itself():
+    tiny = ZOO["StableDiffusionXLImg2ImgPipeline"]
+    pipe = tiny.make(0).to(torch.float16)
+    inputs = {"prompt": ["a red fox"], **{key: values[:1] for key, values in tiny.inputs.items()}}
+    latents = found(pipe, tiny.call, inputs)
+    torch.testing.assert_close(latents.scale, torch.full_like(latents.scale, 1 / 0.13025))
+    assert {parameter.dtype for parameter in pipe.vae.parameters()} == {torch.float16}
+
+
 def test_the_policy_can_be_let_go():
     policy = Policy(BUILDERS["sd3"](0), 3, dict(CALL["sd3"]))
     latents = find_latents(policy, INPUTS)
