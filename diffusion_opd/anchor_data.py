@@ -130,7 +130,7 @@ class AnchorData:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         latents, plan = self._of(policy, inputs)
         (step,) = plan[visit].steps
-        x_0 = latents.encode([row[self.picture] for row in rows])
+        x_0 = latents.encode([row[self.picture] for row in rows])  # float32, on the device of the VAE
         noise = randn_tensor(x_0.shape, noise_generators(generators), x_0.device, torch.float32)
         nothing: Any = None
         state = noised(x_0, noise, step.schedule, step.index).to(step.sample.dtype)

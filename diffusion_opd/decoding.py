@@ -38,13 +38,18 @@ class Watched:
         return output
 
 
-def watched_decoders(pipeline: DiffusionPipeline, watch: Callable[[Tensor], None]) -> dict[str, Any]:
-    """The parts of a pipeline that decode (`vae`, `movq` ...), each with `watch` called with what it has decoded."""
+def decoders_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The parts of a pipeline that decode (`vae`, `movq` ...)."""
     return {
-        name: Watched(part, watch)
+        name: part
         for name, part in pipeline.components.items()
         if isinstance(part, nn.Module) and callable(getattr(part, "decode", None))
     }
+
+
+def watched_decoders(pipeline: DiffusionPipeline, watch: Callable[[Tensor], None]) -> dict[str, Any]:
+    """Those, each with `watch` called with what it has decoded."""
+    return {name: Watched(part, watch) for name, part in decoders_of(pipeline).items()}
 
 
 def has_checker(pipeline: DiffusionPipeline) -> bool:

@@ -48,8 +48,13 @@ def unguided_scale(
         inputs (`Mapping[str, Sequence]`, *optional*): Of the party. `None`: those of the student.
         guided (`float`, *optional*): A scale at which it is guided.
     """
-    both = _asked(policy_at(guided), checked, inputs)[1]
-    return next((scale for scale in (1.0, 0.0) if _asked(policy_at(scale), checked, inputs)[1] < both), None)
+    both = rows_asked(policy_at(guided), checked, inputs)
+    return next((scale for scale in (1.0, 0.0) if rows_asked(policy_at(scale), checked, inputs) < both), None)
+
+
+def rows_asked(policy: Policy, checked: Checked, inputs: Inputs | None = None) -> int:
+    """How many rows a party's denoiser is given for the first visit: as many as samples, or for each branch so many."""
+    return _asked(policy, checked, inputs)[1]
 
 
 @torch.no_grad()
@@ -88,6 +93,7 @@ def branches(policy_at: PolicyAt, scale: float, checked: Checked, inputs: Inputs
     return off, k
 
 
+@torch.no_grad()
 def _asked(policy: Policy, checked: Checked, inputs: Inputs | None) -> tuple[Tensor, int]:
     """What a party predicts at the first visit, and how many rows its denoiser is given for it."""
     rows = 0

@@ -260,8 +260,7 @@ class Policy:
             own[name] = functools.partial(call.first_state, name, getattr(pipeline, name))
         if takes_no_checker(pipeline):
             own[CHECKER] = None
-        if call.decoded is not None:
-            own.update(watched_decoders(self.pipeline, call.decoded))
+        own.update(call.decoders())
         through = self.denoiser if denoiser is None else denoiser
         for name, module in self.denoisers.items():
             named = functools.partial(through, name) if len(self.denoisers) > 1 else through
@@ -389,7 +388,6 @@ class _Call:
     share."""
 
     output_type = "latent"
-    decoded: Callable[[Tensor], None] | None = None  # called with what is decoded
     inputs: Inputs
     generators: list[torch.Generator]
     _seed: int  # of the global generators
@@ -424,6 +422,10 @@ class _Call:
     def _go(self, step: Step, scheduler_step: SchedulerStep) -> Step:
         """The step with its next state."""
         raise NotImplementedError
+
+    def decoders(self) -> dict[str, Any]:
+        """What is in the place of the parts that decode, by their names; nothing: they are."""
+        return {}
 
     def step(self, step: Step, scheduler_step: SchedulerStep) -> Tensor:
         if self._pauses:
@@ -646,6 +648,9 @@ class Walk(_Call):
     def close(self, failed: bool = False) -> None:
         super().close(failed)
         self.ended = True
+
+    def decoders(self) -> dict[str, Any]:
+        return {} if self.decoded is None else watched_decoders(self.policy.pipeline, self.decoded)
 
     def times(self, number: int, chunk: int, own: Times) -> Times:
         self.all_times[number, chunk] = own

@@ -80,9 +80,10 @@ class Turns:
 class TaskCycleSampler(Sampler[int]):
     """Rows of a dataset: `batch_size` of the first task, `batch_size` of the second, and so on in turn (see [`Turns`]).
 
-    An epoch is the smallest whole number of blocks that shows every row; tasks with fewer rows than others
-    come round again, in a new order. With `repeats` every row comes so many times in succession among those of its
-    task (the group of a prompt), with `iterations` the rows of every block come so many times.
+    An epoch is the smallest whole number of blocks that shows every row (of tasks at random so many blocks as all rows
+    take up); tasks with fewer rows than others come round again, in a new order. With `repeats` every row comes so many
+    times in succession among those of its task (the group of a prompt), with `iterations` the rows of every block
+    come so many times.
 
     With `sizes`, rows of one size come `alike` in succession (if that is no multiple of `repeats`, as many as are a
     multiple of both). Those that are left over are made up of what the next round over the task's rows begins with.

@@ -166,6 +166,14 @@ def check_teacher(policy: Policy, checked: Checked, inputs: Inputs | None = None
                     f"{tuple(step.prediction.shape)}"
                 )
             _require_finite(policy, visit.index, target)
+    if inputs is not None and not (
+        type(policy.pipeline) is type(student.pipeline) and inputs.keys() == checked.walk.inputs.keys()
+    ):
+        begin, own = checked.visits[0], answers[0][0]
+        steps = tuple(replace(step, prediction=p) for step, p in zip(begin.steps, own, strict=True))
+        if len(begin.steps[0].sample) > 1:
+            with torch.no_grad():
+                _check_rows(policy, inputs, replace(begin, steps=steps), checked.walk.all_times)
     for visit, one, other in zip(checked.visits, answers[0], answers[-1], strict=True):
         for a, b in zip(one, other, strict=True):
             if not (gap := _relative_gap(a, b)) < _tolerance(visit):
@@ -384,16 +392,16 @@ def _called(plan: Sequence[Place], places: Sequence[int]) -> frozenset[str]:
     return frozenset[str]().union(*(plan[place].denoisers for place in places))
 
 
-def _check_rows(policy: Policy, inputs: Inputs, visit: Visit) -> None:
+def _check_rows(policy: Policy, inputs: Inputs, visit: Visit, times: Any = None) -> None:
     """Refuses a batch whose samples meet: FLUX.2-klein takes two pictures as two for every sample."""
     count = len(visit.steps[0].sample)
     last = _row(visit, count - 1)
     alone = {name: values[-1:] for name, values in inputs.items()}
-    with policy.follow(inputs=alone, generators=seeded(count)[-1:]) as follow:
+    with policy.follow(inputs=alone, generators=seeded(count)[-1:], times=times) as follow:
         gap = _gap(follow(last), last)
     # Batches of other sizes go through other kernels; those of one size, with other samples beside, do not
     beside = {name: [values[0]] * count for name, values in inputs.items()}
-    with policy.follow(inputs=beside, generators=seeded(count)) as follow:
+    with policy.follow(inputs=beside, generators=seeded(count), times=times) as follow:
         among = _gap([prediction[:1] for prediction in follow(visit)], _row(visit, 0))
     where = f"beside others, the first one is predicted otherwise, by {among:.1e}"
     if among < _tolerance(last):

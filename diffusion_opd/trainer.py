@@ -33,7 +33,7 @@ from .checks import own_arguments, whole_cycles
 from .config import DiffusionOPDConfig, check_call_kwargs
 from .data import Data
 from .engines import held_gradient_sync
-from .guidance import at_scale, scale_argument, unguided_scale
+from .guidance import at_scale, rows_asked, scale_argument, unguided_scale
 from .inputs import PROMPT, inputs_of
 from .losses import DistillationLoss, Terms
 from .parties import Answers, Parties, named
@@ -45,7 +45,7 @@ from .rewards.registry import load_rewards
 from .runs import hash_data
 from .sampling import SEED_ANCHOR, SEED_QUERY, SEED_TRAIN, TEACHER, Turns, noise_generators, seed_of
 from .scheduler_proxy import Step
-from .startup import require_independence
+from .startup import can_jump, require_independence, walked_through
 from .student import load_student
 from .taught import TaughtTrainer
 from .transitions import velocity_gap
@@ -247,6 +247,20 @@ class DiffusionOPDTrainer(TaughtTrainer):
         off = None if name is None else unguided_scale(policy_at, self.checked)
         self._unguided = self.policy_of(self.pipeline) if off is None else policy_at(off)
         self._unguided.timing = partial(self.stopwatch.section, "student")
+        rows, checked = self.check_task(None)
+        count = rows_asked(self._unguided, checked) / len(rows)
+        if count > 1:
+            logger.warning(
+                f"{type(self.pipeline).__name__} is asked for {count:g} branches a sample where real pictures are "
+                "learnt from, so under a guidance that is no `guidance_scale`; turn that off in `call_kwargs`, or in "
+                "its guider."
+            )
+        path = walked_through(checked, inputs_of(rows, self.data.columns))
+        if not can_jump(self._unguided, path):
+            raise ValueError(
+                f"{type(self.pipeline).__name__} cannot be asked at a noised picture: its prediction depends on the "
+                "steps before it; leave the `anchor_dataset` out."
+            )
         data.noised(self._unguided, [0], self.checked.learnt[0])
 
     # Algorithm 1

@@ -185,6 +185,42 @@ class WithoutPrompts(Plain):
         return embeds, pooled
 
 
+class Shown(Plain):
+    """Decodes, and its tail is the next thing that it does to its last state."""
+
+    @torch.no_grad()
+    def __call__(self, prompt, num_inference_steps=4, generator=None, output_type="pil", return_dict=True):
+        x = super().__call__(prompt, num_inference_steps, generator)[0]
+        return self.vae.decode(self.tail(x, generator), return_dict=False)
+
+    def tail(self, x: Tensor, generator: list[torch.Generator]) -> Tensor:
+        return x.flip(1) * 2 - 1
+
+
+class Clips(Shown):
+    def tail(self, x: Tensor, generator: list[torch.Generator]) -> Tensor:
+        return x.clamp(-8, 8)
+
+
+class Blurs(Shown):
+    def tail(self, x: Tensor, generator: list[torch.Generator]) -> Tensor:
+        return x + 0.5 * x.roll(1, dims=-1)
+
+
+class Draws(Shown):
+    """Adds noise before it decodes, as LTX-Video does with a `decode_noise_scale`."""
+
+    def tail(self, x: Tensor, generator: list[torch.Generator]) -> Tensor:
+        return 0.9 * x + 0.1 * randn_tensor(x.shape, generator, x.device, x.dtype)
+
+
+class Repeats(Shown):
+    """Shows the first of its channels twice, and the last one not at all."""
+
+    def tail(self, x: Tensor, generator: list[torch.Generator]) -> Tensor:
+        return x[:, [0, 0, 1, 2]]
+
+
 def of(cls: type) -> DiffusionPipeline:
     pipe = cls(**BUILDERS["sd3"](0).components)
     pipe.set_progress_bar_config(disable=True)

@@ -510,6 +510,18 @@ def test_a_teacher_sees_a_picture_besides(tmp_path):
     assert history(trainer, "loss")[0] > 1e-4  # of equal weights, by the picture alone
 
 
+def test_a_teacher_whose_samples_meet_is_refused(tmp_path):
+    """FLUX.2-klein takes a list of two pictures as two for every sample; the student, which is told no pictures, does
+    not show that."""
+    data = Dataset.from_dict({"prompt": PROMPTS[:4], "reference": pictures(4, 64)})
+    call = CALL["flux2_klein"]
+    parties = BUILDERS["flux2_klein"](0), Teacher(BUILDERS["flux2_klein"](1), id="a", columns={"image": "reference"})
+    with pytest.raises(ValueError, match="^teacher 'a' .* samples of a batch are not independent in Flux2Klein"):
+        DiffusionOPDTrainer(*parties, config(tmp_path, call_kwargs=call), data, peft_config=lora())
+    alone = config(tmp_path, call_kwargs=call, per_device_train_batch_size=1)
+    DiffusionOPDTrainer(BUILDERS["flux2_klein"](0), parties[1], alone, data, peft_config=lora())
+
+
 # What holds it back
 
 
@@ -661,7 +673,7 @@ def test_real_pictures_that_are_none_are_refused(tmp_path, columns, sentence):
 
 def test_where_real_pictures_do_not_fit(tmp_path):
     real = Dataset.from_dict({"prompt": ["a"], "image": pictures(1)})
-    with pytest.raises(ValueError, match="a picture has latents of shape .*, and WanPipeline makes"):
+    with pytest.raises(ValueError, match="WanPipeline makes 5 frame.*, picture 0 has 1"):
         _with_pictures(tmp_path, "wan", real)
     with pytest.raises(TypeError, match="`anchor_dataset` must be a `Dataset`, got list"):
         _with_pictures(tmp_path, "sd3", [1])
