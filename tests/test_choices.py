@@ -466,6 +466,17 @@ def test_the_student_before_training_teaches_guidance(tmp_path, full):
     if not full:
         assert sum(p.numel() for p in trainer.model.parameters()) == count
         assert trainer.teachers["a"].denoiser is trainer.model
+    else:  # others are brought in for their tasks; whom several ask stays
+        moved = []
+        others = {"a": Teacher("base", guidance_scale=GUIDANCE), "b": BUILDERS["sd3"](2)}
+        waiting = trainer_of(
+            tmp_path / "cpu", full=True, teachers=others, teacher_placement="cpu", anchor="base", **settings
+        )
+        base, other = (waiting.teachers[key].denoiser for key in others)
+        for name, part in (("base", base), ("other", other)):
+            part.to = lambda device, part=part, name=name: moved.append(name) or type(part).to(part, device)
+        waiting.train()
+        assert set(moved) == {"other"} and history(waiting, "anchor")[1] > 0
     trainer.save_model(tmp_path / "out")
     assert '"source": "base"' in (tmp_path / "out" / "teacher_manifest.json").read_text()
     with pytest.raises(ValueError, match="the student before training .* has no `scale`, got 0.5"):

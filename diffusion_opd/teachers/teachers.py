@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..denoisers import denoiser_of, parts_of
+from ..denoisers import parts_of
 from ..policy import Policy
 from .compatible import same_weights
 from .manifest import check_manifest, write_manifest
@@ -68,7 +68,7 @@ class Teachers(Mapping[str, Policy]):
             teacher.id for teacher in loaded if teacher.adapter is None and same_weights(teacher.denoiser, student)
         }
         for teacher in loaded:
-            self._place(teacher.pipeline, shard, engine)
+            self._place(teacher, shard, engine)
         self._policies = {
             teacher.id: policy_of(teacher.pipeline, teacher.adapter, teacher.spec.overrides) for teacher in loaded
         }
@@ -84,12 +84,12 @@ class Teachers(Mapping[str, Policy]):
 
     # Where they wait
 
-    def _place(self, pipeline: DiffusionPipeline, shard: Callable[[Any], None] | None, engine: str) -> None:
-        denoiser = denoiser_of(pipeline)
+    def _place(self, teacher: LoadedTeacher, shard: Callable[[Any], None] | None, engine: str) -> None:
+        pipeline, denoiser = teacher.pipeline, teacher.denoiser
         parts = list(parts_of(denoiser).values())
         is_own = denoiser is not self._student
         for part in pipeline.components.values():
-            if isinstance(part, nn.Module) and not (part in parts and is_own and self._placement == "cpu"):
+            if isinstance(part, nn.Module) and not (part in parts and is_own and self._waits(teacher)):
                 part.to(self._device)
         if not is_own or self._placement != "sharded":
             return
@@ -100,11 +100,15 @@ class Teachers(Mapping[str, Policy]):
             )
         shard(denoiser)
 
+    def _waits(self, teacher: LoadedTeacher) -> bool:
+        """The student before training, whom several may ask, stays on the device."""
+        return self._placement == "cpu" and not teacher.spec.is_base
+
     @contextlib.contextmanager
     def on_device(self, key: str) -> Iterator[Policy]:
         """A teacher, on the device for the duration."""
         policy = self[key]
-        if self._placement != "cpu" or policy.denoiser is self._student:
+        if not self._waits(self.loaded[key]) or policy.denoiser is self._student:
             yield policy
             return
         with self._timing():
