@@ -518,8 +518,11 @@ class DiffusionRLTrainer(TaughtTrainer):
         tensors: dict[str, Tensor] = {}
         meta = packed([[vars(rollout) for rollout in rollouts] for rollouts in self._rollouts], "rollouts", tensors)
         folder.mkdir(parents=True, exist_ok=True)  # another process than the one that saves the weights
+        # How they lie in memory too, or other kernels may read them, which round otherwise
+        strides = {name: torch.empty_like(tensor, device="meta").stride() for name, tensor in tensors.items()}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, folder / self._rollouts_name, metadata={"rollouts": json.dumps(meta)})
+        metadata = {"rollouts": json.dumps(meta), "strides": json.dumps(strides)}
+        save_file(tensors, folder / self._rollouts_name, metadata=metadata)
         give_ordinary_mode(folder / self._rollouts_name)
 
     def _load_state(self, folder: Path) -> None:
@@ -534,7 +537,11 @@ class DiffusionRLTrainer(TaughtTrainer):
             )
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key).to(self.accelerator.device) for key in file.keys()}
-            meta = json.loads(file.metadata()["rollouts"])
+            meta, strides = (json.loads(file.metadata().get(name, "{}")) for name in ("rollouts", "strides"))
+        for key, stride in strides.items():
+            tensors[key] = torch.empty_strided(
+                tensors[key].shape, stride, dtype=tensors[key].dtype, device=tensors[key].device
+            ).copy_(tensors[key])
         self._rollouts = [[_rollout(**fields) for fields in rollouts] for rollouts in unpacked(meta, tensors)]
         if len(self._rollouts) != (wanted := self.args.steps_per_generation):
             raise ValueError(
