@@ -293,10 +293,10 @@ class DiffusionOPDTrainer(TaughtTrainer):
             for call in calls:
                 rows, own = [inputs[row] for row in call], [generators[row] for row in call]
                 with self._walk(rows, own, model) as walk, self.parties.follow(task, walk, rows, model) as follow:
-                    whole: list[Tensor] = []
+                    whole, weights = list[Tensor](), self._teacher_weights(rows)
                     for visit in walk.visits(places, release_sync if call is calls[-1] else None, follow.passed):
                         answers = follow(visit)  # what the specialist does at these very states
-                        terms = self.loss(task, visit, answers, self._teacher_weights(rows))  # Eq. 10-12
+                        terms = self.loss(task, visit, answers, weights)  # Eq. 10-12
                         if self.crosses:
                             whole.append(terms.loss.mean() * scale)
                         else:
