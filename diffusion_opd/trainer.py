@@ -160,7 +160,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
         if anchor_dataset is not None and args.anchor_data_beta is None and args.objective != "velocity":
             raise ValueError(
                 f"give `anchor_data_beta` beside `objective={args.objective!r}`: LIFT's 0.1 weighs against a distance "
-                "of velocities, of which the KL of an ODE step is a thousandth."
+                "of velocities, of which the KL of an ODE step is a thousandth; or choose `objective='velocity'`."
             )
         for key, spec in specs.items():
             check_call_kwargs(spec.call_kwargs, {"guidance_scale": spec.guidance_scale}, f"teacher {key!r}")
@@ -171,6 +171,9 @@ class DiffusionOPDTrainer(TaughtTrainer):
             self.judge = Judge(rewards, ids, TEACHER)
         weigh = [] if args.teacher_weight_column is None else [args.teacher_weight_column]
         data = Data(train_dataset, eval_dataset, ids, TEACHER, args.input_columns, weigh)
+        if weigh and isinstance(data.train, Dataset) and weigh[0] in data.train.column_names:
+            for row, weight in enumerate(data.train.with_format(None)[weigh[0]]):
+                _check_weight(weight, weigh[0], f"row {row} of train_dataset")
         if (evaluation := data.evaluation) is not None:
             evaluated = evaluation.unique(TEACHER) if isinstance(evaluation, Dataset) else ids
             metrics = ["loss", "kl", *(f"kl/{key}" for key in ids if key in evaluated)]
@@ -358,11 +361,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
             return None
         weights = [row.get(column) for row in rows]
         for weight, row in zip(weights, rows, strict=True):
-            if not isinstance(weight, (int, float)) or not 0 <= weight <= 1:
-                raise ValueError(
-                    f"the `{column}` of the row with the prompt {row.get(PROMPT)!r} must be a number in [0, 1], got "
-                    f"{weight!r}."
-                )
+            _check_weight(weight, column, f"the row with the prompt {row.get(PROMPT)!r}")
         return torch.tensor(weights, dtype=torch.float32, device=self.accelerator.device)
 
     def _note(self, task: str, visit: Visit, answers: Answers, terms: Terms) -> None:
@@ -500,3 +499,8 @@ _CHOICES = (
     "query num_queries query_beta target_extrapolation target_ref guidance_split teacher_weight_column anchor "
     "anchor_beta anchor_objective anchor_data_beta task_weights task_sampling"
 ).split()
+
+
+def _check_weight(weight: Any, column: str, where: str) -> None:
+    if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 <= weight <= 1:
+        raise ValueError(f"the `{column}` of {where} must be a number in [0, 1], got {weight!r}.")

@@ -424,7 +424,9 @@ def test_weights_of_samples(tmp_path):
             assert (trainer.gradients[name] - p.grad).norm() < 1e-4 * p.grad.norm() + 1e-9, name
     with pytest.raises(ValueError, match="the data has no column 'confidence', only"):
         run(tmp_path / "b", teacher_weight_column="confidence")
-    with pytest.raises(ValueError, match=r"the `trust` of the row with the prompt .* number in \[0, 1\], got 1.5"):
+    with pytest.raises(
+        ValueError, match=r"the `trust` of row 0 of train_dataset must be a number in \[0, 1\], got 1.5"
+    ):
         run(tmp_path / "c", data=DATA.add_column("trust", [1.5] * 12), teacher_weight_column="trust")
 
 

@@ -288,3 +288,22 @@ def test_prompts_from_files_datasets_and_mixtures(mine, tmp_path):
     assert mixed["train_dataset"]["prompt"] == ["two dogs", "a tv", "two dogs"]
     with pytest.raises(ValueError, match=r"the dataset has no split 'test', only \['train'\]"):
         load(datasets=[part], evaluates=True)
+
+
+def test_columns_of_files_are_renamed(tmp_path):
+    rows = [{"prompt": "a fox", "source_image": "a.png", "other": "b.png"}]
+    Path(tmp_path, "edits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def columns(given) -> list[str]:
+        told = RLScriptArguments(train_files=[str(tmp_path / "edits.jsonl")], rename_columns=given)
+        return load_data(told, False, None)["train_dataset"].column_names
+
+    assert columns(["source_image=image"]) == columns({"source_image": "image"}) == ["prompt", "image", "other"]
+    for given, sentence in (
+        (["source_image=image", "other=image"], "gives two columns one name"),
+        (["source_image=other"], "would make a second 'other'"),
+        (["nothing=image"], "names 'nothing', and the data has"),
+        (["image"], "are pairs as old=new, got 'image'"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            columns(given)

@@ -174,11 +174,14 @@ def load_data(script_args: TrainingScriptArguments, evaluates: bool, tasks: Sequ
 
 def _renamed(given: Any) -> dict[str, str]:
     if isinstance(given, Mapping):
-        return {str(old): str(new) for old, new in given.items()}
-    pairs = [str(one).partition("=") for one in given or []]
+        given = [f"{old}={new}" for old, new in given.items()]
+    pairs = [str(one).partition("=") for one in ([given] if isinstance(given, str) else given or [])]
     if wrong := [old for old, told, new in pairs if not (old and told and new)]:
         raise ValueError(f"`rename_columns` are pairs as old=new, got {wrong[0]!r}.")
-    return {old: new for old, _, new in pairs}
+    names = {old: new for old, _, new in pairs}
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"`rename_columns` gives two columns one name, got {names}.")
+    return names
 
 
 def rename(data: Any, names: Mapping[str, str]) -> Any:
