@@ -166,6 +166,10 @@ def check_teacher(policy: Policy, checked: Checked, inputs: Inputs | None = None
                     f"{tuple(step.prediction.shape)}"
                 )
             _require_finite(policy, visit.index, target)
+    for visit, one, other in zip(checked.visits, answers[0], answers[-1], strict=True):
+        for a, b in zip(one, other, strict=True):
+            if not (gap := _relative_gap(a, b)) < _tolerance(visit):
+                raise ValueError(f"asked twice at visit {visit.index}, it predicts otherwise, by {gap:.1e} (relative)")
     if inputs is not None and not (
         type(policy.pipeline) is type(student.pipeline) and inputs.keys() == checked.walk.inputs.keys()
     ):
@@ -174,10 +178,6 @@ def check_teacher(policy: Policy, checked: Checked, inputs: Inputs | None = None
         if len(begin.steps[0].sample) > 1:
             with torch.no_grad():
                 _check_rows(policy, inputs, replace(begin, steps=steps), checked.walk.all_times)
-    for visit, one, other in zip(checked.visits, answers[0], answers[-1], strict=True):
-        for a, b in zip(one, other, strict=True):
-            if not (gap := _relative_gap(a, b)) < _tolerance(visit):
-                raise ValueError(f"asked twice at visit {visit.index}, it predicts otherwise, by {gap:.1e} (relative)")
     asked = list(zip(checked.visits, answers[0], strict=True))
     first = {visit.denoisers: (visit, targets) for visit, targets in reversed(asked)}  # of each denoiser
     return all(

@@ -128,11 +128,11 @@ def test_the_two_estimators_differ_by_the_likelihood_ratio_term():
 @pytest.mark.slow
 def test_off_policy_states_are_those_of_the_teacher(tmp_path, monkeypatch):
     visited, seeds, prompts = [], [], []
-    divergence, generators_of = OffPolicyTrainer._divergence, OffPolicyTrainer._generators
+    note, generators_of = OffPolicyTrainer._note, OffPolicyTrainer._generators
 
-    def spy(self, visit, targets):
+    def spy(self, task, visit, *args):
         visited.append(visit.steps[0].sample.clone())
-        return divergence(self, visit, targets)
+        return note(self, task, visit, *args)
 
     def spy_on_seeds(self, *args):
         generators = generators_of(self, *args)
@@ -144,7 +144,7 @@ def test_off_policy_states_are_those_of_the_teacher(tmp_path, monkeypatch):
         return step(self, model, inputs, *args)
 
     step = OffPolicyTrainer.training_step
-    monkeypatch.setattr(OffPolicyTrainer, "_divergence", spy)
+    monkeypatch.setattr(OffPolicyTrainer, "_note", spy)
     monkeypatch.setattr(OffPolicyTrainer, "_generators", spy_on_seeds)
     monkeypatch.setattr(OffPolicyTrainer, "training_step", spy_on_prompts)
     distil(

@@ -35,13 +35,13 @@ class OffPolicyTrainer(DiffusionOPDTrainer):
             self.student.policy.follow(walk, denoiser=model) as follow,
         ):
             for visit in walk.visits(self.learnt):
-                targets = [step.prediction.detach() for step in visit.steps]
+                answers = {"teacher": tuple(step.prediction.detach() for step in visit.steps)}
                 own = zip(visit.steps, follow(visit), strict=True)
                 visit = replace(visit, steps=tuple(replace(step, prediction=prediction) for step, prediction in own))
-                loss, kl = self._divergence(visit, targets)
-                self._backward(loss.mean() * scale)
-                losses.append(loss.mean().detach())
-                self._note(task, visit, targets, loss, kl)
+                terms = self.loss(task, visit, answers)
+                self._backward(terms.loss.mean() * scale)
+                losses.append(terms.loss.mean().detach())
+                self._note(task, visit, answers, terms)
         self._end_micro_batch()
         self._micro_step += 1
         return torch.stack(losses).mean() / self.current_gradient_accumulation_steps
