@@ -35,6 +35,7 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
+from .ahead import Ahead
 from .callbacks import Metrics, MovingAverage, NaNPolicy, Pictures, SaveAndStop
 from .callbacks.pictures import middle_frame
 from .checkpoints import (
@@ -129,6 +130,7 @@ class DiffusionTrainer(Resuming):
     # A training step backpropagates a mean over its micro-batch; Trainer would guess from the denoiser's `**kwargs`
     loss_is_scaled_for_ga: Any = False
     judge: Judge | None = None  # of pictures, by rewards
+    ahead: Ahead[Any] | None = None  # what has begun of coming micro-batches
     _section = "student"  # of the stopwatch: where the student's time goes
 
     def __init__(
@@ -248,6 +250,7 @@ class DiffusionTrainer(Resuming):
             self.cache,
             adapter,
             partial(self._autocast, denoiser_of(pipeline)),
+            device=self.accelerator.device,
         )
 
     def _autocast(self, module: nn.Module) -> contextlib.AbstractContextManager:
@@ -303,11 +306,8 @@ class DiffusionTrainer(Resuming):
             calls = [[index] for index in range(len(rows))]
         return calls
 
-    def _report_check(self) -> None:
-        """Ends the start-up check."""
-        self._warn_of_guidance()
-        logger.warning(f"Everything fits together ({time.perf_counter() - self._check_began:.1f} s).")
-        self.cache.clear()
+    def _settle_plan(self) -> None:
+        """Says what a walk will be, and at which of its visits something is learnt."""
         self.plan, self.crosses = self.checked.plan, self.checked.crosses
         if self.crosses:
             logger.warning(
@@ -319,6 +319,12 @@ class DiffusionTrainer(Resuming):
         self.learnt = [
             place for place in self.checked.learnt if self.plan[place].denoisers & self.student.trained.keys()
         ]
+
+    def _report_check(self) -> None:
+        """Ends the start-up check."""
+        self._warn_of_guidance()
+        logger.warning(f"Everything fits together ({time.perf_counter() - self._check_began:.1f} s).")
+        self.cache.clear()
         del self.checked, self._checks, self._check_began
 
     def _warn_of_guidance(self) -> None:
@@ -629,7 +635,7 @@ class DiffusionTrainer(Resuming):
             eval_dataset = self.data.routed(eval_dataset)
         before = len(self.state.log_history)
         scorers = contextlib.nullcontext() if self.judge is None else self.judge.rewards.at_work()
-        with self.ema_weights(), self.stopwatch.paused(), scorers:
+        with self.whole_pipeline(), self.ema_weights(), self.stopwatch.paused(), scorers:
             metrics = super().evaluate(eval_dataset, *args, **kwargs)
         # Trainer logs before it asks `on_evaluate`, where callbacks may add theirs
         logged = {key for entry in self.state.log_history[before:] for key in entry}
@@ -639,6 +645,16 @@ class DiffusionTrainer(Resuming):
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("`predict` has no meaning for a diffusion model; use `evaluate` or `sample_images`.")
+
+    def whole_pipeline(self) -> contextlib.AbstractContextManager[None]:
+        """For the duration all of `trainer.pipeline` is on the device: for a callback that calls it, where
+        `encode_ahead` has its encoders wait in CPU memory."""
+        return contextlib.nullcontext() if self.ahead is None else self.ahead.aside()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, see [`Resuming.train`]."""
+        with contextlib.nullcontext() if self.ahead is None else self.ahead:
+            return super().train(*args, **kwargs)
 
     # Metrics
 

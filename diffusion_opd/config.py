@@ -23,6 +23,7 @@ from .queries import QUERIES
 from .transitions import TRANSITIONS, Kernel
 
 TEACHER_PLACEMENTS = ("device", "cpu", "sharded")
+ENCODER_PLACEMENTS = ("device", "cpu")
 TASK_SAMPLINGS = ("cycle", "random")
 ANCHOR_OBJECTIVES = ("kl", "velocity")
 BASE = "base"  # the student as it is before training, where a reference is named
@@ -181,6 +182,15 @@ class DiffusionConfig(_BaseConfig):
             a student that is trained in full, of one frozen copy). `"device"`: whole on every device. `"cpu"`: in CPU
             memory, each brought to the device for the micro-batches of its task. `"sharded"`: over the processes, by
             the engine that shards the student (FSDP2 or ZeRO-3).
+        encode_ahead (`int`, *optional*):
+            Optimizer steps whose calls of the pipelines begin together: they encode their prompts and pictures, wait
+            before their first denoising step, with all that they hold in CPU memory, and go on when their turn comes,
+            with the same numbers. The trainers that learn from rewards begin at most what is asked on one rollout.
+            `None`: each call begins when it is asked.
+        encoder_placement (`str`, *optional*):
+            Where all that is no denoiser (text encoders, VAE) is meanwhile: `"cpu"`, in CPU memory, from where it comes
+            to the device each time that calls begin, and for pictures and evaluation; or on the `"device"`. `None`:
+            `"cpu"` with `encode_ahead`.
         ema_decay (`float`, *optional*):
             Decay, in [0, 1), of the exponential moving average of the trained weights, which then is what is evaluated,
             saved and published. `None` turns it off. The first update copies the trained weights, update `n + 1` has
@@ -239,6 +249,16 @@ class DiffusionConfig(_BaseConfig):
     teacher_placement: str = field(
         default="device",
         metadata={"help": "Where denoisers wait that are the teachers' own.", "choices": list(TEACHER_PLACEMENTS)},
+    )
+    encode_ahead: int | None = field(
+        default=None, metadata={"help": "Optimizer steps whose prompts and pictures are encoded together. None: off."}
+    )
+    encoder_placement: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where encoders and VAE wait. None: on the cpu with `encode_ahead`.",
+            "choices": list(ENCODER_PLACEMENTS),
+        },
     )
     ema_decay: float | None = field(
         default=None, metadata={"help": "Decay of the moving average of the trained weights. None: off."}
@@ -315,7 +335,7 @@ class DiffusionConfig(_BaseConfig):
             call_kwargs, {k: getattr(self, k) for k in ("guidance_scale", "height", "width")}, type(self).__name__
         )
         for least, names in {
-            1: "num_inference_steps height width ema_update_every image_num_inference_steps "
+            1: "num_inference_steps height width ema_update_every image_num_inference_steps encode_ahead "
             # transformers' own, which fail late or silently train on nothing
             "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps",
             0: "learning_rate weight_decay max_grad_norm seed data_seed dataloader_num_workers",
@@ -333,6 +353,15 @@ class DiffusionConfig(_BaseConfig):
         if self.teacher_placement not in TEACHER_PLACEMENTS:
             raise ValueError(
                 f"`teacher_placement` must be one of {list(TEACHER_PLACEMENTS)}, got {self.teacher_placement!r}."
+            )
+        if self.encoder_placement not in (None, *ENCODER_PLACEMENTS):
+            raise ValueError(
+                f"`encoder_placement` must be one of {list(ENCODER_PLACEMENTS)}, got {self.encoder_placement!r}."
+            )
+        if self.encoder_placement == "cpu" and self.encode_ahead is None:
+            raise ValueError(
+                "`encoder_placement='cpu'` would move the encoders in each micro-batch; say by `encode_ahead` for how "
+                "many optimizer steps they encode at once."
             )
         if self.nan_policy not in NAN_POLICIES:
             raise ValueError(f"`nan_policy` must be one of {list(NAN_POLICIES)}, got {self.nan_policy!r}.")

@@ -4,7 +4,7 @@ This file knows pipelines, and no policy or trainer.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,18 @@ class EncodeCache:
 
     def clear(self) -> None:
         self._store.clear()
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[dict[Any, Any]]:
+        """For the duration another memory, which is empty and may be put to [`use`] later."""
+        before, self._store = self._store, {}
+        try:
+            yield self._store
+        finally:
+            self._store = before
+
+    def use(self, store: dict[Any, Any]) -> None:
+        self._store = store
 
     def encode(self, pipeline: DiffusionPipeline, encoders: Any, *args: Any, **kwargs: Any) -> Any:
         """`pipeline.encode_prompt(*args, **kwargs)`, once for equal arguments and `encoders`, without gradient."""

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .data import Data
 from .errors import one_sentence
 from .guidance import at_scale, branches
 from .inputs import inputs_of, sample_arguments, signature
-from .policy import Policy, Visit, Walk
+from .policy import Follower, Policy, Visit, Walk
 from .startup import Checked, can_jump, check_teacher, walked_through
 from .teachers import LoadedTeacher, Teacher, Teachers, name_teachers
 
@@ -208,8 +209,7 @@ class Parties:
         """Everybody of a task, on the device for the duration."""
         return self.on_device(*(party.teacher for party in self._of[task].values()))
 
-    @contextlib.contextmanager
-    def follow(self, task: str, walk: Walk, rows: Rows, denoiser: Any = None) -> Iterator["Following"]:
+    def follow(self, task: str, walk: Walk, rows: Rows, denoiser: Any = None) -> "Following":
         """Everybody of a task, where a walk goes.
 
         Args:
@@ -218,25 +218,32 @@ class Parties:
             rows (`list[dict]`): That it is of.
             denoiser (`Callable`, *optional*): A wrapper around the student's denoiser, as of [`Policy.walk`].
         """
-        with contextlib.ExitStack() as stack:
-            frozen = {}
-            for name, party in self._of[task].items():
-                inputs = None if party.columns == self._data.columns else inputs_of(rows, party.columns)
-                frozen[name] = stack.enter_context(party.policy.follow(walk, inputs))
-            trained = {}
-            if self._unguided is not None:
-                trained["student"] = stack.enter_context(self._unguided.follow(walk, denoiser=denoiser))
-            walkers = [frozen[name] for name, party in self._of[task].items() if not party.jumps]
-            walkers += trained.values() if not self._unguided_jumps else []
-            yield Following(frozen, trained, walkers)
+        frozen, trained = {}, {}
+        for name, party in self._of[task].items():
+            inputs = None if party.columns == self._data.columns else inputs_of(rows, party.columns)
+            frozen[name] = party.policy.follow(walk, inputs)
+        if self._unguided is not None:
+            trained["student"] = self._unguided.follow(walk, denoiser=denoiser)
+        walkers = [frozen[name] for name, party in self._of[task].items() if not party.jumps]
+        walkers += trained.values() if not self._unguided_jumps else []
+        return Following(frozen, trained, walkers)
 
 
 class Following:
-    """Asks at the visits of a walk; `passed`, if it is not `None`, at those that nothing is learnt from."""
+    """Asks at the visits of a walk; `passed`, if it is not `None`, at those that nothing is learnt from. Used as a
+    context manager."""
 
-    def __init__(self, frozen: Mapping[str, Any], trained: Mapping[str, Any], walkers: Sequence[Any]):
+    def __init__(self, frozen: Mapping[str, Follower], trained: Mapping[str, Follower], walkers: Sequence[Follower]):
         self._frozen, self._trained, self._walkers = frozen, trained, walkers
         self.passed = self._pass if walkers else None
+
+    def start(self) -> None:
+        """Begins them, after their walk has begun."""
+        with torch.no_grad():
+            for follower in self._frozen.values():
+                follower.start()
+        for follower in self._trained.values():
+            follower.start()
 
     def __call__(self, visit: Visit) -> Answers:
         with torch.no_grad():
@@ -246,6 +253,37 @@ class Following:
     def _pass(self, visit: Visit) -> None:
         for ask in self._walkers:
             ask(visit)
+
+    def __enter__(self) -> "Following":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close(failed=error is not None)
+
+    def close(self, failed: bool = False) -> None:
+        with contextlib.ExitStack() as stack:  # each, whatever another one raises
+            for follower in (*self._frozen.values(), *self._trained.values()):
+                stack.callback(follower.close, failed)
+
+
+@dataclass
+class Call:
+    """A walk of the student, and who follows it."""
+
+    rows: Rows
+    walk: Walk
+    follow: Following
+
+    def start(self) -> None:
+        """Runs them up to the first forward pass of a denoiser."""
+        self.walk.start()
+        self.follow.start()
+
+    def close(self, failed: bool = False) -> None:
+        """Ends what has begun."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.walk.close, failed)
+            stack.callback(self.follow.close, failed)
 
 
 def named(teachers: Any, anchor: Any, args: DiffusionOPDConfig) -> tuple[dict[str, Teacher], list[str]]:

@@ -43,6 +43,7 @@ from .scheduler_proxy import SchedulerStep, Step, Times, dissolve, own_scheduler
 Move = Callable[[Step], Tensor]  # the next state
 
 BACKBONE = ""  # as the name of an adapter: none at all
+DEVICE = "_settled_device"  # an attribute of a pipeline that is called
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ class Policy:
         autocast (`Callable`, *optional*): A context manager for each call of the denoiser, and for nothing else of the
             pipeline: a VAE may ask for float32. Under mixed precision what the denoiser predicts is float32.
         timing (`Callable`, *optional*): A context manager for the time that the pipeline runs between two pauses.
+        device (`torch.device`, *optional*): Where it runs, though parts of it may wait elsewhere as it begins. `None`:
+            where it is.
 
     Raises:
         ValueError: if the pipeline lacks a seam, or `call_kwargs` holds a key that its `__call__` does not take; and at
@@ -132,7 +135,9 @@ class Policy:
         adapter: str | tuple[str, ...] | None = None,
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
         timing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        device: torch.device | None = None,
     ):
+        self.device = device
         self.denoisers = denoisers_of(pipeline)
         check_seams(pipeline)
         self.call_kwargs = dict(call_kwargs or {})
@@ -250,6 +255,8 @@ class Policy:
         pipeline.set_progress_bar_config(disable=True)
         # Past `DiffusionPipeline.__setattr__`, which writes into the config
         own = vars(pipeline)
+        if self.device is not None:
+            own[DEVICE] = self.device
         for name, scheduler in self._schedulers.items():
             own[name] = proxy(scheduler, call)
         call.guiders = own_guiders(pipeline)
@@ -341,7 +348,7 @@ class Policy:
             self._outputs[kind] = tree_map(lambda x: x.detach().to("meta") if torch.is_tensor(x) else x, output)
 
     def paused(self, run: Callable[[], Any], seed: int) -> Paused["Visit"]:
-        device = next(self.denoiser.parameters()).device
+        device = self.device or next(self.denoiser.parameters()).device
         return Paused(run, self._attention, device, seed)
 
     @contextlib.contextmanager
@@ -489,8 +496,12 @@ class _Call:
         self.proxies.clear()
         self._steps = []
 
+    def start(self) -> None:
+        """Runs the pipeline up to the first forward pass, if it has not yet: it may do so at any time."""
+        if self._paused is None and not self.place:
+            self._start()
+
     def _start(self) -> None:
-        """Runs the pipeline up to the first forward pass."""
         self._paused = self.policy.paused(self._run, self._seed)
         if self._resume(computes=True) is None:
             raise ValueError(f"{self.policy.name} never calls its {self.policy.denoiser_words}.")
@@ -556,7 +567,7 @@ class Walk(_Call):
         self.began_with = [generator.get_state() for generator in generators]
         self.all_times: dict[tuple[int, int], Times] = {}
         self.prepared: dict[str, list[Tensor]] = {}
-        self._prepared_at: dict[tuple[int, torch.Size], str] = {}
+        self._prepared: list[tuple[str, Tensor]] = []  # until the first visit
         self.visited: dict[int, list[int]] = {}  # where in memory the states of each visit are
         self.went: dict[tuple[int, int], tuple[int, Tensor]] = {}  # by stream and chunk: its last step, and where to
         self.changed: set[str] = set()  # of its caller's state, where it pauses
@@ -661,14 +672,16 @@ class Walk(_Call):
         first = prepared[0] if isinstance(prepared, tuple) else prepared
         if isinstance(first, Tensor):
             self.prepared.setdefault(name, []).append(first.detach().clone())  # it may be written into
-            self._prepared_at[first.data_ptr(), first.shape] = name
+            self._prepared.append((name, first))
         return prepared
 
     def _go(self, step: Step, scheduler_step: SchedulerStep) -> Step:
         if self.place == 0:
-            name = self._prepared_at.get((step.sample.data_ptr(), step.sample.shape))
-            if name is not None:
+            where = step.sample.data_ptr(), step.sample.shape
+            for name in [name for name, first in self._prepared if (first.data_ptr(), first.shape) == where]:
                 _states_of(_class(self.policy.pipeline))[name] = step.stream
+        else:
+            self._prepared.clear()
         if not self._computes:
             return step
         self.is_moving = True
@@ -730,9 +743,18 @@ class Follower(_Call):
         # By stream: the state that the pipeline was given, and what it was made of
         self._handed: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, visit: Visit) -> tuple[Tensor, ...]:
+    def start(self, visit: Visit | None = None) -> None:
+        """As that of a walk, which has begun; without one for the first visit that it will be asked at."""
+        if visit is not None:
+            self._ask(visit)
+        super().start()
+
+    def _ask(self, visit: Visit) -> None:
         nothing: Any = None  # in the place of the prediction, whose graph must not live until the next question
         self._asked = replace(visit, steps=tuple(replace(step, prediction=nothing) for step in visit.steps))
+
+    def __call__(self, visit: Visit) -> tuple[Tensor, ...]:
+        self._ask(visit)
         where = [step.sample.data_ptr() for step in visit.steps]
         self._is_walked = self._walk is not None and self._walk.visited.get(visit.index) == where
         if self._paused is None:
@@ -880,9 +902,9 @@ def _settled(cls: Any) -> Any:
     """The class with its device looked up once: `_execution_device` walks all modules at each use."""
 
     def device(self: DiffusionPipeline) -> torch.device:
-        if "_settled_device" not in vars(self):
-            vars(self)["_settled_device"] = cls._execution_device.fget(self)
-        return vars(self)["_settled_device"]
+        if DEVICE not in vars(self):
+            vars(self)[DEVICE] = cls._execution_device.fget(self)
+        return vars(self)[DEVICE]
 
     return type(cls.__name__, (cls,), {"_execution_device": property(device), "__module__": cls.__module__})
 

@@ -38,8 +38,9 @@ logger = get_logger(__name__)
 
 # Of what this package adds to Trainer's arguments: what changes nothing that is learnt
 _OF_A_START = set(
-    "model_init_kwargs resume_from_checkpoint nan_policy teacher_placement gradient_checkpointing "
-    "logging_nan_inf_filter remove_unused_columns image_steps image_prompts image_num_inference_steps".split()
+    "model_init_kwargs resume_from_checkpoint nan_policy teacher_placement encode_ahead encoder_placement "
+    "gradient_checkpointing logging_nan_inf_filter remove_unused_columns image_steps image_prompts "
+    "image_num_inference_steps".split()
 )
 # Of Trainer's own: what changes it
 _OF_TRAINER = (

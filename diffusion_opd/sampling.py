@@ -41,6 +41,20 @@ def noise_generators(generators: Sequence[torch.Generator]) -> list[torch.Genera
     return [torch.Generator().manual_seed(seed_of(generator.initial_seed(), 1)) for generator in generators]
 
 
+class MicroBatch(list[dict[str, Any]]):
+    """The rows of a micro-batch of one process, and its place in the run.
+
+    Attributes:
+        step (`int`): Its optimizer step.
+        number (`int`): Which of the step's micro-batches it is.
+        turn (`int`): Which of its task's.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, Any]], step: int, number: int, turn: int):
+        super().__init__(rows)
+        self.step, self.number, self.turn = step, number, turn
+
+
 class Turns:
     """Whose turn it is: the tasks of the micro-batches of one block after another.
 

@@ -4,18 +4,21 @@ This file knows teachers, and no loss.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
+from .ahead import Ahead, weights
 from .base_trainer import DiffusionTrainer
 from .config import DiffusionConfig
 from .data import Data
-from .denoisers import denoiser_of
+from .denoisers import denoiser_of, denoisers_of
 from .parties import columns_of
 from .policy import BACKBONE, Policy
 from .runs import plain
@@ -95,6 +98,24 @@ class TaughtTrainer(DiffusionTrainer):
         if self.shards_parameters and pipeline is not self.pipeline:
             self.shard(denoiser_of(pipeline))
         return pipeline, own
+
+    def _begin_ahead(self, questions: Iterable[Any]) -> None:
+        """Lets calls begin ahead, if the configuration wants that, once examples of them have been looked at."""
+        if self.args.encode_ahead is None:
+            return
+        pipelines = [self.pipeline, *(teacher.pipeline for teacher in self.loaded_teachers.values())]
+        denoisers = {id(part): part for pipeline in pipelines for part in denoisers_of(pipeline).values()}
+        others = {
+            id(part): part
+            for pipeline in pipelines
+            for part in pipeline.components.values()
+            if isinstance(part, nn.Module) and id(part) not in denoisers
+        }
+        leaving = [] if self.args.encoder_placement == "device" else list(others.values())
+        self.ahead = Ahead(leaving, self.accelerator.device, self.cache, type(self.pipeline).__name__)
+        self.ahead.parts.keep(chain.from_iterable(map(weights, denoisers.values())))  # which a part may share
+        for question in questions:
+            self.ahead.look(question)
 
     # What a checkpoint and a card say about them
 

@@ -9,10 +9,14 @@ Which states these are (queries.py), what the right answer would have been (targ
 (objectives.py) are choices; so is an anchor, at the same states or on real pictures.
 """
 
+import contextlib
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -36,14 +40,14 @@ from .engines import held_gradient_sync
 from .guidance import at_scale, rows_asked, scale_argument, unguided_scale
 from .inputs import PROMPT, inputs_of
 from .losses import DistillationLoss, Terms
-from .parties import Answers, Parties, named
-from .policy import Move, Policy, Visit, Walk
+from .parties import Answers, Call, Parties, named
+from .policy import Follower, Move, Policy, Visit, Walk
 from .queries import QUERIES
 from .rewards.functions import Rewards
 from .rewards.judge import Judge
 from .rewards.registry import load_rewards
 from .runs import hash_data
-from .sampling import SEED_ANCHOR, SEED_QUERY, SEED_TRAIN, TEACHER, Turns, noise_generators, seed_of
+from .sampling import SEED_ANCHOR, SEED_QUERY, SEED_TRAIN, TEACHER, MicroBatch, Turns, noise_generators, seed_of
 from .scheduler_proxy import Step
 from .startup import can_jump, require_independence, walked_through
 from .student import load_student
@@ -51,6 +55,35 @@ from .taught import TaughtTrainer
 from .transitions import velocity_gap
 
 logger = get_logger(__name__)
+
+
+@dataclass
+class Asked:
+    """What a micro-batch asks: the calls of the pipeline, and the student at real pictures."""
+
+    calls: list[Call]
+    real: list[tuple[Noised, Follower]]
+
+    def start(self) -> None:
+        """Runs all of it up to the first forward pass of a denoiser."""
+        for call in self.calls:
+            call.start()
+        for noised, follow in self.real:
+            follow.start(noised.visit)
+
+    def close(self, failed: bool = False) -> None:
+        """Ends what has begun."""
+        with contextlib.ExitStack() as stack:  # each, whatever another one raises
+            for call in self.calls:
+                stack.callback(call.close, failed)
+            for _, follow in self.real:
+                stack.callback(follow.close, failed)
+
+    def __enter__(self) -> "Asked":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close(failed=error is not None)
 
 
 class DiffusionOPDTrainer(TaughtTrainer):
@@ -205,8 +238,8 @@ class DiffusionOPDTrainer(TaughtTrainer):
             optimizers=optimizers,
         )
         self.place_teachers()
-        self._micro_step = 0
-        self._visited = Counter[str]()  # micro-batches of each task in this optimizer step
+        self._read = deque[list[MicroBatch]]()  # of the optimizer steps that come
+        self._step: list[MicroBatch] = []  # of this one
         self.parties = Parties(
             args,
             self.teachers,
@@ -238,7 +271,14 @@ class DiffusionOPDTrainer(TaughtTrainer):
             self.parties.check(task, *self.check_task(task, anew=self.parties.differ(task)))
         if self.anchor_data is not None:
             self._check_anchor_data(self.anchor_data)
+        self._settle_plan()
+        self._begin_ahead(map(self._example, self.tasks))
         self._report_check()
+
+    def _example(self, task: str) -> Asked:
+        """What a micro-batch of the first rows of a task asks."""
+        rows = [{**row, TEACHER: task} for row in self.check_task(task)[0]]
+        return self._ask(self.model, MicroBatch(rows, 0, 0, 0))
 
     def _check_anchor_data(self, data: AnchorData) -> None:
         require_independence(self.student.policy, self.checked, "an `anchor_dataset`")
@@ -277,40 +317,77 @@ class DiffusionOPDTrainer(TaughtTrainer):
         chosen = query.choose(chunks, min(count, len(candidates)), rng, self.args.query_shape)
         return [candidates[number] for number in chosen]
 
-    def training_step(  # type: ignore[override]  # Trainer says a dict of tensors; `identity` collates rows
-        self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[list[dict[str, Any]]], num_batches: int, device: torch.device
+    ) -> tuple[list[MicroBatch], None]:
+        """The micro-batches of an optimizer step, read together with those of the steps whose walks begin together."""
+        if not self._read:
+            first = self.state.global_step
+            for step in range(first, min(first + (self.args.encode_ahead or 1), self.state.max_steps)):
+                batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+                if not batches:  # the end of an epoch
+                    break
+                turns = Counter[str]()
+                self._read.append([])
+                for number, rows in enumerate(batches):
+                    self._read[-1].append(MicroBatch(rows, step, number, turns[rows[0][TEACHER]]))
+                    turns[rows[0][TEACHER]] += 1
+        self._step = self._read.popleft() if self._read else []
+        return self._step, None
+
+    def training_step(  # type: ignore[override]  # Trainer says a dict of tensors; `get_batch_samples` gives these
+        self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Any = None
     ) -> Tensor:
         """One micro-batch: the student walks, the task's teacher follows, and each visit has its backward pass."""
         self._begin_micro_batch(model)
         task, places, losses = inputs[0][TEACHER], self._query(), []
-        calls = self.calls(inputs)  # one, but of a pipeline that takes one sample a call
-        generators = self._generators(len(inputs), SEED_TRAIN, self.state.global_step, *self._place_in_step(task))
-        scale = 1 / (len(calls) * len(places) * self.current_gradient_accumulation_steps)
-        passes = len(calls) * (1 if self.crosses else len(places))
-        real = [] if self.anchor_data is None else self._real_pictures(self.anchor_data)
-        with (
-            self.parties.of_task_on_device(task),
-            held_gradient_sync(self.accelerator, model, passes + len(real)) as release_sync,
-        ):
-            held = [self._flow_matching(model, task, batch, len(real)) for batch in real]  # LIFT
-            for call in calls:
-                rows, own = [inputs[row] for row in call], [generators[row] for row in call]
-                with self._walk(rows, own, model) as walk, self.parties.follow(task, walk, rows, model) as follow:
-                    whole, weights = list[Tensor](), self._teacher_weights(rows)
-                    for visit in walk.visits(places, release_sync if call is calls[-1] else None, follow.passed):
-                        answers = follow(visit)  # what the specialist does at these very states
-                        terms = self.loss(task, visit, answers, weights)  # Eq. 10-12
+        with self._asked(model, inputs) as asked:
+            calls = asked.calls  # one, but of a pipeline that takes one sample a call
+            scale = 1 / (len(calls) * len(places) * self.current_gradient_accumulation_steps)
+            passes = len(calls) * (1 if self.crosses else len(places))
+            with (
+                self.parties.of_task_on_device(task),
+                held_gradient_sync(self.accelerator, model, passes + len(asked.real)) as release_sync,
+            ):
+                held = [self._flow_matching(task, *real, len(asked.real)) for real in asked.real]  # LIFT
+                for call in calls:
+                    with call.walk as walk, call.follow as follow:
+                        whole, weights = list[Tensor](), self._teacher_weights(call.rows)
+                        for visit in walk.visits(places, release_sync if call is calls[-1] else None, follow.passed):
+                            answers = follow(visit)  # what the specialist does at these very states
+                            terms = self.loss(task, visit, answers, weights)  # Eq. 10-12
+                            if self.crosses:
+                                whole.append(terms.loss.mean() * scale)
+                            else:
+                                self._backward(terms.loss.mean() * scale)  # Eq. 15; one graph lives at a time
+                            losses.append(terms.loss.mean().detach())
+                            self._note(task, visit, answers, terms)
                         if self.crosses:
-                            whole.append(terms.loss.mean() * scale)
-                        else:
-                            self._backward(terms.loss.mean() * scale)  # Eq. 15; one graph lives at a time
-                        losses.append(terms.loss.mean().detach())
-                        self._note(task, visit, answers, terms)
-                    if self.crosses:
-                        self._backward(torch.stack(whole).sum())
+                            self._backward(torch.stack(whole).sum())
         self._end_micro_batch()
-        self._micro_step += 1
         return (torch.stack(losses).mean() + sum(held)) / self.current_gradient_accumulation_steps
+
+    def _asked(self, model: nn.Module, batch: MicroBatch) -> Asked:
+        """What a micro-batch asks, begun ahead if the configuration wants it."""
+        if self.ahead is None:
+            return self._ask(model, batch)
+        if not self.ahead:
+            coming = chain(self._step[batch.number :], *self._read)
+            self.ahead.begin(partial(self._ask, model, one) for one in coming)
+        return self.ahead.take()
+
+    def _ask(self, model: nn.Module, batch: MicroBatch) -> Asked:
+        task = batch[0][TEACHER]
+        generators = self._generators(len(batch), SEED_TRAIN, batch.step, self.tasks.index(task), batch.turn)
+        asked = Asked([], [])
+        for call in self.calls(batch):
+            rows = [batch[row] for row in call]
+            walk = self._walk(rows, [generators[row] for row in call], model)
+            asked.calls.append(Call(rows, walk, self.parties.follow(task, walk, rows, model)))
+        for real in [] if self.anchor_data is None else self._real_pictures(self.anchor_data, batch):
+            follow = self._unguided.follow(inputs=real.inputs, generators=real.generators, denoiser=model)
+            asked.real.append((real, follow))
+        return asked
 
     def _walk(self, rows: Sequence[dict[str, Any]], generators: list[torch.Generator], model: Any = None) -> Walk:
         inputs = inputs_of(rows, self.data.columns)
@@ -330,22 +407,21 @@ class DiffusionOPDTrainer(TaughtTrainer):
 
     # An anchor on real pictures
 
-    def _real_pictures(self, data: AnchorData) -> list[Noised]:
+    def _real_pictures(self, data: AnchorData, batch: MicroBatch) -> list[Noised]:
         """Those of a micro-batch, by calls of the pipeline, all at the noise level of one of the states that are learnt
         from."""
         args, count = self.args, self.args.per_device_train_batch_size
-        done = self.state.global_step * args.gradient_accumulation_steps
-        done += self._micro_step % args.gradient_accumulation_steps
+        done = batch.step * args.gradient_accumulation_steps + batch.number
         rng = np.random.default_rng(seed_of(args.seed, SEED_ANCHOR, done, 0))
         visit = self.learnt[int(rng.integers(len(self.learnt)))]
         first = (done * self.accelerator.num_processes + self.accelerator.process_index) * count
         calls = data.calls(range(first, first + count), self.together)
         return [data.noised(self._unguided, places, visit) for places in calls]
 
-    def _flow_matching(self, model: nn.Module, task: str, at: Noised, num_calls: int) -> Tensor:
+    def _flow_matching(self, task: str, at: Noised, follow: Follower, num_calls: int) -> Tensor:
         """What a call of real pictures adds to the loss, after its backward pass."""
         (step,) = at.visit.steps
-        with self._unguided.follow(inputs=at.inputs, generators=at.generators, denoiser=model) as follow:
+        with follow:
             (prediction,) = follow(at.visit)
             gap = velocity_gap(step.sample, prediction, at.x_0, at.noise, step.schedule, step.index)
             loss = objectives.mean_per_sample(gap**2).mean()
@@ -385,13 +461,6 @@ class DiffusionOPDTrainer(TaughtTrainer):
             for prediction in predictions:
                 self.watch(party, task, prediction)
         self.watch("loss", task, loss)
-
-    def _place_in_step(self, task: str) -> tuple[int, int]:
-        """Which task, and which of its micro-batches of this optimizer step."""
-        if self._micro_step % self.args.gradient_accumulation_steps == 0:
-            self._visited.clear()
-        self._visited[task] += 1
-        return self.tasks.index(task), self._visited[task] - 1
 
     @property
     def _turns(self) -> Turns:
@@ -478,7 +547,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
         return own
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        self._micro_step = 0
+        self._read.clear()
         return super()._prepare_for_training(*args, **kwargs)
 
     def _card_fields(self) -> dict[str, Any]:

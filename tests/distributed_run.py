@@ -51,6 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--transition", default="ode")
     parser.add_argument("--teacher_placement", default="device")
+    parser.add_argument("--encode_ahead", type=int)
     parser.add_argument("--resume", help="a checkpoint")
     parser.add_argument("--best", action="store_true", help="end with the weights of the best checkpoint, the first")
     parser.add_argument("--bf16", action="store_true")
@@ -150,6 +151,7 @@ def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
         eval_strategy="steps" if options.images else "no",
         eval_steps=3,
         image_steps=(1 if options.family in TWO else 3) if options.images else 0,
+        encode_ahead=options.encode_ahead,
         use_cpu=options.engine in ("none", "ddp"),
         ddp_backend="gloo" if options.engine.startswith("zero") else None,
     )

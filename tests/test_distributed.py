@@ -213,14 +213,16 @@ def assert_gathered(two: dict, engine: str, mode: str) -> None:
     ],
 )
 def test_what_is_learnt_and_where(tmp_path, one_process, engine, mode, choices):
-    """Queries, a reference, an anchor, real pictures and turns are the same in each process, and each sample's own."""
+    """Queries, a reference, an anchor, real pictures and turns are the same in each process, and each sample's own; and
+    where several processes begin ahead, which the one does not."""
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
     options = ["--mode", mode, "--choices", choices]
     _, one = one_process(*options)
-    two = run(tmp_path / "two", "--batch", "2", *options, engine=engine)
+    options += ["--batch", "2", "--encode_ahead", "3"]
+    two = run(tmp_path / "two", *options, engine=engine)
     assert_same_run(one, two, engine)
-    assert_resumes(tmp_path / "two", two, "--batch", "2", *options, engine=engine)
+    assert_resumes(tmp_path / "two", two, *options, engine=engine)
 
 
 @pytest.mark.slow

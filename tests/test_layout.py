@@ -34,6 +34,7 @@ LAYERS = [
     ["config", "sampling"],
     ["data"],
     ["scheduler_proxy", "encode_cache", "runs"],
+    ["ahead"],
     ["rewards.functions", "rewards.scorer"],
     ["rewards.clip", "rewards.registry"],
     ["rewards.[!_]*"],

@@ -85,7 +85,7 @@ class Pictures(TrainerCallback):
         drawn: list[Any] = []
         error = None
         try:
-            with self.trainer.ema_weights():
+            with self.trainer.whole_pipeline(), self.trainer.ema_weights():
                 drawn = self.call(
                     [rows[index] for index in mine],
                     [torch.Generator().manual_seed(seed_of(args.seed, index)) for index in mine],

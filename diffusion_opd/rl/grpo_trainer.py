@@ -117,7 +117,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         tensors["window"] = torch.tensor([window.start, window.stop])
         return step.schedule, tensors, list(walk.output)
 
-    def _visits(self, rollout: Rollout) -> list[Visit]:
+    def _visits(self, rollout: Rollout, step: int) -> list[Visit]:
         places = range(*rollout.tensors["window"].tolist())
         return self._chain(rollout, places, rollout.tensors["states"].unbind())
 

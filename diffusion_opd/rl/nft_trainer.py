@@ -114,11 +114,11 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
                 self.watch("rollout", task, step.prediction)
         return step.schedule, {"x_0": step.next_sample}, list(walk.output)
 
-    def _visits(self, rollout: Rollout) -> list[Visit]:
+    def _visits(self, rollout: Rollout, step: int) -> list[Visit]:
         x_0, states = rollout.tensors["x_0"], []
         for place in self.learnt:
             key = self.tasks.index(rollout.task) * self.args.num_inference_steps + place
-            generators = self._own_generators(rollout, SEED_NOISE, self.state.global_step, key, rollout.place)
+            generators = self._own_generators(rollout, SEED_NOISE, step, key, rollout.place)
             noise = randn_tensor(x_0.shape, generators, x_0.device, torch.float32)
             # In the dtype that the denoiser is given in a rollout
             ((_, index),) = self.plan[place].levels

@@ -115,7 +115,7 @@ class DiffusionROPDTrainer(DiffusionRLTrainer):
                             kept[f"velocity.{name}"] = step.prediction
         return step.schedule, kept, list(walk.output)
 
-    def _visits(self, rollout: Rollout) -> list[Visit]:
+    def _visits(self, rollout: Rollout, step: int) -> list[Visit]:
         nothing: Any = None
         steps: dict[int, list[Step]] = {}
         for name, state in _named(rollout.tensors, "state"):

@@ -11,7 +11,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import dropwhile
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -34,7 +36,8 @@ from ..engines import held_gradient_sync
 from ..errors import one_sentence
 from ..files import read_json
 from ..inputs import PROMPT, Inputs, inputs_of, packed, unpacked
-from ..policy import Move, Policy, Visit, Walk
+from ..parties import Call, Following
+from ..policy import Follower, Move, Policy, Visit, Walk
 from ..rewards.functions import Rewards
 from ..rewards.judge import Judge
 from ..rewards.statistics import combine, nanstd
@@ -79,6 +82,45 @@ class Rollout:
     tensors: dict[str, Tensor]
     advantages: Tensor
     teacher_inputs: Inputs | None = None
+
+
+@dataclass
+class Compared:
+    """Policies that are asked at visits of a rollout: the trained one, and those that it is compared with."""
+
+    rollout: Rollout
+    visits: list[Visit]
+    trained: Follower
+    frozen: dict[str, Follower]
+
+
+@dataclass
+class Asked:
+    """What a micro-batch asks."""
+
+    compared: list[Compared]
+
+    def start(self) -> None:
+        """Runs all of it up to the first forward pass of a denoiser."""
+        for one in self.compared:
+            if one.visits:
+                with torch.no_grad():
+                    for follow in one.frozen.values():
+                        follow.start(one.visits[0])
+                one.trained.start(one.visits[0])
+
+    def close(self, failed: bool = False) -> None:
+        """Ends what has begun."""
+        with contextlib.ExitStack() as stack:  # each, whatever another one raises
+            for one in self.compared:
+                for follow in (one.trained, *one.frozen.values()):
+                    stack.callback(follow.close, failed)
+
+    def __enter__(self) -> "Asked":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close(failed=error is not None)
 
 
 class DiffusionRLTrainer(TaughtTrainer):
@@ -155,6 +197,8 @@ class DiffusionRLTrainer(TaughtTrainer):
         self.base = self.untrained() if args.beta > 0 else None
         self._prepare()
         self._check_teachers()
+        self._settle_plan()
+        self._begin_ahead(map(self._example, self.tasks))
         self._report_check()
         frozen = [policy for task in self.tasks for policy in self._compared(task).values()]
         for denoiser in {self.model, *(policy.denoiser for policy in frozen)}:
@@ -204,6 +248,16 @@ class DiffusionRLTrainer(TaughtTrainer):
                 if self._asks_anywhere:
                     self._require_jumping(teacher, rows, self.teacher_columns[task], checked)
 
+    def _example(self, task: str) -> Call:
+        """A walk of the first rows of a task, and all policies that are asked at rollouts of it."""
+        rows, _ = self.check_task(task)
+        generators = self._generators(len(rows), SEED_TRAIN, 0, 0, 0)
+        walk = self.student.policy.walk(inputs_of(rows, self.data.columns), generators, partial(_move, self._ode))
+        told = {"teacher": self._teacher_inputs(task, rows)}
+        compared = self._compared(task).items()
+        followers = {name: policy.follow(walk, told.get(name)) for name, policy in compared}
+        return Call(rows, walk, Following(followers, {}, []))
+
     def _warn_of_checker(self) -> None:
         if not has_checker(self.pipeline):
             return
@@ -240,7 +294,7 @@ class DiffusionRLTrainer(TaughtTrainer):
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches * self._windows, device)
             if not batches:
                 return [], None
-            with self.rewards.at_work():
+            with self.whole_pipeline(), self.rewards.at_work():
                 self._rollouts, self._read_ahead = self._generate(batches), self._windows - 1
         elif self._read_ahead:
             self._read_ahead -= 1
@@ -339,28 +393,30 @@ class DiffusionRLTrainer(TaughtTrainer):
         """One micro-batch of samples: the trained policy, and those it is compared with, follow where the rollout went,
         or to noised versions of what it made; each visit has its backward pass."""
         self._begin_micro_batch(model)
-        visits = [self._visits(rollout) for rollout in inputs]
-        num_backwards = sum(visit.index in self.learnt for own in visits for visit in own)
-        if not num_backwards:  # a window over steps of which nothing is trained
-            return torch.zeros((), device=self.accelerator.device)
-        scale = 1 / (num_backwards * self.current_gradient_accumulation_steps)
-        losses: list[Tensor] = []
-        with held_gradient_sync(self.accelerator, model, num_backwards) as release_sync:
-            for rollout, own in zip(inputs, visits, strict=True):
-                self.watch("picture", rollout.task, rollout.advantages)  # also in a later step on one rollout
-                with self._followers(model, rollout) as ask:
-                    for number, visit in enumerate(own):
-                        if visit.index not in self.learnt:
-                            if not self._asks_anywhere:
-                                with torch.no_grad():
-                                    ask(visit)
-                            continue
-                        if len(losses) == num_backwards - 1:
-                            release_sync()
-                        loss = self._loss(rollout, number, visit, ask(visit))
-                        self._backward(loss * scale)
-                        self.watch("loss", rollout.task, loss)
-                        losses.append(loss.detach())
+        with self._asked(model, inputs) as asked:
+            num_backwards = sum(visit.index in self.learnt for one in asked.compared for visit in one.visits)
+            if not num_backwards:  # a window over steps of which nothing is trained
+                return torch.zeros((), device=self.accelerator.device)
+            scale = 1 / (num_backwards * self.current_gradient_accumulation_steps)
+            losses: list[Tensor] = []
+            with held_gradient_sync(self.accelerator, model, num_backwards) as release_sync:
+                for one in asked.compared:
+                    self.watch(
+                        "picture", one.rollout.task, one.rollout.advantages
+                    )  # also in a later step on one rollout
+                    with self._following(one) as ask:
+                        for number, visit in enumerate(one.visits):
+                            if visit.index not in self.learnt:
+                                if not self._asks_anywhere:
+                                    with torch.no_grad():
+                                        ask(visit)
+                                continue
+                            if len(losses) == num_backwards - 1:
+                                release_sync()
+                            loss = self._loss(one.rollout, number, visit, ask(visit))
+                            self._backward(loss * scale)
+                            self.watch("loss", one.rollout.task, loss)
+                            losses.append(loss.detach())
         self._end_micro_batch()
         return torch.stack(losses).mean() / self.current_gradient_accumulation_steps
 
@@ -368,8 +424,8 @@ class DiffusionRLTrainer(TaughtTrainer):
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
 
-    def _visits(self, rollout: Rollout) -> list[Visit]:
-        """Where the policies are asked."""
+    def _visits(self, rollout: Rollout, step: int) -> list[Visit]:
+        """Where the policies are asked in an optimizer step."""
         raise NotImplementedError
 
     def _loss(self, rollout: Rollout, number: int, visit: Visit, answers: Answers) -> Tensor:
@@ -388,43 +444,69 @@ class DiffusionRLTrainer(TaughtTrainer):
         compared = {} if self.base is None else {"base": self.base}
         return compared | ({"teacher": self.teachers[task]} if task in self.teachers else {})
 
-    @contextlib.contextmanager
-    def _followers(self, model: nn.Module, rollout: Rollout) -> Iterator[Callable[[Visit], Answers]]:
-        """Asks all policies at visits of a rollout: the trained one, with gradient through the engine's wrapper, and
-        the frozen ones."""
-        began = self.state.global_step - self.state.global_step % self.steps_per_rollout
+    def _asked(self, model: nn.Module, batch: list[Rollout]) -> Asked:
+        """What a micro-batch asks, begun ahead if the configuration wants it."""
+        if self.ahead is None:
+            return self._ask(model, batch, self.state.global_step)
+        if not self.ahead:
+            self.ahead.begin(partial(self._ask, model, *one) for one in self._coming(batch))
+        return self.ahead.take()
+
+    def _coming(self, batch: list[Rollout]) -> Iterator[tuple[list[Rollout], int]]:
+        """A micro-batch and those that come after it, with their optimizer steps: of as many steps as begin together,
+        on the rollout that there is."""
+        now, count = self.state.global_step, len(self._rollouts) // self._windows
+        ahead: Any = self.args.encode_ahead
+        last = min(now + ahead, now - now % self.steps_per_rollout + self.steps_per_rollout, self.state.max_steps)
+        steps = ((step, step % self._windows * count) for step in range(now, last))
+        coming = ((one, step) for step, first in steps for one in self._rollouts[first : first + count])
+        return dropwhile(lambda one: one[0] is not batch, coming)
+
+    def _ask(self, model: nn.Module, batch: list[Rollout], step: int) -> Asked:
+        return Asked([self._compare(model, rollout, step) for rollout in batch])
+
+    def _compare(self, model: nn.Module, rollout: Rollout, step: int) -> Compared:
+        began = step - step % self.steps_per_rollout
         place = began, self.tasks.index(rollout.task), rollout.place
 
         def given() -> dict[str, Any]:
             return {"inputs": rollout.inputs, "generators": self._own_generators(rollout, SEED_TRAIN, *place)}
 
+        trained, frozen = self.student.policy.follow(**given(), denoiser=model), {}
+        for name, policy in self._compared(rollout.task).items():
+            own = given()
+            if policy.pipeline.scheduler is not self.pipeline.scheduler:  # whose timesteps may be others
+                own["times"] = self._times(**given())
+            if name == "teacher" and rollout.teacher_inputs is not None:
+                own["inputs"] = rollout.teacher_inputs
+            frozen[name] = policy.follow(**own)
+        return Compared(rollout, self._visits(rollout, step), trained, frozen)
+
+    @contextlib.contextmanager
+    def _following(self, compared: Compared) -> Iterator[Callable[[Visit], Answers]]:
+        """Asks all policies at visits of a rollout: the trained one, with gradient through the engine's wrapper, and
+        the frozen ones."""
+        task = compared.rollout.task
+
+        def ask(visit: Visit) -> Answers:
+            answers = {}
+            for name, follow in compared.frozen.items():
+                teaches = name == "teacher"
+                with torch.no_grad(), self.stopwatch.section(name if teaches else "reference"):
+                    answers[name] = follow(visit)
+                for prediction in answers[name]:
+                    self.watch(name if teaches else "reference", task, prediction)
+            with self.stopwatch.section("policy"):
+                answers["student"] = compared.trained(visit)
+            for prediction in answers["student"]:
+                self.watch("student", task, prediction)
+            return answers
+
         with contextlib.ExitStack() as stack:
-            if rollout.task in self.teachers:
-                stack.enter_context(self.teachers.on_device(rollout.task))
-            trained = stack.enter_context(self.student.policy.follow(**given(), denoiser=model))
-            frozen = {}
-            for name, policy in self._compared(rollout.task).items():
-                own = given()
-                if policy.pipeline.scheduler is not self.pipeline.scheduler:  # whose timesteps may be others
-                    own["times"] = self._times(**given())
-                if name == "teacher" and rollout.teacher_inputs is not None:
-                    own["inputs"] = rollout.teacher_inputs
-                frozen[name] = stack.enter_context(policy.follow(**own))
-
-            def ask(visit: Visit) -> Answers:
-                answers = {}
-                for name, follow in frozen.items():
-                    teaches = name == "teacher"
-                    with torch.no_grad(), self.stopwatch.section(name if teaches else "reference"):
-                        answers[name] = follow(visit)
-                    for prediction in answers[name]:
-                        self.watch(name if teaches else "reference", rollout.task, prediction)
-                with self.stopwatch.section("policy"):
-                    answers["student"] = trained(visit)
-                for prediction in answers["student"]:
-                    self.watch("student", rollout.task, prediction)
-                return answers
-
+            if task in self.teachers:
+                stack.enter_context(self.teachers.on_device(task))
+            for follow in (compared.trained, *compared.frozen.values()):
+                stack.enter_context(follow)
             yield ask
 
     def _times(self, inputs: Inputs, generators: list[torch.Generator]) -> dict[tuple[int, int], Times]:

@@ -12,6 +12,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from diffusion_opd import DiffusionOPDTrainer
+from diffusion_opd.sampling import MicroBatch
 from examples.toy_world.demo import specialist
 from examples.toy_world.evaluate import generate
 from examples.toy_world.pipeline import load_base
@@ -23,10 +24,10 @@ from examples.toy_world.world import TASKS, sample_prompts
 class OffPolicyTrainer(DiffusionOPDTrainer):
     """The same losses at the states of the TEACHER's trajectories: the teacher moves, the student follows."""
 
-    def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Any = None) -> Tensor:
         self._begin_micro_batch(model)
         prompts, task = [example["prompt"] for example in inputs], inputs[0]["teacher_id"]
-        generators = self._generators(len(inputs), 0, self.state.global_step, *self._place_in_step(task))
+        generators = self._generators(len(inputs), 0, inputs.step, self.tasks.index(task), inputs.turn)
         scale = 1 / (len(self.learnt) * self.current_gradient_accumulation_steps)
         losses = []
         with (
@@ -43,7 +44,6 @@ class OffPolicyTrainer(DiffusionOPDTrainer):
                 losses.append(terms.loss.mean().detach())
                 self._note(task, visit, answers, terms)
         self._end_micro_batch()
-        self._micro_step += 1
         return torch.stack(losses).mean() / self.current_gradient_accumulation_steps
 
 
