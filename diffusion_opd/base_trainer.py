@@ -500,7 +500,7 @@ class DiffusionTrainer(Resuming):
         stream = TaskCycleStream(
             self.train_dataset,
             self.tasks,
-            self._global_batch_size,
+            self._global_batch_size // self._parts,
             self._turns,
             **self._repetition,
             seed=self._order_seed,
@@ -516,7 +516,7 @@ class DiffusionTrainer(Resuming):
         self._train_sampler = TaskCycleSampler(
             column_of(dataset, self.data.task_column).to_pylist(),
             self.tasks,
-            self._global_batch_size,
+            self._global_batch_size // self._parts,
             self._turns,
             seed=self._order_seed,
             **self._repetition,
@@ -527,9 +527,14 @@ class DiffusionTrainer(Resuming):
 
     @property
     def _alike(self) -> int:
-        """How many samples in succession have pictures of one size: those of a process, or of all that gather weights
-        for each forward pass."""
-        return self._global_batch_size if self.shards_parameters else self._train_batch_size
+        """How many samples of a task in succession have pictures of one size: those of a process, or of all that gather
+        weights for each forward pass."""
+        return (self._global_batch_size if self.shards_parameters else self._train_batch_size) // self._parts
+
+    @property
+    def _parts(self) -> int:
+        """Of how many turns a micro-batch is."""
+        return 1
 
     def enter_epoch(self, train_dataloader: Any) -> None:
         """Tells the sampler which epoch a run begins in: in several processes accelerate does not reach the sampler of

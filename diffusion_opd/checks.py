@@ -11,7 +11,7 @@ from typing import Any
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
-from .config import DiffusionConfig
+from .config import DiffusionConfig, DiffusionOPDConfig
 from .errors import brief
 from .files import name_or_path
 from .modular import is_pipeline
@@ -53,6 +53,22 @@ def whole_cycles(args: DiffusionConfig, tasks: Sequence[str], weights: Mapping[s
             f"`gradient_accumulation_steps={steps}` is not a multiple of the {length} tasks {list(tasks)}: an "
             f"optimizer step must see every task equally often; leave it out, or use "
             f"{length * max(1, round(steps / length))}."
+        )
+
+
+def turns_of_a_micro_batch(args: DiffusionOPDConfig, tasks: Sequence[str]) -> int:
+    """So many turns of tasks share a micro-batch."""
+    if args.task_sampling != "mixed":
+        return 1
+    return sum(int(args.weights_by_task.get(task, 1)) for task in tasks)
+
+
+def whole_parts(args: DiffusionOPDConfig, turns: int) -> None:
+    """Refuses a micro-batch whose samples cannot be shared out."""
+    if (batch := args.per_device_train_batch_size) % turns:
+        raise ValueError(
+            f"`task_sampling='mixed'` shares the samples of a micro-batch out to {turns} turns of tasks, and "
+            f"`per_device_train_batch_size={batch}` is no multiple of that; use {turns * max(1, round(batch / turns))}."
         )
 
 

@@ -24,7 +24,7 @@ from .transitions import TRANSITIONS, Kernel
 
 TEACHER_PLACEMENTS = ("device", "cpu", "sharded")
 ENCODER_PLACEMENTS = ("device", "cpu")
-TASK_SAMPLINGS = ("cycle", "random")
+TASK_SAMPLINGS = ("cycle", "random", "mixed")
 ANCHOR_OBJECTIVES = ("kl", "velocity")
 BASE = "base"  # the student as it is before training, where a reference is named
 NAN_POLICIES = ("raise", "skip")
@@ -482,10 +482,13 @@ class DiffusionOPDConfig(DiffusionConfig):
         task_weights (`dict[str, float]`, *optional*):
             By teacher id, how often a task comes; 1 for those left out. With `task_sampling="cycle"` whole numbers: so
             many micro-batches of a cycle (Flow-OPD: `{"ocr": 1, "geneval": 3}`), and `gradient_accumulation_steps` is a
-            multiple of their sum. With `"random"` in proportion.
+            multiple of their sum; with `"mixed"` so many shares of a micro-batch, whose size is a multiple. With
+            `"random"` in proportion.
         task_sampling (`str`, *optional*, defaults to `"cycle"`):
             `"cycle"`: an optimizer step sees every task (the paper). `"random"`: one task, drawn anew for each step
-            from `seed`, for all processes and accumulated micro-batches (DanceOPD's routes).
+            from `seed`, for all processes and accumulated micro-batches (DanceOPD's routes). `"mixed"`: each
+            micro-batch sees every task, its `per_device_train_batch_size` samples being shared out: the student walks
+            once for all of them, and each teacher follows its own. All teachers are on the device at once.
     """
 
     transition: str = field(default="ode", metadata={"help": "How the student moves.", "choices": list(TRANSITIONS)})
@@ -630,15 +633,20 @@ class DiffusionOPDConfig(DiffusionConfig):
     def _check_tasks(self) -> None:
         if self.task_sampling not in TASK_SAMPLINGS:
             raise ValueError(f"`task_sampling` must be one of {list(TASK_SAMPLINGS)}, got {self.task_sampling!r}.")
+        if self.task_sampling == "mixed" and self.teacher_placement == "cpu":
+            raise ValueError(
+                "`task_sampling='mixed'` asks all teachers at once, and `teacher_placement='cpu'` has all but one of "
+                "them wait in CPU memory; choose 'cycle', or another placement."
+            )
         weights: Any = {} if self.task_weights is None else self.task_weights
         if not _is_a(dict[str, float], weights):
             raise TypeError(f"`task_weights` must be a dict of numbers by teacher id, or JSON of one, got {weights!r}.")
         for task, weight in weights.items():
             if not 0 < weight < math.inf:
                 raise ValueError(f"`task_weights` must be finite and above 0, got {weight} for {task!r}.")
-            if self.task_sampling == "cycle" and weight != int(weight):
+            if self.task_sampling != "random" and weight != int(weight):
                 raise ValueError(
-                    f"`task_weights` count micro-batches of a cycle, and must be whole numbers, got {weight} for "
+                    f"`task_weights` count turns of a cycle, and must be whole numbers, got {weight} for "
                     f"{task!r}; `task_sampling='random'` takes any."
                 )
 

@@ -205,25 +205,28 @@ class Parties:
                     stack.enter_context(self._teachers.on_device(key))
             yield
 
-    def of_task_on_device(self, task: str) -> contextlib.AbstractContextManager[None]:
-        """Everybody of a task, on the device for the duration."""
-        return self.on_device(*(party.teacher for party in self._of[task].values()))
+    def of_tasks_on_device(self, *tasks: str) -> contextlib.AbstractContextManager[None]:
+        """Everybody of these tasks, on the device for the duration."""
+        return self.on_device(*(party.teacher for task in tasks for party in self._of[task].values()))
 
-    def follow(self, task: str, walk: Walk, rows: Rows, denoiser: Any = None) -> "Following":
+    def follow(self, task: str, walk: Walk, rows: Rows, denoiser: Any = None, own: range | None = None) -> "Following":
         """Everybody of a task, where a walk goes.
 
         Args:
             task (`str`): The id of its teacher.
             walk ([`Walk`]): Of the student.
-            rows (`list[dict]`): That it is of.
+            rows (`list[dict]`): Those of the task.
             denoiser (`Callable`, *optional*): A wrapper around the student's denoiser, as of [`Policy.walk`].
+            own (`range`, *optional*): Which samples of the walk these are. `None`: all.
         """
         frozen, trained = {}, {}
         for name, party in self._of[task].items():
-            inputs = None if party.columns == self._data.columns else inputs_of(rows, party.columns)
-            frozen[name] = party.policy.follow(walk, inputs)
+            is_told = own is None and party.columns == self._data.columns
+            inputs = None if is_told else inputs_of(rows, party.columns)
+            frozen[name] = party.policy.follow(walk, inputs, rows=own)
         if self._unguided is not None:
-            trained["student"] = self._unguided.follow(walk, denoiser=denoiser)
+            inputs = None if own is None else inputs_of(rows, self._data.columns)
+            trained["student"] = self._unguided.follow(walk, inputs, denoiser=denoiser, rows=own)
         walkers = [frozen[name] for name, party in self._of[task].items() if not party.jumps]
         walkers += trained.values() if not self._unguided_jumps else []
         return Following(frozen, trained, walkers)
@@ -266,24 +269,63 @@ class Following:
                 stack.callback(follower.close, failed)
 
 
-@dataclass
-class Call:
-    """A walk of the student, and who follows it."""
+@dataclass(frozen=True)
+class Group:
+    """Samples of a walk that are of one task.
 
-    rows: Rows
-    walk: Walk
+    Attributes:
+        task (`str`): The id of its teacher.
+        own (`range`, *optional*): Which samples of the walk they are. `None`: all.
+        follow ([`Following`]): Who follows them.
+        weights (`Tensor`, *optional*): How much of the teacher is in each one's target, `[samples]`.
+    """
+
+    task: str
+    own: range | None
     follow: Following
+    weights: Tensor | None = None
+
+    def of(self, visit: Visit) -> Visit:
+        """A visit of theirs."""
+        return visit if self.own is None else visit.of(slice(self.own.start, self.own.stop))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A walk of the student, and who follows it. Used as a context manager."""
+
+    walk: Walk
+    groups: list[Group]
+
+    @property
+    def passed(self) -> Callable[[Visit], None] | None:
+        """Asks at a visit that nothing is learnt from, where somebody must not jump."""
+        walkers = [passed for group in self.groups if (passed := group.follow.passed) is not None]
+        return partial(_each, walkers) if walkers else None
 
     def start(self) -> None:
         """Runs them up to the first forward pass of a denoiser."""
         self.walk.start()
-        self.follow.start()
+        for group in self.groups:
+            group.follow.start()
 
     def close(self, failed: bool = False) -> None:
         """Ends what has begun."""
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:  # each, whatever another one raises
             stack.callback(self.walk.close, failed)
-            stack.callback(self.follow.close, failed)
+            for group in self.groups:
+                stack.callback(group.follow.close, failed)
+
+    def __enter__(self) -> "Call":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close(failed=error is not None)
+
+
+def _each(asked: Sequence[Callable[[Visit], None]], visit: Visit) -> None:
+    for ask in asked:
+        ask(visit)
 
 
 def named(teachers: Any, anchor: Any, args: DiffusionOPDConfig) -> tuple[dict[str, Teacher], list[str]]:

@@ -66,6 +66,10 @@ class Visit:
         """Which part of what is made part after part; 0 for a pipeline that makes all at once."""
         return self.steps[0].chunk
 
+    def of(self, rows: slice) -> "Visit":
+        """Some of its samples."""
+        return replace(self, steps=tuple(step.of(rows) for step in self.steps))
+
     def detach(self) -> "Visit":
         """Without the graph of its predictions."""
         return replace(self, steps=tuple(replace(step, prediction=step.prediction.detach()) for step in self.steps))
@@ -211,6 +215,7 @@ class Policy:
         generators: list[torch.Generator] | None = None,
         denoiser: Callable[..., Any] | None = None,
         times: Mapping[tuple[int, int], Times] | None = None,
+        rows: range | None = None,
     ) -> "Follower":
         """Asks this policy at the states of visits: `follow(visit)`.
 
@@ -222,12 +227,14 @@ class Policy:
             denoiser (*optional*): As for [`walk`].
             times (`Mapping`, *optional*): Without a walk, at whose timesteps it runs: `all_times` of one. `None`: its
                 own.
+            rows (`range`, *optional*): Of a walk, which samples it follows; `inputs` are theirs. `None`: all.
         """
         if walk is None and (inputs is None or generators is None):
             raise ValueError("a follower needs a walk, or the inputs and generators of one.")
         if inputs is not None:
-            self._check_inputs(inputs, walk.generators if generators is None and walk is not None else generators or [])
-        return Follower(self, inputs, generators, denoiser, walk, times)
+            its = walk.generators if generators is None and walk is not None else generators or []
+            self._check_inputs(inputs, its if rows is None else its[rows.start : rows.stop])
+        return Follower(self, inputs, generators, denoiser, walk, times, rows)
 
     def _check_inputs(self, inputs: Inputs, generators: Sequence[torch.Generator]) -> None:
         accepted = signature(type(self.pipeline).__call__).parameters
@@ -724,13 +731,15 @@ class Follower(_Call):
         denoiser: Callable[..., Any] | None,
         walk: Walk | None,
         times: Mapping[tuple[int, int], Times] | None = None,
+        rows: range | None = None,
     ):
         super().__init__(policy, denoiser)
         self._walk, self._times = walk, times if walk is None else walk.all_times
+        self._rows = None if rows is None else slice(rows.start, rows.stop)
         self.inputs = walk.inputs if inputs is None else inputs  # type: ignore[union-attr]
         if generators is None:
-            states = walk.began_with  # type: ignore[union-attr]
-            generators = walk.generators  # type: ignore[union-attr]
+            own = slice(None) if self._rows is None else self._rows
+            states, generators = walk.began_with[own], walk.generators[own]  # type: ignore[union-attr]
         else:
             states = [generator.get_state() for generator in generators]
         self._seed = generators[0].initial_seed()
@@ -752,6 +761,7 @@ class Follower(_Call):
     def _ask(self, visit: Visit) -> None:
         nothing: Any = None  # in the place of the prediction, whose graph must not live until the next question
         self._asked = replace(visit, steps=tuple(replace(step, prediction=nothing) for step in visit.steps))
+        self._asked = self._asked if self._rows is None else self._asked.of(self._rows)
 
     def __call__(self, visit: Visit) -> tuple[Tensor, ...]:
         self._ask(visit)
@@ -772,6 +782,9 @@ class Follower(_Call):
         if len(steps) != len(visit.steps):
             self._not_there(f"it steps {len(steps)} streams, the walk {len(visit.steps)}")
         return tuple(step.prediction for step in steps)
+
+    def _own(self, state: Tensor) -> Tensor:
+        return state if self._rows is None else state[self._rows]
 
     def _leg(self, computes: bool) -> Visit:
         if self._paused is None or (visit := self._resume(computes)) is None:
@@ -795,7 +808,7 @@ class Follower(_Call):
         if stream is None:
             return prepared
         if self._walk is not None:
-            given = self._walk.prepared.get(name, [])[number : number + 1]
+            given = list(map(self._own, self._walk.prepared.get(name, [])[number : number + 1]))
         else:
             steps = self._asked.steps if self._asked.index == number == 0 else ()
             given = [step.sample for step in steps if step.stream == stream]
@@ -821,7 +834,7 @@ class Follower(_Call):
             return replace(step, next_sample=self._of_its_shape(step, asked).sample)
         # What is asked may depend on other streams, and on the chunks before
         if self._walk is not None and (went := self._walk.went.get((step.stream, step.chunk))) is not None:
-            return replace(step, next_sample=went[1]) if went[0] == step.index else step
+            return replace(step, next_sample=self._own(went[1])) if went[0] == step.index else step
         return step
 
     def step(self, step: Step, scheduler_step: SchedulerStep) -> Tensor:

@@ -10,7 +10,7 @@ This file knows datasets, and no pipeline, teacher or trainer.
 import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -47,12 +47,34 @@ class MicroBatch(list[dict[str, Any]]):
     Attributes:
         step (`int`): Its optimizer step.
         number (`int`): Which of the step's micro-batches it is.
-        turn (`int`): Which of its task's.
+        turns (`list[int]`): Of each of its tasks, whose rows are equally many and come in succession, which of the
+            task's turns in the step it is.
     """
 
-    def __init__(self, rows: Sequence[dict[str, Any]], step: int, number: int, turn: int):
+    def __init__(self, rows: Sequence[dict[str, Any]], step: int, number: int, turns: Sequence[int]):
         super().__init__(rows)
-        self.step, self.number, self.turn = step, number, turn
+        self.step, self.number, self.turns = step, number, list(turns)
+
+    @property
+    def parts(self) -> list[range]:
+        """The rows of each turn."""
+        count = len(self) // len(self.turns)
+        return [range(first, first + count) for first in range(0, len(self), count)]
+
+
+def micro_batches(
+    batches: Sequence[Sequence[dict[str, Any]]], step: int, num_parts: int, task_of: Callable[[dict[str, Any]], str]
+) -> list[MicroBatch]:
+    """Those of an optimizer step, each of `num_parts` turns."""
+    seen, found = Counter[str](), []
+    for number, rows in enumerate(batches):
+        turns = []
+        for first in range(0, len(rows), len(rows) // num_parts):
+            task = task_of(rows[first])
+            turns.append(seen[task])
+            seen[task] += 1
+        found.append(MicroBatch(rows, step, number, turns))
+    return found
 
 
 class Turns:
@@ -63,10 +85,19 @@ class Turns:
         cycles (`int`): Cycles of a block, in each of which every task has its turns; `at_random`: its micro-batches.
         weights (`Sequence[float]`, *optional*): By task the turns in a cycle; `at_random` how likely it is. `None`: 1.
         at_random (`bool`, *optional*): Whether a block is of one task, which is drawn.
+        shared_by (`int`, *optional*): So many processes have rows of all turns of a cycle in one micro-batch of theirs.
+            0: a micro-batch is a turn.
     """
 
-    def __init__(self, num_tasks: int, cycles: int, weights: Sequence[float] | None = None, at_random: bool = False):
-        self.cycles, self.at_random = cycles, at_random
+    def __init__(
+        self,
+        num_tasks: int,
+        cycles: int,
+        weights: Sequence[float] | None = None,
+        at_random: bool = False,
+        shared_by: int = 0,
+    ):
+        self.cycles, self.at_random, self._shared_by = cycles, at_random, shared_by
         self.weights = list(weights or [1] * num_tasks)
 
     def __len__(self) -> int:
@@ -80,6 +111,20 @@ class Turns:
         likely = np.asarray(self.weights) / sum(self.weights)
         while True:
             yield [int(draws.choice(len(likely), p=likely))] * self.cycles if self.at_random else cycle * self.cycles
+
+    def ordered(self, rows: list[Any]) -> list[Any]:
+        """The rows of a block, which come turn after turn, as they lie in micro-batches."""
+        if not self._shared_by:
+            return rows
+        length = len(rows) // self.cycles
+        share = length // int(sum(self.weights)) // self._shared_by
+        return [
+            row
+            for cycle in range(0, len(rows), length)
+            for process in range(self._shared_by)
+            for first in range(cycle + process * share, cycle + length, share * self._shared_by)
+            for row in rows[first : first + share]
+        ]
 
     def blocks_for(self, rows: Sequence[int], batch_size: int) -> int:
         """Blocks in which every row comes, of so many of each task; `at_random` as many as all of them take up."""
@@ -105,7 +150,7 @@ class TaskCycleSampler(Sampler[int]):
     Args:
         tasks (`Sequence[str]`): The task of each row.
         task_ids (`Sequence[str]`): In the order of the cycle.
-        batch_size (`int`): Samples of one micro-batch, over all processes.
+        batch_size (`int`): Samples of one turn, over all processes.
         cycles (`int` or [`Turns`]): Cycles of a block: an optimizer step, or a rollout.
         seed (`int`): Of the order.
         repeats, iterations (`int`, *optional*): See above; `batch_size * cycles` is a multiple of `repeats`.
@@ -149,7 +194,7 @@ class TaskCycleSampler(Sampler[int]):
         streams = [self._shuffled_forever(task) for task in range(len(self.rows))]
         blocks = self.turns.blocks(seed_of(self.seed, self.epoch, len(self.rows)))
         for turns in islice(blocks, self.num_steps):
-            step = [row for task in turns for row in islice(streams[task], self.batch_size)]
+            step = self.turns.ordered([row for task in turns for row in islice(streams[task], self.batch_size)])
             for _ in range(self.iterations):
                 yield from step
 
@@ -229,7 +274,8 @@ class TaskCycleStream(torch.utils.data.IterableDataset):
             examples = self._split(self.streams)
         groups = {key: self._repeated(key, stream) for key, stream in examples.items()}
         for turns in self.turns.blocks(self.seed):
-            step = [example for task in turns for example in islice(groups[self.task_ids[task]], self.batch_size)]
+            rows = [islice(groups[self.task_ids[task]], self.batch_size) for task in turns]
+            step = self.turns.ordered(list(chain.from_iterable(rows)))
             for _ in range(self.iterations):
                 yield from step
 

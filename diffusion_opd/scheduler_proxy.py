@@ -154,6 +154,14 @@ class Step:
     schedule: Schedule
     next_sample: Tensor | None = None
 
+    def of(self, rows: slice) -> "Step":
+        """Some of its samples."""
+        states: dict[str, Tensor | None] = {
+            name: getattr(self, name) for name in ("sample", "prediction", "next_sample")
+        }
+        own: dict[str, Any] = {name: None if state is None else state[rows] for name, state in states.items()}
+        return replace(self, **own)
+
 
 @dataclass(frozen=True)
 class Times:

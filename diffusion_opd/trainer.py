@@ -11,11 +11,12 @@ Which states these are (queries.py), what the right answer would have been (targ
 
 import contextlib
 import os
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 from types import TracebackType
 from typing import Any
 
@@ -33,21 +34,31 @@ from transformers.trainer_utils import set_seed
 
 from . import objectives
 from .anchor_data import AnchorData, Noised
-from .checks import own_arguments, whole_cycles
+from .checks import own_arguments, turns_of_a_micro_batch, whole_cycles, whole_parts
 from .config import DiffusionOPDConfig, check_call_kwargs
 from .data import Data
 from .engines import held_gradient_sync
 from .guidance import at_scale, rows_asked, scale_argument, unguided_scale
 from .inputs import PROMPT, inputs_of
 from .losses import DistillationLoss, Terms
-from .parties import Answers, Call, Parties, named
+from .parties import Answers, Call, Group, Parties, Rows, named
 from .policy import Follower, Move, Policy, Visit, Walk
 from .queries import QUERIES
 from .rewards.functions import Rewards
 from .rewards.judge import Judge
 from .rewards.registry import load_rewards
 from .runs import hash_data
-from .sampling import SEED_ANCHOR, SEED_QUERY, SEED_TRAIN, TEACHER, MicroBatch, Turns, noise_generators, seed_of
+from .sampling import (
+    SEED_ANCHOR,
+    SEED_QUERY,
+    SEED_TRAIN,
+    TEACHER,
+    MicroBatch,
+    Turns,
+    micro_batches,
+    noise_generators,
+    seed_of,
+)
 from .scheduler_proxy import Step
 from .startup import can_jump, require_independence, walked_through
 from .student import load_student
@@ -216,6 +227,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
                 self.judge.rewards.check_columns(evaluation.column_names)
         if args.task_sampling == "cycle":
             whole_cycles(args, ids, args.weights_by_task)
+        whole_parts(args, turns_of_a_micro_batch(args, ids))
         self._hides_columns = args.remove_unused_columns
         if self.judge is not None:  # they are given all columns
             args.remove_unused_columns = False
@@ -278,7 +290,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
     def _example(self, task: str) -> Asked:
         """What a micro-batch of the first rows of a task asks."""
         rows = [{**row, TEACHER: task} for row in self.check_task(task)[0]]
-        return self._ask(self.model, MicroBatch(rows, 0, 0, 0))
+        return self._ask(self.model, MicroBatch(rows, 0, 0, [0]))
 
     def _check_anchor_data(self, data: AnchorData) -> None:
         require_independence(self.student.policy, self.checked, "an `anchor_dataset`")
@@ -327,11 +339,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
                 batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
                 if not batches:  # the end of an epoch
                     break
-                turns = Counter[str]()
-                self._read.append([])
-                for number, rows in enumerate(batches):
-                    self._read[-1].append(MicroBatch(rows, step, number, turns[rows[0][TEACHER]]))
-                    turns[rows[0][TEACHER]] += 1
+                self._read.append(micro_batches(batches, step, self._parts, itemgetter(TEACHER)))
         self._step = self._read.popleft() if self._read else []
         return self._step, None
 
@@ -340,32 +348,40 @@ class DiffusionOPDTrainer(TaughtTrainer):
     ) -> Tensor:
         """One micro-batch: the student walks, the task's teacher follows, and each visit has its backward pass."""
         self._begin_micro_batch(model)
-        task, places, losses = inputs[0][TEACHER], self._query(), []
+        places, losses = self._query(), []
+        tasks = dict.fromkeys(row[TEACHER] for row in inputs)  # one, if they are not mixed
         with self._asked(model, inputs) as asked:
             calls = asked.calls  # one, but of a pipeline that takes one sample a call
             scale = 1 / (len(calls) * len(places) * self.current_gradient_accumulation_steps)
             passes = len(calls) * (1 if self.crosses else len(places))
             with (
-                self.parties.of_task_on_device(task),
+                self.parties.of_tasks_on_device(*tasks),
                 held_gradient_sync(self.accelerator, model, passes + len(asked.real)) as release_sync,
             ):
-                held = [self._flow_matching(task, *real, len(asked.real)) for real in asked.real]  # LIFT
+                held = [self._flow_matching(inputs[0][TEACHER], *real, len(asked.real)) for real in asked.real]  # LIFT
                 for call in calls:
-                    with call.walk as walk, call.follow as follow:
-                        whole, weights = list[Tensor](), self._teacher_weights(call.rows)
-                        for visit in walk.visits(places, release_sync if call is calls[-1] else None, follow.passed):
-                            answers = follow(visit)  # what the specialist does at these very states
-                            terms = self.loss(task, visit, answers, weights)  # Eq. 10-12
+                    with call:
+                        whole = list[Tensor]()
+                        for visit in call.walk.visits(places, release_sync if call is calls[-1] else None, call.passed):
+                            loss = torch.cat([self._compared(group, visit) for group in call.groups]).mean()
+                            losses.append(loss.detach())
                             if self.crosses:
-                                whole.append(terms.loss.mean() * scale)
+                                whole.append(loss * scale)
                             else:
-                                self._backward(terms.loss.mean() * scale)  # Eq. 15; one graph lives at a time
-                            losses.append(terms.loss.mean().detach())
-                            self._note(task, visit, answers, terms)
+                                self._backward(loss * scale)  # Eq. 15; one graph lives at a time
+                            del loss
                         if self.crosses:
                             self._backward(torch.stack(whole).sum())
         self._end_micro_batch()
         return (torch.stack(losses).mean() + sum(held)) / self.current_gradient_accumulation_steps
+
+    def _compared(self, group: Group, visit: Visit) -> Tensor:
+        """The loss of each sample of a task at a visit."""
+        own = group.of(visit)
+        answers = group.follow(visit)  # what the specialist does at these very states
+        terms = self.loss(group.task, own, answers, group.weights)  # Eq. 10-12
+        self._note(group.task, own, answers, terms)
+        return terms.loss
 
     def _asked(self, model: nn.Module, batch: MicroBatch) -> Asked:
         """What a micro-batch asks, begun ahead if the configuration wants it."""
@@ -377,17 +393,27 @@ class DiffusionOPDTrainer(TaughtTrainer):
         return self.ahead.take()
 
     def _ask(self, model: nn.Module, batch: MicroBatch) -> Asked:
-        task = batch[0][TEACHER]
-        generators = self._generators(len(batch), SEED_TRAIN, batch.step, self.tasks.index(task), batch.turn)
+        generators: list[torch.Generator] = []
+        for part, turn in zip(batch.parts, batch.turns, strict=True):
+            task = self.tasks.index(batch[part.start][TEACHER])
+            generators += self._generators(len(part), SEED_TRAIN, batch.step, task, turn)
         asked = Asked([], [])
         for call in self.calls(batch):
             rows = [batch[row] for row in call]
             walk = self._walk(rows, [generators[row] for row in call], model)
-            asked.calls.append(Call(rows, walk, self.parties.follow(task, walk, rows, model)))
+            asked.calls.append(Call(walk, list(self._groups(walk, rows, model))))
         for real in [] if self.anchor_data is None else self._real_pictures(self.anchor_data, batch):
             follow = self._unguided.follow(inputs=real.inputs, generators=real.generators, denoiser=model)
             asked.real.append((real, follow))
         return asked
+
+    def _groups(self, walk: Walk, rows: Rows, model: nn.Module) -> Iterator[Group]:
+        first = 0
+        for task, own in groupby(rows, itemgetter(TEACHER)):
+            its = list(own)
+            place = None if len(its) == len(rows) else range(first, first + len(its))
+            yield Group(task, place, self.parties.follow(task, walk, its, model, place), self._teacher_weights(its))
+            first += len(its)
 
     def _walk(self, rows: Sequence[dict[str, Any]], generators: list[torch.Generator], model: Any = None) -> Walk:
         inputs = inputs_of(rows, self.data.columns)
@@ -467,7 +493,14 @@ class DiffusionOPDTrainer(TaughtTrainer):
         args, weights = self.args, [self.args.weights_by_task.get(task, 1) for task in self.tasks]
         if args.task_sampling == "random":
             return Turns(len(self.tasks), args.gradient_accumulation_steps, weights, at_random=True)
+        if args.task_sampling == "mixed":
+            processes = self.accelerator.num_processes
+            return Turns(len(self.tasks), args.gradient_accumulation_steps, weights, shared_by=processes)
         return Turns(len(self.tasks), args.gradient_accumulation_steps // int(sum(weights)), weights)
+
+    @property
+    def _parts(self) -> int:
+        return turns_of_a_micro_batch(self.args, self.tasks)
 
     # Evaluation: the same rollouts and divergences, without learning, and rewards of whole pictures
 
@@ -524,7 +557,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
     ) -> tuple[Tensor, Tensor]:
         losses, kls = [], []
         with (
-            self.parties.of_task_on_device(task),
+            self.parties.of_tasks_on_device(task),
             self._walk(rows, generators) as walk,
             self.parties.follow(task, walk, rows) as follow,
         ):

@@ -63,7 +63,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps_per_generation", type=int, help="of which two are an optimizer step")
     parser.add_argument("--eval_rewards", action="store_true", help="pictures are judged in evaluation")
     parser.add_argument("--taught", action="store_true", help="by teachers, besides rewards")
-    parser.add_argument("--choices", choices=["target", "split"], help="what is learnt, and where")
+    parser.add_argument("--choices", choices=["target", "split", "mixed"], help="what is learnt, and where")
     parser.add_argument("--sizes", type=int, default=1, help="of pictures that samples are made of")
     return parser.parse_args(arguments)
 
@@ -168,6 +168,10 @@ def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
             settings |= dict(query="window", num_queries=2, guidance_split=0.5, guidance_scale=4.5)
             settings |= dict(task_sampling="random", gradient_accumulation_steps=2)
             settings["call_kwargs"] = {k: v for k, v in CALLS[options.family].items() if k != "guidance_scale"}
+        if options.choices == "mixed":
+            settings |= dict(
+                task_sampling="mixed", per_device_train_batch_size=2 * settings["per_device_train_batch_size"]
+            )
         if options.best:
             settings |= dict(eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
             settings |= dict(metric_for_best_model="kl", greater_is_better=True)

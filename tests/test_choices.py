@@ -768,6 +768,59 @@ def test_one_route_a_step(tmp_path):
     assert len({tuple(own) for own in trainer.seeds}) == 24
 
 
+MIXED: dict[str, Any] = {
+    "plain": {},
+    "weighted": dict(task_weights={"b": 2}, per_device_train_batch_size=6),
+    "split": dict(guidance_split=0.5, anchor="base"),
+    "noisy": dict(transition="flow_sde", query="beta", num_queries=2, timestep_fraction=0.99),
+    "ahead": dict(encode_ahead=2, target_extrapolation=1.25),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_tasks_that_share_a_walk_learn_as_those_that_have_one_each(tmp_path, name):
+    """The same samples with the same noise, in batches of another size, which round otherwise."""
+    settings = dict(max_steps=3, num_inference_steps=STEPS, timestep_fraction=1.0) | MIXED[name]
+    call = dict(CALL["sd3"])
+    settings |= dict(guidance_scale=call.pop("guidance_scale"), call_kwargs=call)
+    calls: list[list[int]] = [[], []]
+    runs = []
+    for number, sampling in enumerate(("cycle", "mixed")):
+        own = dict(per_device_train_batch_size=4) | settings | dict(task_sampling=sampling)
+        if sampling == "cycle":
+            own["per_device_train_batch_size"] = 2
+        trainer = trainer_of(tmp_path / sampling, **own)
+        count = calls[number].append
+        trainer.model.register_forward_pre_hook(lambda module, args, kwargs, count=count: count(1), with_kwargs=True)
+        trainer.train()
+        runs.append(trainer)
+    cycle, mixed = runs
+    assert mixed.args.gradient_accumulation_steps == 1
+    if name == "plain":  # else its denoiser may be that of the base too, which is asked for each task
+        assert len(calls[0]) == 2 * len(calls[1])
+    for key in ("loss", "kl/a", "kl/b", "grad_norm"):
+        assert history(mixed, key) == pytest.approx(history(cycle, key), rel=1e-4)
+    assert torch.allclose(trained(mixed), trained(cycle), rtol=0, atol=2e-5 if name == "plain" else 1e-3)
+
+
+def test_mixed_rows_of_two_kinds_and_of_streams(tmp_path):
+    def rows(task):
+        yield from ({"prompt": f"{task} {number}"} for number in range(5))
+
+    data = {key: IterableDataset.from_generator(rows, gen_kwargs={"task": key}) for key in ("a", "b")}
+    trainer, _ = run(tmp_path, data=data, task_sampling="mixed", per_device_train_batch_size=4, max_steps=2)
+    assert [[row["teacher_id"] for row in batch] for batch in trainer.batches] == [["a", "a", "b", "b"]] * 2
+    seeds = [seed for own in trainer.seeds for seed in own]
+    assert len(seeds) == len(set(seeds)) == 8
+
+
+def test_what_cannot_be_mixed(tmp_path):
+    with pytest.raises(ValueError, match="`per_device_train_batch_size=3` is no multiple of that; use 4"):
+        trainer_of(tmp_path, task_sampling="mixed", per_device_train_batch_size=3)
+    with pytest.raises(ValueError, match="asks all teachers at once"):
+        trainer_of(tmp_path, task_sampling="mixed", teacher_placement="cpu")
+
+
 def test_a_resumed_run_has_the_same_turns_and_states(tmp_path):
     settings = dict(
         task_weights={"b": 2.0},

@@ -207,6 +207,8 @@ def assert_gathered(two: dict, engine: str, mode: str) -> None:
         ("ddp", "lora", "split"),
         ("fsdp2", "full", "target"),
         ("zero2", "lora", "target"),
+        ("ddp", "lora", "mixed"),
+        nightly("fsdp2", "lora", "mixed"),
         nightly("fsdp2", "lora", "split"),
         nightly("zero3", "lora", "target"),
         nightly("zero3", "full", "split"),

@@ -36,7 +36,7 @@ from ..engines import held_gradient_sync
 from ..errors import one_sentence
 from ..files import read_json
 from ..inputs import PROMPT, Inputs, inputs_of, packed, unpacked
-from ..parties import Call, Following
+from ..parties import Call, Following, Group
 from ..policy import Follower, Move, Policy, Visit, Walk
 from ..rewards.functions import Rewards
 from ..rewards.judge import Judge
@@ -256,7 +256,7 @@ class DiffusionRLTrainer(TaughtTrainer):
         told = {"teacher": self._teacher_inputs(task, rows)}
         compared = self._compared(task).items()
         followers = {name: policy.follow(walk, told.get(name)) for name, policy in compared}
-        return Call(rows, walk, Following(followers, {}, []))
+        return Call(walk, [Group(task, None, Following(followers, {}, []))])
 
     def _warn_of_checker(self) -> None:
         if not has_checker(self.pipeline):

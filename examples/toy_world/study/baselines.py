@@ -27,7 +27,7 @@ class OffPolicyTrainer(DiffusionOPDTrainer):
     def training_step(self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Any = None) -> Tensor:
         self._begin_micro_batch(model)
         prompts, task = [example["prompt"] for example in inputs], inputs[0]["teacher_id"]
-        generators = self._generators(len(inputs), 0, inputs.step, self.tasks.index(task), inputs.turn)
+        generators = self._generators(len(inputs), 0, inputs.step, self.tasks.index(task), inputs.turns[0])
         scale = 1 / (len(self.learnt) * self.current_gradient_accumulation_steps)
         losses = []
         with (
