@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .data import column_of, holds_pictures, undecoded
 from .inputs import PROMPT, columns_read, inputs_of, is_prompt, read_picture, sample_arguments, size_of
 from .latents import Latents, find_latents
 from .policy import Policy, Visit
-from .sampling import SEED_ANCHOR, noise_generators, seed_of
+from .sampling import SEED_ANCHOR, noise_generators, normal, seed_of
 from .scheduler_proxy import Step
 from .transitions import noised
 
@@ -131,7 +130,7 @@ class AnchorData:
         latents, plan = self._of(policy, inputs)
         (step,) = plan[visit].steps
         x_0 = latents.encode([row[self.picture] for row in rows])  # float32, on the device of the VAE
-        noise = randn_tensor(x_0.shape, noise_generators(generators), x_0.device, torch.float32)
+        noise = normal(x_0.shape, noise_generators(generators), x_0.device)
         nothing: Any = None
         state = noised(x_0, noise, step.schedule, step.index).to(step.sample.dtype)
         asked = Step(0, 0, step.index, nothing, state, nothing, step.schedule)

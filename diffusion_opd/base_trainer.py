@@ -465,7 +465,8 @@ class DiffusionTrainer(Resuming):
         ]
 
     def _begin_micro_batch(self, model: nn.Module) -> None:
-        model.eval()  # a walk is a sample of the policy that is trained: no dropout
+        if model.training:  # a walk is a sample of the policy that is trained: no dropout
+            model.eval()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
 

@@ -18,7 +18,7 @@ import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, NoReturn
@@ -39,6 +39,7 @@ from .inputs import PICTURE, Inputs, as_arguments, signature
 from .modular import FIRST_STATE, forget_graph, own_guiders
 from .paused import Paused
 from .scheduler_proxy import SchedulerStep, Step, Times, dissolve, own_scheduler, proxy
+from .transitions import Schedule
 
 Move = Callable[[Step], Tensor]  # the next state
 
@@ -99,14 +100,16 @@ def tuner_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
 def active_adapter(layers: Sequence[BaseTunerLayer], name: str | tuple[str, ...]) -> Iterator[None]:
     """Another adapter, several at once, or the bare [`BACKBONE`], for the duration. PEFT's `set_adapter` would also set
     `requires_grad`, which drops gradients and raises under sharding, so what it sets last is set alone."""
+    # Past `nn.Module.__setattr__`, which looks for parameters first: hundreds of layers, twice at each pause
+    settings = [vars(layer) for layer in layers]
     before = [layer._active_adapter for layer in layers]
-    for layer in layers:
-        layer._active_adapter = list(name) if isinstance(name, tuple) else [] if name == BACKBONE else [name]
+    for own in settings:
+        own["_active_adapter"] = list(name) if isinstance(name, tuple) else [] if name == BACKBONE else [name]
     try:
         yield
     finally:
-        for layer, adapter in zip(layers, before, strict=True):
-            layer._active_adapter = adapter
+        for own, adapter in zip(settings, before, strict=True):
+            own["_active_adapter"] = adapter
 
 
 class Policy:
@@ -168,6 +171,7 @@ class Policy:
         parts: dict[str, Any] = {"scheduler": pipeline.scheduler} | pipeline.components  # of which some lack it
         self._schedulers = {name: own_scheduler(part) for name, part in parts.items() if _is_scheduler(part)}
         self._begins: dict[tuple[int, int], int] = {}
+        self._read: dict[Any, Schedule] = {}  # noise levels, by what they were made of
         self._outputs: dict[Any, Any] = {}  # for the empty denoiser: what a real one answers, as meta tensors
         self.has_worked = False
         self.takes_it_bare = False  # a single sample: its texts and its generator, and no lists of one
@@ -372,6 +376,11 @@ class Policy:
             self._begins[number, chunk] = find()
         return self._begins[number, chunk]
 
+    def schedule(self, key: Hashable, read: Callable[[], Schedule]) -> Schedule:
+        if key not in self._read:
+            self._read[key] = read()
+        return self._read[key]
+
     @property
     def _given(self) -> str:
         """What of the configuration a pipeline that fails was called with."""
@@ -426,6 +435,9 @@ class _Call:
 
     def begin(self, number: int, chunk: int, find: Callable[[], int]) -> int:
         return self.policy.begin(number, chunk, find)
+
+    def schedule(self, key: Hashable, read: Callable[[], Schedule]) -> Schedule:
+        return self.policy.schedule(key, read)
 
     def times(self, number: int, chunk: int, own: Times) -> Times:
         raise NotImplementedError
@@ -798,7 +810,7 @@ class Follower(_Call):
         if times is None or times.timesteps.shape[0] < own.timesteps.shape[0]:
             self._not_there("it sets its timesteps otherwise")
         # Pipelines write into sigmas (Cosmos-Predict2), which the walk's graph may hold
-        return Times(times.timesteps, None if times.sigmas is None else times.sigmas.clone())
+        return replace(times, sigmas=None if times.sigmas is None else times.sigmas.clone())
 
     def first_state(self, name: str, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         prepared = prepare(*args, **kwargs)

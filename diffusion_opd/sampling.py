@@ -41,6 +41,15 @@ def noise_generators(generators: Sequence[torch.Generator]) -> list[torch.Genera
     return [torch.Generator().manual_seed(seed_of(generator.initial_seed(), 1)) for generator in generators]
 
 
+def normal(shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device) -> torch.Tensor:
+    """Noise of one generator a row, in float32: that of diffusers' `randn_tensor`, which waits for the device as it
+    copies it there."""
+    noise = torch.empty(shape, pin_memory=device.type == "cuda")
+    for row, generator in zip(noise, generators, strict=True):
+        row.normal_(generator=generator)
+    return noise.to(device, non_blocking=True)
+
+
 class MicroBatch(list[dict[str, Any]]):
     """The rows of a micro-batch of one process, and its place in the run.
 

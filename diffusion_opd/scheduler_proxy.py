@@ -10,10 +10,11 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
@@ -165,10 +166,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Times:
-    """What `set_timesteps` has set."""
+    """What `set_timesteps` has set.
+
+    Attributes:
+        timesteps (`Tensor`), sigmas (`Tensor`, *optional*): Those of the scheduler.
+        made_of (`Hashable`): Equal if these are, without looking at them; `None`: nobody can say.
+    """
 
     timesteps: Tensor
     sigmas: Tensor | None
+    made_of: Hashable = None
 
 
 @dataclass(frozen=True)
@@ -200,6 +207,9 @@ class Call(Protocol):
     def begin(self, number: int, chunk: int, find: Callable[[], int]) -> int:
         """Which noise level its first step is at; `find` waits for the device."""
 
+    def schedule(self, key: Hashable, read: Callable[[], Schedule]) -> Schedule:
+        """The noise levels of a proxy, which are equal for equal keys; `read` waits for the device."""
+
     def stream(self, number: int) -> int:
         """The stream of a proxy that steps."""
 
@@ -214,14 +224,16 @@ def proxy(scheduler: Any, call: Call) -> Any:
     call.proxies.append(own)
     schedule: Schedule | None = None
     index, chunk = 0, -1
+    made_of: Hashable = None
 
     @functools.wraps(scheduler.set_timesteps)  # pipelines read its signature
     def set_timesteps(*args: Any, **kwargs: Any) -> None:
-        nonlocal schedule, chunk
+        nonlocal schedule, chunk, made_of
         type(own).set_timesteps(own, *args, **kwargs)
         schedule, chunk = None, chunk + 1
-        times = call.times(number, chunk, Times(own.timesteps, getattr(own, "sigmas", None)))
-        own.timesteps = times.timesteps
+        made_of = _made_of(own, args, kwargs)
+        times = call.times(number, chunk, Times(own.timesteps, getattr(own, "sigmas", None), made_of))
+        own.timesteps, made_of = times.timesteps, times.made_of
         if times.sigmas is not None:
             own.sigmas = times.sigmas
 
@@ -236,7 +248,9 @@ def proxy(scheduler: Any, call: Call) -> Any:
     def moved(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         nonlocal schedule, index
         if schedule is None:
-            schedule = read_schedule(own, is_clean=kwargs.get("pred_original_sample") is not None)
+            is_clean = kwargs.get("pred_original_sample") is not None
+            read = functools.partial(read_schedule, own, is_clean)
+            schedule = read() if made_of is None else call.schedule((made_of, *_settings(own), is_clean), read)
             index = call.begin(number, chunk, lambda: _position(own, timestep))
         if index == len(own.timesteps):
             raise ValueError("The pipeline steps its scheduler more often than it has timesteps.")
@@ -255,6 +269,22 @@ def proxy(scheduler: Any, call: Call) -> Any:
 
     vars(own).update(step=step, set_timesteps=set_timesteps, __deepcopy__=deepcopy)
     return own
+
+
+def _made_of(own: Any, args: tuple, kwargs: dict[str, Any]) -> Hashable:
+    """What the noise levels of a scheduler are a function of, if none of it is on a device."""
+    given = [*args, *(item for pair in sorted(kwargs.items()) for item in pair)]
+    lists = [value.tolist() if isinstance(value, np.ndarray) else value for value in given]
+    plain = [tuple(value) if isinstance(value, list) else (value,) for value in lists]
+    if not all(isinstance(value, (int, float, str, torch.device, type(None))) for part in plain for value in part):
+        return None
+    return type(own), *plain, *_settings(own)
+
+
+def _settings(own: Any) -> tuple:
+    """Of a scheduler, as it is now: a pipeline may set some of its attributes."""
+    scalars = ((name, value) for name, value in vars(own).items() if isinstance(value, (int, float, str)))
+    return str(dict(own.config)), *sorted(scalars)
 
 
 class _Output:

@@ -26,7 +26,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
-from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -57,6 +56,7 @@ from .sampling import (
     Turns,
     micro_batches,
     noise_generators,
+    normal,
     seed_of,
 )
 from .scheduler_proxy import Step
@@ -427,7 +427,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
             transition = self.kernel(step.sample, step.prediction, step.schedule, step.index)
             if transition.std == 0:
                 return transition.mean
-            return transition.sample(randn_tensor(transition.mean.shape, noise, transition.mean.device, torch.float32))
+            return transition.sample(normal(transition.mean.shape, noise, transition.mean.device))
 
         return move
 

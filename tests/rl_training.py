@@ -41,7 +41,7 @@ def config(cls, out, family: str = "sd3", **kwargs):
         disable_tqdm=True,
         image_steps=0,
     )
-    return CONFIGS[cls](str(out), **(defaults | kwargs))
+    return next(CONFIGS[base] for base in cls.__mro__ if base in CONFIGS)(str(out), **(defaults | kwargs))
 
 
 def trainer_of(cls, out, family: str = "sd3", rewards=redness, data=DATA, peft_config=None, full=False, **kwargs):

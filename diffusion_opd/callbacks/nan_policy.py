@@ -4,6 +4,7 @@ left out; and in an evaluation.
 It knows no trainer.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ NONFINITE = {
     "loss": "the loss of task {!r}",
 }
 
+_PLACES = {what: place for place, what in enumerate(NONFINITE)}
+_MOST_SUMS = 1000  # of one kind, as an evaluation has them
+
 
 class NaNPolicy(TrainerCallback):
     """
@@ -40,22 +44,33 @@ class NaNPolicy(TrainerCallback):
     def __init__(self, policy: str, tasks: Sequence[str], accelerator: Accelerator):
         self.policy, self.tasks, self.accelerator = policy, tasks, accelerator
         self._found = torch.zeros(len(NONFINITE), len(tasks), dtype=torch.bool, device=accelerator.device)
+        self._sums: dict[tuple[int, int], list[Tensor]] = defaultdict(list)  # that nobody has looked at yet
         self._skipped = 0
         self.leaves_out = False  # the step under way
 
     @torch.no_grad()
     def watch(self, what: str, task: str, tensor: Tensor) -> None:
         """Remembers whether a tensor holds NaN or Inf. `what` is a key of `NONFINITE`."""
-        place = self._found[list(NONFINITE).index(what), self.tasks.index(task)]
-        place.logical_or_(tensor.isfinite().all().logical_not())
+        sums = self._sums[_PLACES[what], self.tasks.index(task)]
+        # Finite if all of its terms are: one kernel, where `isfinite().all()` and what follows are five
+        sums.append(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))
+        if len(sums) == _MOST_SUMS:
+            self._look()
+
+    def _look(self) -> None:
+        for place, sums in self._sums.items():
+            self._found[place].logical_or_(torch.stack(sums).isfinite().all().logical_not())
+        self._sums.clear()
 
     def has_found(self, what: str) -> bool:
         """Whether this process has, since they last agreed; waits for the device."""
-        return bool(self._found[list(NONFINITE).index(what)].any())
+        self._look()
+        return bool(self._found[_PLACES[what]].any())
 
     def agree(self, grad_norm: Any = None, told: bool = False) -> tuple[str | None, bool]:
         """What any process found since the last time, or `None`, and whether any was `told` to stop: in one
         synchronisation."""
+        self._look()
         norm = 0.0 if grad_norm is None else grad_norm
         norm = torch.as_tensor(norm.full_tensor() if isinstance(norm, DTensor) else norm, device=self._found.device)
         own = [norm.isfinite().logical_not(), torch.full_like(norm, told, dtype=torch.bool)]
@@ -95,4 +110,5 @@ class NaNPolicy(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._found.zero_()
+        self._sums.clear()
         self._skipped = 0

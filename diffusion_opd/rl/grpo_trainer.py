@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .. import objectives
 from ..inputs import Inputs
 from ..policy import Visit
-from ..sampling import SEED_TRAIN, noise_generators, seed_of
+from ..sampling import SEED_TRAIN, noise_generators, normal, seed_of
 from ..scheduler_proxy import Step, is_flow
 from ..transitions import Schedule, Transition
 from .config import DiffusionGRPOConfig
@@ -104,7 +103,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
             if walk.place not in window:
                 return _move(self._ode, step)
             transition = self.kernel(step.sample, step.prediction, step.schedule, step.index)
-            noise = randn_tensor(transition.mean.shape, noise_of, transition.mean.device, torch.float32)
+            noise = normal(transition.mean.shape, noise_of, transition.mean.device)
             for name, tensor in zip(kept, (step.sample, transition.mean, noise), strict=True):
                 kept[name].append(tensor)
             return transition.sample(noise)
@@ -139,7 +138,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         self.record("clip_ratio/region_mean", (clipped.low | clipped.high).float().mean())
         self.record("log_ratio/mean", ratio.mean())
         self.record("log_ratio/std", ratio.std(correction=0))
-        self.record(f"log_ratio_step/{number + int(rollout.tensors['window'][0])}", ratio.mean())
+        self.record(f"log_ratio_step/{visit.index}", ratio.mean())
         if base is not None:
             kl = objectives.kl(step, self.kernel(x, base, schedule, index)).mean()
             self.record("kl", kl)

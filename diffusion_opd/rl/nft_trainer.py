@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ..adapters import STUDENT_ADAPTER
 from ..inputs import Inputs
 from ..objectives import velocity
 from ..policy import Policy, Visit
-from ..sampling import SEED_NOISE
+from ..sampling import SEED_NOISE, normal
 from ..scheduler_proxy import Step
 from ..shards import local_shards, reshard, shards_changed
 from ..transitions import Schedule, denoised, noised
@@ -119,7 +118,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         for place in self.learnt:
             key = self.tasks.index(rollout.task) * self.args.num_inference_steps + place
             generators = self._own_generators(rollout, SEED_NOISE, step, key, rollout.place)
-            noise = randn_tensor(x_0.shape, generators, x_0.device, torch.float32)
+            noise = normal(x_0.shape, generators, x_0.device)
             # In the dtype that the denoiser is given in a rollout
             ((_, index),) = self.plan[place].levels
             states.append(noised(x_0, noise, rollout.schedule, index).to(self._state_dtype))
