@@ -32,7 +32,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 from benchmarks.common import LORA_TARGETS, MODELS, machine, peak_memory
 from benchmarks.footprint import CLIP_G, CLIP_L, kl_vae, parameters
 from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
-from diffusion_opd.ahead import Memory, Parts, weights
+from diffusion_opd.ahead import Memory
+from diffusion_opd.placement import Parts, weights
 from tests.tiny_pipelines import clip_tokenizer, t5_tokenizer
 
 MIB, GIB = 2**20, 2**30

@@ -17,10 +17,10 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .encode_cache import EncodeCache
+from .placement import Parts, tensors_in
 
 
 class Question(Protocol):
@@ -76,7 +76,7 @@ class _Made(TorchDispatchMode):
         self._made: list[StorageWeakRef] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             if tensor.requires_grad and isinstance(tensor, nn.Parameter):
                 raise ValueError(
                     f"{self._trained} reads weights that are trained before its first denoising step, where "
@@ -87,7 +87,7 @@ class _Made(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         if places := _fresh(func):
             outputs = made if isinstance(made, tuple) else (made,)
-            for tensor in _tensors([outputs[place] for place in places]):
+            for tensor in tensors_in([outputs[place] for place in places]):
                 storage = tensor.untyped_storage()
                 if tensor.device.type == self._device.type and storage.resizable() and storage.nbytes():
                     self._made.append(StorageWeakRef(storage))
@@ -111,48 +111,10 @@ class _Read(TorchDispatchMode):
         self.read: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             if (found := self._asked.get(tensor.untyped_storage()._cdata)) is not None:
                 self.read[id(found)] = found
         return func(*args, **(kwargs or {}))
-
-
-class Parts:
-    """Modules that are on the device, or wait in CPU memory.
-
-    Args:
-        modules (`Sequence[nn.Module]`): Frozen. None: nothing moves.
-        device (`torch.device`): Of theirs.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module], device: torch.device):
-        self._device = device
-        self.tensors = list({id(tensor): tensor for tensor in _tensors(list(map(weights, modules)))}.values())
-        self._copies: dict[int, Tensor] = {}  # in CPU memory, of those that may leave
-        self.are_away = False
-
-    def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Of some nothing leaves the device."""
-        kept = {id(tensor) for tensor in tensors}
-        self.tensors = [tensor for tensor in self.tensors if id(tensor) not in kept]
-
-    def bring(self) -> None:
-        for tensor in self.tensors if self.are_away else ():
-            tensor.data = self._copies[id(tensor)].to(self._device, non_blocking=True)
-        self.are_away = False
-
-    def leave(self) -> None:
-        """They are frozen: what came in is dropped, and not copied back."""
-        for tensor in () if self.are_away else self.tensors:
-            if id(tensor) not in self._copies:
-                self._copies[id(tensor)] = tensor.data.to("cpu")
-            tensor.data = self._copies[id(tensor)]
-        self.are_away = True
-
-
-def weights(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers."""
-    return [*module.parameters(), *module.buffers()]
 
 
 class Ahead(Generic[Q]):
@@ -244,17 +206,6 @@ class Ahead(Generic[Q]):
         finally:
             if were_away:
                 self.parts.leave()
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """All whose memory is one storage, of quantised ones what they hold."""
-    for leaf in tree_leaves(values):
-        if not isinstance(leaf, Tensor):
-            continue
-        if is_traceable_wrapper_subclass(leaf):
-            yield from _tensors([getattr(leaf, name) for name in leaf.__tensor_flatten__()[0]])
-        elif leaf.layout == torch.strided:
-            yield leaf
 
 
 @functools.cache

@@ -209,6 +209,12 @@ class Parties:
         """Everybody of these tasks, on the device for the duration."""
         return self.on_device(*(party.teacher for task in tasks for party in self._of[task].values()))
 
+    def fetch(self, *tasks: str) -> None:
+        """Begins to bring everybody of these tasks to the device."""
+        for key in dict.fromkeys(party.teacher for task in tasks for party in self._of[task].values()):
+            if key is not None:
+                self._teachers.fetch(key)
+
     def follow(self, task: str, walk: Walk, rows: Rows, denoiser: Any = None, own: range | None = None) -> "Following":
         """Everybody of a task, where a walk goes.
 

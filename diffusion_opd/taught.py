@@ -14,12 +14,13 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from .ahead import Ahead, weights
+from .ahead import Ahead
 from .base_trainer import DiffusionTrainer
 from .config import DiffusionConfig
 from .data import Data
 from .denoisers import denoiser_of, denoisers_of
 from .parties import columns_of
+from .placement import weights
 from .policy import BACKBONE, Policy
 from .runs import plain
 from .student import Student, whole_modules

@@ -358,6 +358,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
                 self.parties.of_tasks_on_device(*tasks),
                 held_gradient_sync(self.accelerator, model, passes + len(asked.real)) as release_sync,
             ):
+                self.parties.fetch(*self._next_tasks(inputs))
                 held = [self._flow_matching(inputs[0][TEACHER], *real, len(asked.real)) for real in asked.real]  # LIFT
                 for call in calls:
                     with call:
@@ -374,6 +375,13 @@ class DiffusionOPDTrainer(TaughtTrainer):
                             self._backward(torch.stack(whole).sum())
         self._end_micro_batch()
         return (torch.stack(losses).mean() + sum(held)) / self.current_gradient_accumulation_steps
+
+    def _next_tasks(self, batch: MicroBatch) -> list[str]:
+        """Of the micro-batch that comes next; none in the first optimizer step, whose memory nobody knows yet."""
+        coming = next(iter(chain(self._step[batch.number + 1 :], *self._read)), None)
+        if coming is None or self.state.global_step == self._initial_global_step:
+            return []
+        return [coming[part.start][TEACHER] for part in coming.parts]
 
     def _compared(self, group: Group, visit: Visit) -> Tensor:
         """The loss of each sample of a task at a visit."""

@@ -21,25 +21,15 @@ from diffusion_opd import (
     DiffusionROPDTrainer,
     Teacher,
 )
-from diffusion_opd.ahead import Parts
 from tests.editing_pipelines import EDITING, EDITING_CALL, EDITING_INPUTS
 from tests.own_pipelines import Plain, of
+from tests.poisoned import Poisoned
 from tests.rl_training import TASKS, redness
 from tests.rl_training import trainer_of as rl_trainer_of
 from tests.streaming_pipelines import STREAMING, STREAMING_CALL
 from tests.tiny_pipelines import BUILDERS, CALL
 from tests.training import DATA, FAMILIES, config, history, lora, trained, trainer_of
 from tests.two_denoisers import TWO, TWO_CALL
-
-
-class Poisoned(Parts):
-    """On a CPU, where nothing moves: what is away holds nonsense, which shows in whatever reads it."""
-
-    def leave(self) -> None:
-        super().leave()
-        for tensor in self.tensors:
-            nonsense = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max // 2
-            tensor.data = torch.full_like(tensor.data, nonsense) if tensor.dtype != torch.bool else tensor.data
 
 
 @pytest.fixture(autouse=True)

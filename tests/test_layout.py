@@ -23,6 +23,7 @@ LAYERS = [
         "stopwatch",
         "files",
         "paused",
+        "placement",
         "queries",
         "targets",
         "denoisers",

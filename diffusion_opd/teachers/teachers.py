@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..denoisers import parts_of
+from ..placement import Parts
 from ..policy import Policy
 from .compatible import same_weights
 from .manifest import check_manifest, write_manifest
@@ -67,6 +68,7 @@ class Teachers(Mapping[str, Policy]):
         self.copies = {
             teacher.id for teacher in loaded if teacher.adapter is None and same_weights(teacher.denoiser, student)
         }
+        self._waiting: dict[nn.Module, Parts] = {}  # by denoiser, which several LoRAs may share
         for teacher in loaded:
             self._place(teacher, shard, engine)
         self._policies = {
@@ -91,6 +93,9 @@ class Teachers(Mapping[str, Policy]):
         for part in pipeline.components.values():
             if isinstance(part, nn.Module) and not (part in parts and is_own and self._waits(teacher)):
                 part.to(self._device)
+        if is_own and self._waits(teacher) and denoiser not in self._waiting:
+            self._waiting[denoiser] = Parts([denoiser], self._device)
+            self._waiting[denoiser].leave()
         if not is_own or self._placement != "sharded":
             return
         if shard is None:
@@ -108,16 +113,21 @@ class Teachers(Mapping[str, Policy]):
     def on_device(self, key: str) -> Iterator[Policy]:
         """A teacher, on the device for the duration."""
         policy = self[key]
-        if not self._waits(self.loaded[key]) or policy.denoiser is self._student:
+        waiting = self._waiting.get(policy.denoiser)
+        if waiting is None:
             yield policy
             return
         with self._timing():
-            policy.denoiser.to(self._device)
+            waiting.bring()
         try:
             yield policy
         finally:
-            with self._timing():
-                policy.denoiser.to("cpu")
+            waiting.leave()
+
+    def fetch(self, key: str) -> None:
+        """Begins to bring a teacher to the device, beside what that is doing, if it has room."""
+        if (waiting := self._waiting.get(self[key].denoiser)) is not None:
+            waiting.fetch()
 
     # What checkpoints and cards say
 
