@@ -10,6 +10,7 @@ This file knows pipelines' indices and modules, and no trainer or teacher.
 import copy
 import importlib.util
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,6 +33,9 @@ BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
 _FIELDS = ("quant_backend", "quant_kwargs", "components_to_quantize", "quant_mapping")
 _NAME = "`quantization_config`"
 _OF_BITSANDBYTES = ("Params4bit", "Int8Params")
+
+# Each layer of LLM.int8 warns in each forward pass that it rounds its inputs
+logging.getLogger("bitsandbytes.autograd._functions").addFilter(lambda record: record.levelno > logging.WARNING)
 
 
 def check_quantization(given: Any) -> None:
@@ -172,12 +176,15 @@ def is_quantised_weight(weight: Tensor) -> bool:
     return is_own or not weight.is_floating_point() or weight.itemsize == 1
 
 
-def dequantised(module: Any) -> Tensor | None:
-    """The weight of a layer as an ordinary tensor; `None` of a kind that is not known."""
-    weight = module.weight
-    if type(weight).__name__ in _OF_BITSANDBYTES:
-        return dequantize_bnb_weight(weight, getattr(module, "state", None))
-    return weight.dequantize() if callable(getattr(weight, "dequantize", None)) and weight.ndim > 1 else None
+def can_be_dequantised(weight: Tensor) -> bool:
+    return type(weight).__name__ in _OF_BITSANDBYTES or type(weight.data) is not Tensor
+
+
+def dequantised(layer: Any) -> Tensor:
+    """The quantised weight of a layer as an ordinary tensor."""
+    if type(layer.weight).__name__ in _OF_BITSANDBYTES:
+        return dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
+    return layer.weight.dequantize()
 
 
 def quantisations(pipeline: DiffusionPipeline) -> dict[str, Any]:
