@@ -13,15 +13,15 @@ from .errors import one_sentence, without_reports
 NAMES = [backend.value for backend in AttentionBackendName]
 
 
-def check_attention_backend(name: str) -> None:
-    """Refuses a backend that diffusers does not know, or that has no gradient.
+def check_attention_backend(name: str, trains: bool = True) -> None:
+    """Refuses a backend that diffusers does not know, or that has no gradient where something is trained.
 
     Raises:
         ValueError: naming those that it knows.
     """
     if name not in NAMES:
         raise ValueError(f"`attention_backend` must be one of {NAMES}, got {name!r}.")
-    if name.strip("_").startswith("sage"):
+    if trains and name.strip("_").startswith("sage"):
         raise ValueError(
             f"`attention_backend={name!r}` has no backward pass, so nothing before it would be trained; choose another."
         )

@@ -20,7 +20,7 @@ from .disclosure import disclosed
 from .errors import brief, listed
 from .inputs import is_prompt
 from .objectives import OBJECTIVES
-from .quantization import check_quantization, written
+from .quantization import as_json, check_quantization
 from .queries import QUERIES
 from .transitions import TRANSITIONS, Kernel
 
@@ -404,7 +404,7 @@ class DiffusionConfig(_BaseConfig):
 
     # What trackers are told, and some of them publish
     def to_dict(self) -> dict[str, Any]:
-        return disclosed(super().to_dict() | {"quantization_config": written(self.quantization_config)})
+        return disclosed(super().to_dict() | {"quantization_config": as_json(self.quantization_config)})
 
     @property
     def num_learnt_steps(self) -> int:

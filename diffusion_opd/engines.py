@@ -19,6 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from .config import DiffusionConfig
 from .denoisers import Denoisers, parts_of
 from .policy import tuner_layers
+from .quantization import is_quantised_weight
 
 logger = get_logger(__name__)
 
@@ -73,6 +74,9 @@ def settle_arguments(args: DiffusionConfig, denoiser: ModelMixin) -> None:
             "`ddp_find_unused_parameters=True` would leave the gradient of a denoiser that the last learnt step does "
             "not call as it is in each process; leave it out."
         )
+    if quantised := [name for name, weight in denoiser.named_parameters() if is_quantised_weight(weight)]:
+        # Loaded alike by every process; torchao's cannot be broadcast
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(denoiser, quantised)
     if args.ddp_find_unused_parameters is None:  # Trainer: True for anything but a PreTrainedModel
         args.ddp_find_unused_parameters = False
     if args.ddp_broadcast_buffers is None:  # constant in a denoiser; a broadcast would precede every forward

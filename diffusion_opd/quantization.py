@@ -156,7 +156,7 @@ def _torchao_type(told: Any) -> Any:
         return cls(**(kwargs or {}))
 
 
-def written(given: Any) -> Any:
+def as_json(given: Any) -> Any:
     """What was given, as JSON has it."""
     if isinstance(given, PipelineQuantizationConfig):
         given = {name: value for name in _FIELDS if (value := getattr(given, name))}
@@ -196,7 +196,7 @@ def quantisations(pipeline: DiffusionPipeline) -> dict[str, Any]:
 def _how(module: nn.Module) -> Any:
     config = getattr(getattr(module, "config", None), "quantization_config", None)
     if config is not None:
-        return written(config)
+        return as_json(config)
     return sorted({type(p).__name__ for p in module.parameters() if is_quantised_weight(p)})
 
 
