@@ -86,6 +86,22 @@ def settle_arguments(args: DiffusionConfig, denoiser: ModelMixin) -> None:
         args._n_gpu = 1
 
 
+def check_quantised(denoiser: nn.Module, is_fsdp: bool, is_deepspeed: bool) -> None:
+    """Refuses quantised weights that an engine cannot hold: FSDP2 shards none in eight bits (it leaves those of four
+    whole), and none of torchao's, which DeepSpeed cannot move either.
+
+    Raises:
+        ValueError: naming their kind.
+    """
+    for weight in filter(is_quantised_weight, denoiser.parameters()):
+        of_torchao = type(weight.data) is not Tensor
+        if (is_fsdp and (of_torchao or weight.dtype == torch.int8)) or (is_deepspeed and of_torchao):
+            raise ValueError(
+                f"{'FSDP2' if is_fsdp else 'DeepSpeed'} cannot hold quantised weights of the kind "
+                f"{type(weight).__name__}; use DDP, or quantise by 'bitsandbytes_4bit'."
+            )
+
+
 def settle_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
     """Sets what a denoiser needs of FSDP.
 
