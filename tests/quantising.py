@@ -1,5 +1,8 @@
 """Backends of quantisation that compute on a CPU, as a config names them."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
@@ -13,11 +16,11 @@ BACKENDS = {
 }
 
 
-def take(backend: str) -> str:
+def take(backend: str, put: Callable[[Any, str, Any], None] = setattr) -> str:
     """Lets a backend be used without a GPU: bitsandbytes computes on a CPU, and diffusers asks for one."""
     pytest.importorskip("torchao" if backend == "torchao" else "bitsandbytes")
     if backend != "torchao":
         quantizer = AUTO_QUANTIZER_MAPPING[BACKENDS[backend]["quant_backend"]]
-        quantizer.validate_environment = lambda self, **kwargs: None
-        quantizer.update_device_map = lambda self, device_map: {"": "cpu"}
+        put(quantizer, "validate_environment", lambda self, **kwargs: None)
+        put(quantizer, "update_device_map", lambda self, device_map: {"": "cpu"})
     return backend

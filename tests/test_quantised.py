@@ -4,25 +4,23 @@ on a CPU."""
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from diffusion_opd import (
-    DiffusionNFTConfig,
-    DiffusionNFTTrainer,
-    DiffusionOPDTrainer,
-    DiffusionROPDConfig,
-    DiffusionROPDTrainer,
-    Teacher,
-)
+import diffusion_opd
+from diffusion_opd import DiffusionOPDTrainer, Teacher
+from diffusion_opd.engines import check_quantised
+from diffusion_opd.evaluation import evaluate
 from diffusion_opd.fingerprint import contradictions, differ, take_fingerprint
 from diffusion_opd.quantization import dequantised, is_quantised
+from diffusion_opd.scripts import opd
 from diffusion_opd.student import load_student
 from tests.adapters import LORA_FILE, draw, save_diffusers
 from tests.quantising import BACKENDS, take
@@ -38,8 +36,8 @@ def data_of(*tasks: str) -> Dataset:
 
 
 @pytest.fixture(params=BACKENDS)
-def quantised(request) -> str:
-    return take(request.param)
+def quantised(request, monkeypatch) -> str:
+    return take(request.param, monkeypatch.setattr)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +102,8 @@ def test_a_run_on_a_quantised_base(quantised: str, folder: Path, tmp_path):
     trainer.train()
     assert all(torch.equal(before[name], dequantised(layer.base_layer)) for name, layer in layers.items())
 
-    again = trainer_of(folder, tmp_path / "again", quantised, teachers, **more)
+    # Where whole teachers wait is no matter
+    again = trainer_of(folder, tmp_path / "again", quantised, teachers, teacher_placement="cpu", **more)
     again.train(resume_from_checkpoint=str(out / "checkpoint-1"))
     assert torch.equal(trained(trainer), trained(again))
 
@@ -160,12 +159,11 @@ def test_gradients_are_those_of_the_dequantised_weights(quantised: str, folder: 
         assert (one - other).norm() <= tolerance * other.norm() and other.norm() > 0
 
 
-@pytest.mark.parametrize("rl", ["nft", "ropd"])
+@pytest.mark.parametrize(
+    ("rl", "quantised"), [("NFT", "torchao"), ("GRPO", "nf4"), ("ROPD", "int8")], indirect=["quantised"]
+)
 def test_learning_from_rewards_on_a_quantised_base(rl: str, quantised: str, folder: Path, tmp_path):
-    cls, make = {
-        "nft": (DiffusionNFTTrainer, DiffusionNFTConfig),
-        "ropd": (DiffusionROPDTrainer, DiffusionROPDConfig),
-    }[rl]
+    make, cls = (getattr(diffusion_opd, f"Diffusion{rl}{part}") for part in ("Config", "Trainer"))
     args = make(
         str(tmp_path),
         quantization_config=BACKENDS[quantised] | {"components_to_quantize": ["transformer"]},
@@ -207,6 +205,23 @@ def test_what_is_known_of_a_quantised_base(quantised: str, folder: Path, tmp_pat
     assert any(key.endswith("to_q.weight") for key in contradictions(mine, take_fingerprint(other)))
 
 
+def test_counted_bytes_are_those_of_what_is_loaded(quantised: str, folder: Path, tmp_path):
+    pytest.importorskip("torchao"), pytest.importorskip("bitsandbytes")
+    from benchmarks.quantised import size, weights
+
+    args = config(tmp_path, bf16=True, quantization_config=BACKENDS[quantised] | {"components_to_quantize": PARTS})
+    pipe, way = (
+        load_student(str(folder / "base"), args, lora(), lambda pipe: None),
+        {"torchao": "torchao int8", "nf4": "NF4", "int8": "LLM.int8"}[quantised],
+    )
+    for part in PARTS:
+        loaded, plain = getattr(pipe, part), getattr(BUILDERS["sd3"](0), part)
+        state = dict(loaded.named_buffers()) | loaded.state_dict(keep_vars=True)
+        state = {id(value): value for key, value in state.items() if ".lora_" not in key}
+        held = sum(size(getattr(value, "data", value)) for value in state.values())
+        assert weights(plain, way) == pytest.approx(held, rel=0.01)
+
+
 # What a user writes
 
 
@@ -245,3 +260,118 @@ def test_a_full_student_beside_quantised_encoders(folder: Path, tmp_path):
     again = DiffusionPipeline.from_pretrained(tmp_path / "saved")
     again.set_progress_bar_config(disable=True)
     assert is_quantised(again.text_encoder_3) and torch.equal(draw(again), draw(trainer.pipeline))
+
+
+def test_yaml_and_flags(folder: Path, tmp_path):
+    """From a file to the saved LoRA, and its pictures on the quantised base."""
+    pytest.importorskip("torchao")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:4]))
+    (tmp_path / "opd.yaml").write_text(f"""
+model_name_or_path: {folder / "base"}
+teachers: ["{folder / "style"}"]
+train_files: ["{tmp_path / "prompts.txt"}"]
+lora_r: 4
+lora_target_modules: [to_q, to_v]
+quantization_config:
+  quant_backend: torchao
+  quant_kwargs: {{ quant_type: Int8WeightOnlyConfig }}
+  components_to_quantize: [transformer, text_encoder_3]
+call_kwargs: {{ max_sequence_length: 16 }}
+height: 16
+width: 16
+num_inference_steps: 2
+per_device_train_batch_size: 2
+max_steps: 1
+image_steps: 0
+report_to: none
+use_cpu: true
+output_dir: {tmp_path / "out"}
+""")
+    by_file = opd.make_parser().parse_args_and_config(["--config", str(tmp_path / "opd.yaml")])
+    flag = json.dumps(BACKENDS["torchao"] | {"components_to_quantize": PARTS})
+    flags = ["--output_dir", str(tmp_path), "--teachers", "x", "--quantization_config", flag]
+    by_flags = opd.make_parser().parse_args_and_config(flags)
+    assert by_file[1].quantization_config == by_flags[1].quantization_config
+    opd.main(*by_file)
+    draws = {"prompts": str(tmp_path / "prompts.txt"), "output_dir": str(tmp_path / "table"), "dtype": "float32"}
+    draws |= {"num_inference_steps": 1, "height": 16, "width": 16, "call_kwargs": {"max_sequence_length": 16}}
+    rows = str(folder / "base"), ["jpeg_compressibility"]
+    results = evaluate(*rows, lora=[str(tmp_path / "out")], quantization_config=json.loads(flag), **draws)
+    assert results["models"].keys() == {"base", "out"}
+    assert results["settings"]["quantization_config"] == json.loads(flag)
+    with pytest.raises(ValueError, match=r"other settings \(quantization_config \{'quant_backend': 'torchao'"):
+        evaluate(*rows, **draws)
+
+
+# What is refused
+
+
+def test_a_quantised_student_is_not_trained_in_full_nor_read_first(folder: Path, tmp_path):
+    pytest.importorskip("torchao")
+    shutil.copytree(folder / "base", tmp_path / "base")
+    (tmp_path / "base" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    args = config(tmp_path / "out", quantization_config=BACKENDS["torchao"])
+    with pytest.raises(ValueError, match="the student's transformer is quantised, and cannot be trained in full"):
+        DiffusionOPDTrainer(str(tmp_path / "base"), str(folder / "style"), args, data_of("style"))
+
+
+def test_parts_that_are_not_there_are_named(folder: Path, tmp_path):
+    pytest.importorskip("torchao")
+    wanted = BACKENDS["torchao"] | {"components_to_quantize": ["transformer", "scheduler", "unet"]}
+    with pytest.raises(ValueError, match=r"names \['scheduler', 'unet'\], and the models of the student '.*'vae'\]"):
+        load_student(str(folder / "base"), config(tmp_path, quantization_config=wanted), lora(), lambda pipe: None)
+
+
+def test_a_teacher_that_is_more_than_a_lora_has_no_quantised_copy(tmp_path):
+    """A Control LoRA, which replaces norms too."""
+    pytest.importorskip("torchao")
+    BUILDERS["flux"](0).save_pretrained(tmp_path / "base")
+    file = save_diffusers(tmp_path / "control", "flux", metadata=False) / LORA_FILE
+    norm = {"transformer.transformer_blocks.0.attn.norm_q.weight": torch.full((16,), 2.0)}
+    save_file(load_file(file) | norm, file)
+    wanted = BACKENDS["torchao"] | {"components_to_quantize": ["transformer"]}
+    args = config(tmp_path / "out", "flux", quantization_config=wanted)
+    with pytest.raises(ValueError, match="teacher 'a' .* does more to the transformer .* which is not done"):
+        DiffusionOPDTrainer(
+            str(tmp_path / "base"), {"a": str(tmp_path / "control")}, args, data_of("a"), peft_config=lora()
+        )
+
+
+def test_engines_say_what_they_cannot_hold(folder: Path, tmp_path):
+    pytest.importorskip("torchao")
+    wanted = BACKENDS["torchao"] | {"components_to_quantize": ["transformer"]}
+    args = config(tmp_path, quantization_config=wanted)
+    denoiser = load_student(str(folder / "base"), args, lora(), lambda pipe: None).transformer
+    check_quantised(denoiser, is_fsdp=False, is_deepspeed=False)
+    for engine in ("FSDP2", "DeepSpeed"):
+        with pytest.raises(ValueError, match=f"{engine} cannot hold quantised weights of the kind Int8Tensor; use DDP"):
+            check_quantised(denoiser, is_fsdp=engine == "FSDP2", is_deepspeed=engine == "DeepSpeed")
+
+
+@pytest.mark.parametrize("package", ["bitsandbytes", "torchao"])
+def test_a_package_that_is_not_there_is_named(package: str, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)
+    backend = {"bitsandbytes": "nf4", "torchao": "torchao"}[package]
+    with pytest.raises(ValueError, match=rf"asks for {package}, .*`pip install 'diffusion-opd\[{package}\]'`"):
+        config(tmp_path, quantization_config=BACKENDS[backend])
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one")
+def test_bitsandbytes_asks_for_a_gpu(folder: Path, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(ValueError, match="the student '.*' cannot be loaded: No GPU found"):
+        load_student(str(folder / "base"), config(tmp_path, quantization_config=BACKENDS["nf4"]), lora(), print)
+
+
+@pytest.mark.parametrize(
+    ("type_", "words"),
+    [(None, "None"), ("int8", "'int8'"), ("quantize_", "'quantize_'"), ({"Int8WeightOnlyConfig": 1}, "1}")],
+)
+def test_types_of_torchao_are_its_configs(type_, words: str, tmp_path):
+    pytest.importorskip("torchao")
+    given = {"quant_backend": "torchao", "quant_kwargs": {"quant_type": type_}}
+    with pytest.raises(
+        ValueError, match="must be the name of one of its configs, e.g. 'Int8WeightOnlyConfig'"
+    ) as error:
+        config(tmp_path, quantization_config=given)
+    assert words in str(error.value)

@@ -109,7 +109,7 @@ def load_teachers(
                     if any(is_quantised(own[name]) for name in changed):
                         raise ValueError(
                             f"teacher {teacher.id!r} ({teacher.source}) does more to the {' and '.join(changed)} than "
-                            "adding a LoRA, which cannot be done to quantised weights; leave it out of "
+                            "adding a LoRA, which is not done to quantised weights; leave these out of "
                             "`quantization_config`, or give the teacher as a whole pipeline."
                         )
                     logger.warning(
