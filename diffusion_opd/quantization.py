@@ -31,7 +31,6 @@ BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
     "torchao": ("torchao", {}),
 }
 _FIELDS = ("quant_backend", "quant_kwargs", "components_to_quantize", "quant_mapping")
-_NAME = "`quantization_config`"
 _OF_BITSANDBYTES = ("Params4bit", "Int8Params")
 
 # Each layer of LLM.int8 warns in each forward pass that it rounds its inputs
@@ -48,22 +47,25 @@ def check_quantization(given: Any) -> None:
         return
     if not isinstance(given, Mapping):
         raise TypeError(
-            f"{_NAME} must be a `PipelineQuantizationConfig` of diffusers, or a dict of {list(_FIELDS)}, got "
-            f"{brief(given)}."
+            "`quantization_config` must be a `PipelineQuantizationConfig` of diffusers, or a dict of "
+            f"{list(_FIELDS)}, got {brief(given)}."
         )
     if unknown := sorted(given.keys() - set(_FIELDS)):
-        raise ValueError(f"{_NAME} has no {unknown}; a `PipelineQuantizationConfig` has {list(_FIELDS)}.")
+        raise ValueError(f"`quantization_config` has no {unknown}; a `PipelineQuantizationConfig` has {list(_FIELDS)}.")
     mapping = given.get("quant_mapping")
     if (mapping is None) == (given.get("quant_backend") is None):
         raise ValueError(
-            f"{_NAME} needs either a `quant_backend` or a `quant_mapping` of parts, got {list(given) or 'neither'}."
+            "`quantization_config` needs either a `quant_backend` or a `quant_mapping` of parts, got "
+            f"{list(given) or 'neither'}."
         )
     if mapping is None:
         _make(given, OF_DIFFUSERS)
     elif more := sorted(given.keys() - {"quant_mapping"}):
-        raise ValueError(f"{_NAME}: `quant_mapping` says all of each part; leave {more} out.")
+        raise ValueError(f"`quantization_config`: `quant_mapping` says all of each part; leave {more} out.")
     elif not isinstance(mapping, Mapping) or not mapping:
-        raise TypeError(f"{_NAME}: `quant_mapping` must be a dict by parts of the pipeline, got {brief(mapping)}.")
+        raise TypeError(
+            f"`quantization_config`: `quant_mapping` must be a dict by parts of the pipeline, got {brief(mapping)}."
+        )
     else:
         for own in mapping.values():
             if isinstance(own, Mapping):
@@ -92,7 +94,7 @@ def configs_by_part(given: Any, index: Mapping[str, Any], who: str, only_known: 
         mapping = dict.fromkeys(names or modules, told)
     unknown = sorted(mapping.keys() - modules.keys())
     if unknown and not only_known:
-        raise ValueError(f"{_NAME} names {unknown}, and the models of {who} are {sorted(modules)}.")
+        raise ValueError(f"`quantization_config` names {unknown}, and the models of {who} are {sorted(modules)}.")
     return {
         name: _make(own, OF_TRANSFORMERS if modules[name] is transformers else OF_DIFFUSERS)
         if isinstance(own, Mapping)
@@ -122,20 +124,21 @@ def _make(told: Mapping[str, Any], classes: Mapping[str, Any]) -> Any:
     backend, kwargs = told.get("quant_backend"), told.get("quant_kwargs") or {}
     if backend not in BACKENDS:
         raise ValueError(
-            f"{_NAME}: `quant_backend` must be one of {list(BACKENDS)}, on whose weights PEFT trains a LoRA, got "
-            f"{backend!r}."
+            f"`quantization_config`: `quant_backend` must be one of {list(BACKENDS)}, on whose weights PEFT trains a "
+            f"LoRA, got {backend!r}."
         )
     package, meant = BACKENDS[backend]
     if importlib.util.find_spec(package) is None:
         raise ValueError(
-            f"{_NAME} asks for {package}, which is not installed; `pip install 'diffusion-opd[{package}]'`."
+            f"`quantization_config` asks for {package}, which is not installed; "
+            f"`pip install 'diffusion-opd[{package}]'`."
         )
     if not isinstance(kwargs, Mapping):
-        raise TypeError(f"{_NAME}: `quant_kwargs` must be a dict, got {brief(kwargs)}.")
+        raise TypeError(f"`quantization_config`: `quant_kwargs` must be a dict, got {brief(kwargs)}.")
     kwargs = {**meant, **kwargs}
     if backend == "torchao":
         kwargs["quant_type"] = _torchao_type(kwargs.get("quant_type"))
-    with one_sentence(f"{_NAME}: {backend} cannot be had with {dict(kwargs)}"):
+    with one_sentence(f"`quantization_config`: {backend} cannot be had with {dict(kwargs)}"):
         return classes[backend](**kwargs)
 
 
@@ -149,10 +152,10 @@ def _torchao_type(told: Any) -> Any:
     cls = getattr(torchao.quantization, name, None) if isinstance(name, str) and name.endswith("Config") else None
     if cls is None or not isinstance(kwargs, (Mapping, type(None))):
         raise ValueError(
-            f"{_NAME}: `quant_type` of torchao must be the name of one of its configs, e.g. 'Int8WeightOnlyConfig', or "
-            f"{{name: arguments}}, got {told!r}."
+            "`quantization_config`: `quant_type` of torchao must be the name of one of its configs, e.g. "
+            f"'Int8WeightOnlyConfig', or {{name: arguments}}, got {told!r}."
         )
-    with one_sentence(f"{_NAME}: {name} of torchao cannot be had with {dict(kwargs or {})}"):
+    with one_sentence(f"`quantization_config`: {name} of torchao cannot be had with {dict(kwargs or {})}"):
         return cls(**(kwargs or {}))
 
 

@@ -7,7 +7,7 @@ import contextlib
 import copy
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -60,11 +60,6 @@ logger = get_logger(__name__)
 
 # Of `from_pretrained`: what reading the pipeline's index needs too
 HUB_KWARGS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
-
-CANNOT_BE_TRAINED = (
-    "the student's {} is quantised, and cannot be trained in full; train a LoRA of it by `peft_config`, or load it "
-    "without `quantization_config`."
-)
 
 
 class Student:
@@ -394,8 +389,7 @@ def load_student(
             init_kwargs["dtype"] = dict.fromkeys(names, denoiser_dtype) | {"default": args.mixed_dtype}
         quantised = configs_by_part(args.quantization_config, index, f"the student {str(model)!r}")
         if peft_config is None and lora is None:
-            for name in [name for name in NAMES if name in quantised]:
-                raise ValueError(CANNOT_BE_TRAINED.format(name))
+            _require_whole(quantised)
         _check_encoders(str(model), index, init_kwargs)
         unsafe = " from safetensors (`model_init_kwargs={'use_safetensors': False}` reads pickles that you trust)"
         unsafe = unsafe if init_kwargs["use_safetensors"] else ""
@@ -445,9 +439,7 @@ def load_student(
                 )
             part.requires_grad_(False).eval()
     if peft_config is None and lora is None:
-        for name, denoiser in denoisers.items():
-            if is_quantised(denoiser):
-                raise ValueError(CANNOT_BE_TRAINED.format(name))
+        _require_whole([name for name, denoiser in denoisers.items() if is_quantised(denoiser)])
         parts = {key: part for key, part in pipeline.components.items() if isinstance(part, nn.Module)}
         for denoiser in denoisers.values():
             # Not by its own `to`, which warns of modules that diffusers keeps in float32
@@ -506,6 +498,15 @@ def _check_encoders(model: str, index: Mapping[str, Any], init_kwargs: Mapping[s
                 f"the student {model!r} lacks {len(missing)} tensors of its {key}, e.g. {min(missing)}; are its files "
                 "complete?"
             )
+
+
+def _require_whole(quantised: Collection[str]) -> None:
+    """Refuses to train all of a denoiser that is among the parts that are quantised."""
+    for name in [name for name in NAMES if name in quantised]:
+        raise ValueError(
+            f"the student's {name} is quantised, and cannot be trained in full; train a LoRA of it by `peft_config`, "
+            "or load it without `quantization_config`."
+        )
 
 
 def _add_lora(name: str, denoiser: Any, config: Any) -> None:
