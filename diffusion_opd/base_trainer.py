@@ -47,7 +47,7 @@ from .data import Data, column_of, long_prompts
 from .denoisers import Denoisers, denoiser_of
 from .disclosure import disclosed
 from .encode_cache import EncodeCache
-from .engines import all_touched, compile_blocks, settle_arguments, settle_fsdp, take_compilation
+from .engines import all_touched, check_quantised, compile_blocks, settle_arguments, settle_fsdp, take_compilation
 from .errors import listed, reason
 from .guidance import at_scale, scale_argument, unguided_scale
 from .inputs import PROMPT, content_key, inputs_of, is_prompt, signature
@@ -158,6 +158,7 @@ class DiffusionTrainer(Resuming):
         self.shards_parameters = self.is_fsdp_enabled or hf_deepspeed.is_deepspeed_zero3_enabled()
         if self.is_fsdp_enabled:
             settle_fsdp(self.accelerator.state.fsdp_plugin)
+        check_quantised(model, self.is_fsdp_enabled, self.is_deepspeed_enabled)
         self._compile_kwargs = take_compilation(self.accelerator.state.dynamo_plugin, args)
         device = self.accelerator.device
         if device.type == "cuda" and args.mixed_dtype == torch.float32 and not computes_in_bf16():
@@ -226,6 +227,7 @@ class DiffusionTrainer(Resuming):
 
     def shard(self, denoiser: nn.Module) -> None:
         """Shards a frozen denoiser as the engine does the trained one, if it has not yet."""
+        check_quantised(denoiser, self.is_fsdp_enabled, self.is_deepspeed_enabled)
         if self.is_fsdp_enabled:
             prepare_fsdp(denoiser, self.accelerator)
         elif not hasattr(next(denoiser.parameters()), "ds_id"):

@@ -15,10 +15,12 @@ from accelerate.utils import DynamoBackend
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
+from .attention import check_attention_backend
 from .disclosure import disclosed
 from .errors import brief, listed
 from .inputs import is_prompt
 from .objectives import OBJECTIVES
+from .quantization import as_json, check_quantization
 from .queries import QUERIES
 from .transitions import TRANSITIONS, Kernel
 
@@ -53,7 +55,8 @@ _KINDS = {
     list[str]: "a list of texts",
     type(None): "None",
 }
-_LOOSE = {"accelerator_config", "fsdp"}  # transformers takes more here than its annotations say
+# transformers takes more here than its annotations say, and so do we, of what a flag cannot give
+_LOOSE = {"accelerator_config", "fsdp", "quantization_config"}
 
 
 def check_types(settings: Any, owner: str = "") -> None:
@@ -164,6 +167,15 @@ class DiffusionConfig(_BaseConfig):
     Args:
         model_init_kwargs (`dict`, *optional*):
             Keyword arguments for `DiffusionPipeline.from_pretrained` when `model` is a string.
+        quantization_config (`dict` or [`~diffusers.PipelineQuantizationConfig`], *optional*):
+            Which parts of the pipeline are loaded in fewer bits, and how: bitsandbytes (`"bitsandbytes_4bit"`,
+            `"bitsandbytes_8bit"`) or `"torchao"`. A LoRA is trained on a quantised denoiser; teachers that are whole
+            denoisers or pipelines in files are quantised alike. As a dict: `quant_backend`, `quant_kwargs` and
+            `components_to_quantize` (`None`: all), or `quant_mapping`, `{part: {"quant_backend": ..., "quant_kwargs":
+            ...}}`.
+        attention_backend (`str`, *optional*):
+            Which attention kernel the student's denoiser and those of its teachers use, by the names of diffusers'
+            `set_attention_backend`: `"native"`, `"flash"`, `"_native_cudnn"`, ... `None`: diffusers' default.
         num_inference_steps (`int`, *optional*, defaults to `10`):
             Denoising steps of a training rollout.
         timestep_fraction (`float`, *optional*, defaults to `0.99`):
@@ -225,10 +237,16 @@ class DiffusionConfig(_BaseConfig):
         accelerator_config: Any = None
         report_to: Any = None
 
-    _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "call_kwargs"]
+    _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "quantization_config", "call_kwargs"]
 
     model_init_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`."}
+    )
+    quantization_config: dict | str | None = field(
+        default=None, metadata={"help": "Parts that are loaded in fewer bits: a `PipelineQuantizationConfig` as JSON."}
+    )
+    attention_backend: str | None = field(
+        default=None, metadata={"help": "Attention kernel of all denoisers, by diffusers' name. None: its default."}
     )
     num_inference_steps: int = field(default=10, metadata={"help": "Denoising steps of a training rollout."})
     timestep_fraction: float = field(
@@ -308,6 +326,7 @@ class DiffusionConfig(_BaseConfig):
             setattr(self, name, parse_json(name, getattr(self, name)))
             if not isinstance(getattr(self, name), (dict, type(None))):
                 raise TypeError(f"`{name}` must be a dict, or JSON of one, got {getattr(self, name)!r}.")
+        self._check_loading()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and computes_in_bf16()
         if (backend := self.torch_compile_backend) is not None:
@@ -400,9 +419,21 @@ class DiffusionConfig(_BaseConfig):
         if self.image_steps is not None and self.image_steps < 0:
             raise ValueError(f"`image_steps` must be at least 0 (never) or None (at the end), got {self.image_steps}.")
 
+    def _check_loading(self) -> None:
+        self.quantization_config = parse_json("quantization_config", self.quantization_config)
+        if self.quantization_config is not None:
+            check_quantization(self.quantization_config)
+        if "quantization_config" in (self.model_init_kwargs or {}):
+            raise ValueError(
+                "`model_init_kwargs` may not hold 'quantization_config', which is a field of its own: "
+                "`quantization_config`."
+            )
+        if self.attention_backend is not None:
+            check_attention_backend(self.attention_backend)
+
     # What trackers are told, and some of them publish
     def to_dict(self) -> dict[str, Any]:
-        return disclosed(super().to_dict())
+        return disclosed(super().to_dict() | {"quantization_config": as_json(self.quantization_config)})
 
     @property
     def num_learnt_steps(self) -> int:

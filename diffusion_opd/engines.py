@@ -19,6 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from .config import DiffusionConfig
 from .denoisers import Denoisers, parts_of
 from .policy import tuner_layers
+from .quantization import is_quantised_weight
 
 logger = get_logger(__name__)
 
@@ -73,6 +74,9 @@ def settle_arguments(args: DiffusionConfig, denoiser: ModelMixin) -> None:
             "`ddp_find_unused_parameters=True` would leave the gradient of a denoiser that the last learnt step does "
             "not call as it is in each process; leave it out."
         )
+    if quantised := [name for name, weight in denoiser.named_parameters() if is_quantised_weight(weight)]:
+        # Loaded alike by every process; torchao's cannot be broadcast
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(denoiser, quantised)
     if args.ddp_find_unused_parameters is None:  # Trainer: True for anything but a PreTrainedModel
         args.ddp_find_unused_parameters = False
     if args.ddp_broadcast_buffers is None:  # constant in a denoiser; a broadcast would precede every forward
@@ -80,6 +84,22 @@ def settle_arguments(args: DiffusionConfig, denoiser: ModelMixin) -> None:
     if args.n_gpu > 1:
         logger.warning("One process sees several GPUs and uses the first; start with `accelerate launch` to use all.")
         args._n_gpu = 1
+
+
+def check_quantised(denoiser: nn.Module, is_fsdp: bool, is_deepspeed: bool) -> None:
+    """Refuses quantised weights that an engine cannot hold: FSDP2 shards none in eight bits (it leaves those of four
+    whole), and none of torchao's, which DeepSpeed cannot move either.
+
+    Raises:
+        ValueError: naming their kind.
+    """
+    for weight in filter(is_quantised_weight, denoiser.parameters()):
+        of_torchao = type(weight.data) is not Tensor
+        if (is_fsdp and (of_torchao or weight.dtype == torch.int8)) or (is_deepspeed and of_torchao):
+            raise ValueError(
+                f"{'FSDP2' if is_fsdp else 'DeepSpeed'} cannot hold quantised weights of the kind "
+                f"{type(weight).__name__}; use DDP, or quantise by 'bitsandbytes_4bit'."
+            )
 
 
 def settle_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:

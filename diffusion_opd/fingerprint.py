@@ -1,7 +1,8 @@
 """Which weights a LoRA was trained on: values sampled from them, which lie in its file.
 
 A LoRA that was trained on a base into which another one had been fused loads onto the bare base without a word, and is
-another model there. Values are sampled and not hashed, so that a base in another precision is the same base.
+another model there. Values are sampled and not hashed, so that a base in another precision is the same base, and so is
+a quantised one as far as its values can tell.
 
 This file knows denoisers and the files of LoRAs, and no trainer, loss or data.
 """
@@ -18,69 +19,109 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .errors import one_sentence
+from .quantization import can_be_dequantised, dequantised, is_quantised_weight
 
 Fingerprint = dict[str, list[float]]  # by weight
 
 KEY = "diffusion_opd_base"  # in the metadata of a safetensors file
 NUM_VALUES = 1024  # in all; of each weight one at least
 ROUNDING = 2**-8  # of bfloat16, the coarsest that weights are kept in, relative
+QUANTISED = " (quantised)"  # of the names of weights whose values are known to a bound, which comes before them
+MOST_QUANTISED = 16
 GOLDEN = 0.6180339887498949  # its multiples fall into all rows and columns
 
 
 def take_fingerprint(denoiser: nn.Module) -> Fingerprint:
     """Samples the weights of a denoiser without its adapters, while it is whole."""
-    weights = _weights(denoiser)
-    count = -(-NUM_VALUES // max(len(weights), 1))
-    values = {key: weight.reshape(-1)[_places(count, weight)] for key, weight in weights.items()}
-    return {key: [float(f"{value:.5g}") for value in sampled.tolist()] for key, sampled in values.items()}
+    layers = _layers(denoiser)
+    count = -(-NUM_VALUES // max(len(layers), 1))
+    found: Fingerprint = {}
+    for key, layer in layers.items():
+        weight, off = _read(layer)
+        values = [float(f"{value:.5g}") for value in weight.reshape(-1)[_places(count, weight)].tolist()]
+        found |= {f"{key}{QUANTISED}": [off, *values]} if off else {key: values}
+    return found
 
 
 @torch.no_grad()
 def contradictions(denoiser: nn.Module, fingerprint: Fingerprint, fused: Sequence[str] = ()) -> list[str]:
-    """Names of the weights that are not those of a fingerprint, to the rounding of bfloat16; a weight that only one of
-    the two has (in such a form: quantised ones are not compared) is none.
+    """Names of the weights that are not those of a fingerprint, to the rounding of bfloat16, or of their quantisation;
+    a weight that only one of the two has is none.
 
     Args:
         denoiser (`nn.Module`): Whole.
         fingerprint (`dict[str, list[float]]`): As [`take_fingerprint`] returns it.
         fused (`Sequence[str]`, *optional*): Adapters of the denoiser, as if they were fused into it.
     """
-    weights = _weights(denoiser)
-    layers = {key: layer for key, layer in denoiser.named_modules() if isinstance(layer, LoraLayer)}
+    layers, sampled = _layers(denoiser), _sampled(fingerprint)
+    adapted = {key: layer for key, layer in denoiser.named_modules() if isinstance(layer, LoraLayer)}
     found = []
-    for key in fingerprint.keys() & weights.keys():
-        places = _places(len(fingerprint[key]), weights[key])
-        values = weights[key].reshape(-1)[places].float()
+    for key in sampled.keys() & layers.keys():
+        wanted, off = sampled[key]
+        weight, own_off = _read(layers[key])
+        places = _places(len(wanted), weight)
+        values = weight.reshape(-1)[places].float()
         size, roundings = values.abs(), 3 if fused else 1  # of the weight, of the update and of their sum
         module, _, kind = key.rpartition(".")
-        adapters = [name for name in fused if module in layers and name in layers[module].scaling]
-        if any(kind != "weight" or n not in layers[module].lora_A or layers[module].use_dora[n] for n in adapters):
+        adapters = [name for name in fused if module in adapted and name in adapted[module].scaling]
+        if any(kind != "weight" or n not in adapted[module].lora_A or adapted[module].use_dora[n] for n in adapters):
             continue  # an update that is no product of two matrices
         for name in adapters:
-            terms = _update(layers[module], name, places, weights[key][0].numel())
+            terms = _update(adapted[module], name, places, weight[0].numel())
             values, size = values + terms.sum(-1), size + terms.abs().sum(-1)
-        gap = (values.cpu() - torch.tensor(fingerprint[key])).abs()
-        if (gap > roundings * ROUNDING * size.cpu() + 1e-6).any():
+        gap = (values.cpu() - torch.tensor(wanted)).abs()
+        if (gap > roundings * ROUNDING * size.cpu() + off + own_off + 1e-6).any():
             found.append(key)
     return found
 
 
 def differ(a: Fingerprint, b: Fingerprint) -> bool:
-    """Whether two fingerprints are of other weights, to the rounding of bfloat16."""
-    pairs = [pair for key in a.keys() & b.keys() for pair in zip(a[key], b[key], strict=False)]
-    return any(abs(x - y) > 2 * ROUNDING * max(abs(x), abs(y)) + 1e-6 for x, y in pairs)
+    """Whether two fingerprints are of other weights, to the rounding of bfloat16, or of their quantisation."""
+    one, other = _sampled(a), _sampled(b)
+    for key in one.keys() & other.keys():
+        (xs, off), (ys, other_off) = one[key], other[key]
+        pairs = zip(xs, ys, strict=False)
+        if any(abs(x - y) > 2 * ROUNDING * max(abs(x), abs(y)) + off + other_off + 1e-6 for x, y in pairs):
+            return True
+    return False
 
 
-def _weights(denoiser: nn.Module) -> dict[str, Tensor]:
-    """All that a LoRA could have been fused into, by its name in a denoiser without adapters."""
-    weights = {key.replace(".base_layer.", "."): weight.data for key, weight in denoiser.named_parameters()}
-    return {
-        key: weight
-        for key, weight in weights.items()
-        # Quantised ones are of other types, or of a class of their own
-        if weight.ndim > 1 and weight.is_floating_point() and weight.itemsize > 1 and type(weight) is Tensor
-        if ".lora_" not in key
-    }
+def _sampled(fingerprint: Fingerprint) -> dict[str, tuple[list[float], float]]:
+    """By weight its values, and by how much quantisation has changed each at most."""
+    found = {}
+    for key, values in fingerprint.items():
+        name = key.removesuffix(QUANTISED)
+        found[name] = (values, 0.0) if name == key else (values[1:], values[0])
+    return found
+
+
+def _layers(denoiser: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The layers of all that a LoRA could have been fused into, by the weight's name in a denoiser without adapters; of
+    quantised ones a few, each of which is made whole to be looked at."""
+    plain, quantised = {}, {}
+    for prefix, layer in denoiser.named_modules():
+        for name, weight in layer.named_parameters(recurse=False):
+            key = f"{prefix}.{name}".replace(".base_layer.", ".").removeprefix(".")
+            if ".lora_" in key:
+                continue
+            if is_quantised_weight(weight):
+                if name == "weight" and can_be_dequantised(weight):
+                    quantised[key] = layer
+            elif weight.ndim > 1:
+                plain[key] = layer, name
+    few = sorted(quantised)[:: -(-len(quantised) // MOST_QUANTISED) or 1]
+    return plain | {key: (quantised[key], "weight") for key in few}
+
+
+def _read(layer: tuple[nn.Module, str]) -> tuple[Tensor, float]:
+    """A weight, and by how much quantisation has changed its values at most."""
+    module, name = layer
+    weight = getattr(module, name)
+    if not is_quantised_weight(weight):
+        return weight.data, 0.0
+    whole = dequantised(module)
+    # Half the widest gap between values: of four bits (NF4, FP4) a sixth of a block's largest, of eight a 254th
+    return whole, float(whole.abs().max()) * (0.01 if "int8" in type(weight).__name__.lower() else 0.2)
 
 
 def _places(count: int, weight: Tensor) -> list[int]:

@@ -51,12 +51,15 @@ def with_call(pipeline: Any) -> Any:
     return pipeline
 
 
-def load_modular(path: str, hub: Mapping[str, Any], **kwargs: Any) -> ModularPipeline:
+def load_modular(
+    path: str, hub: Mapping[str, Any], quantised: Mapping[str, Any] | None = None, **kwargs: Any
+) -> ModularPipeline:
     """A modular pipeline with its components.
 
     Args:
         path (`str`): Hub id or folder.
         hub (`Mapping`): For the index: `revision`, `token` ...
+        quantised (`Mapping`, *optional*): The `quantization_config` of each component that has one.
         kwargs: For the components, each a value or a dict by their names with a `"default"`.
 
     Raises:
@@ -70,6 +73,8 @@ def load_modular(path: str, hub: Mapping[str, Any], **kwargs: Any) -> ModularPip
             key: value.get(name, value.get("default")) if isinstance(value, Mapping) else value
             for key, value in kwargs.items()
         }
+        if quantised and name in quantised:
+            own["quantization_config"] = quantised[name]
         if not (isinstance(spec.type_hint, type) and issubclass(spec.type_hint, torch.nn.Module)):
             own.pop("use_safetensors", None)
         try:  # its `load_components` would only log what cannot be loaded

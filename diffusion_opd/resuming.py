@@ -32,13 +32,15 @@ from .checkpoints import (
 from .errors import first_few
 from .files import name_or_path
 from .publishing import Publishing
+from .quantization import quantisations
 from .runs import alone, differences, hash_data, hash_values, new_run, plain
 
 logger = get_logger(__name__)
 
 # Of what this package adds to Trainer's arguments: what changes nothing that is learnt
 _OF_A_START = set(
-    "model_init_kwargs resume_from_checkpoint nan_policy teacher_placement encode_ahead encoder_placement "
+    "model_init_kwargs quantization_config attention_backend resume_from_checkpoint nan_policy teacher_placement "
+    "encode_ahead encoder_placement "
     "gradient_checkpointing logging_nan_inf_filter remove_unused_columns image_steps image_prompts "
     "image_num_inference_steps".split()
 )
@@ -173,6 +175,8 @@ class Resuming(Publishing):
             "scheduler": {k: v for k, v in self.student.pipeline.scheduler.config.items() if not k.startswith("_")},
             "model": name_or_path(self.student.pipeline) or type(self.student.pipeline).__name__,
         }
+        if quantised := quantisations(self.student.pipeline):
+            made_of["quantization"] = quantised
         if isinstance(self.train_dataset, Dataset):
             made_of["train_dataset"] = hash_data(self.train_dataset, self.data.names)
         if self.student.trains_lora:

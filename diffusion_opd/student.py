@@ -7,7 +7,7 @@ import contextlib
 import copy
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import transformers
 from accelerate.logging import get_logger
 from accelerate.utils import disable_fsdp_ram_efficient_loading
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, PipelineQuantizationConfig
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_map
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .adapters import STUDENT_ADAPTER, add_adapter, changes_base, frozen_copy, inject, with_denoiser
+from .attention import require_attention_backend, set_attention_backend
 from .checkpoints import give_ordinary_mode, is_checkpoint
 from .config import DiffusionConfig
 from .denoisers import NAMES, denoiser_of, denoisers_of, take_wrappers_off, unwrap_blocks
@@ -51,6 +52,7 @@ from .fingerprint import differ, read_fingerprint, take_fingerprint, write_finge
 from .inputs import signature
 from .modular import is_pipeline, load_modular, save_pipeline, with_call
 from .policy import BACKBONE, Policy, check_seams, tuner_layers
+from .quantization import configs_by_part, is_quantised
 from .shards import local_shards, reshard, shards_changed, zero3_unseen
 from .teachers import as_lora, load_lora
 
@@ -336,7 +338,7 @@ def load_student(
         model (`str` or [`~diffusers.DiffusionPipeline`]): Hub id or folder (loaded in the mixed-precision dtype, from
             safetensors unless `model_init_kwargs` say otherwise), or a pipeline (whose frozen modules keep their
             dtype).
-        args ([`DiffusionConfig`]): For `model_init_kwargs` and the dtype.
+        args ([`DiffusionConfig`]): For how it is loaded, and the dtype.
         peft_config ([`~peft.LoraConfig`], or by the names of denoisers, *optional*): Trains a LoRA of each denoiser, or
             of those that are named; `None` trains the whole of each.
         student_lora (`str` or [`Lora`], *optional*): A LoRA whose training goes on, in the place of a new one.
@@ -344,7 +346,7 @@ def load_student(
 
     Raises:
         ValueError: if the pipeline cannot be loaded, has no denoiser, lacks a seam, is offloaded, carries adapters
-            already, or could not load a LoRA again.
+            already, could not load a LoRA again, or is quantised and to be trained in full.
         TypeError: if `model` or `peft_config` is none of the above.
     """
     lora = None if student_lora is None else as_lora(student_lora)
@@ -359,6 +361,8 @@ def load_student(
             "`peft_config` must be a `LoraConfig`, a dict of them by denoiser, or None (train in full), got "
             f"{brief(peft_config)}."
         )
+    if args.attention_backend is not None:
+        require_attention_backend(args.attention_backend)
     if is_pipeline(model):
         pipeline = with_call(model)
     elif not isinstance(model, (str, os.PathLike)):
@@ -383,13 +387,19 @@ def load_student(
             names = [name for name in NAMES if name in parts_named(index)] or ["transformer"]
             denoiser_dtype = torch.float32 if peft_config is None and lora is None else args.mixed_dtype
             init_kwargs["dtype"] = dict.fromkeys(names, denoiser_dtype) | {"default": args.mixed_dtype}
+        quantised = configs_by_part(args.quantization_config, index, f"the student {str(model)!r}")
+        if peft_config is None and lora is None:
+            _require_whole(quantised)
         _check_encoders(str(model), index, init_kwargs)
         unsafe = " from safetensors (`model_init_kwargs={'use_safetensors': False}` reads pickles that you trust)"
         unsafe = unsafe if init_kwargs["use_safetensors"] else ""
         with whole_modules(), one_sentence(f"the student {str(model)!r} cannot be loaded", unsafe):
             if is_modular:
-                pipeline = load_modular(str(model), hub, **{k: v for k, v in init_kwargs.items() if k not in hub})
+                of_parts = {key: value for key, value in init_kwargs.items() if key not in hub}
+                pipeline = load_modular(str(model), hub, quantised, **of_parts)
             else:
+                if quantised:
+                    init_kwargs["quantization_config"] = PipelineQuantizationConfig(quant_mapping=quantised)
                 pipeline = DiffusionPipeline.from_pretrained(model, **init_kwargs)
     wrapped = take_wrappers_off(pipeline)
     denoisers: dict[str, Any] = denoisers_of(pipeline)
@@ -412,6 +422,8 @@ def load_student(
                 f"the student's {name} carries adapters already; call `pipeline.fuse_lora()` and "
                 "`pipeline.unload_lora_weights()` first."
             )
+        if args.attention_backend is not None:  # before it is copied for anybody
+            set_attention_backend(denoiser, args.attention_backend, f"the student's {name}")
     configs = dict(peft_config) if isinstance(peft_config, Mapping) else dict.fromkeys(denoisers, peft_config)
     if unknown := sorted(configs.keys() - denoisers.keys()):
         raise ValueError(
@@ -427,12 +439,7 @@ def load_student(
                 )
             part.requires_grad_(False).eval()
     if peft_config is None and lora is None:
-        for name, denoiser in denoisers.items():
-            if _is_quantised(denoiser):
-                raise ValueError(
-                    f"the student's {name} is quantised, and cannot be trained in full; train a LoRA of it by "
-                    "`peft_config`, or load it without `quantization_config`."
-                )
+        _require_whole([name for name, denoiser in denoisers.items() if is_quantised(denoiser)])
         parts = {key: part for key, part in pipeline.components.items() if isinstance(part, nn.Module)}
         for denoiser in denoisers.values():
             # Not by its own `to`, which warns of modules that diffusers keeps in float32
@@ -493,10 +500,13 @@ def _check_encoders(model: str, index: Mapping[str, Any], init_kwargs: Mapping[s
             )
 
 
-def _is_quantised(module: nn.Module) -> bool:
-    return any(
-        type(p.data) is not torch.Tensor or not p.is_floating_point() or p.itemsize == 1 for p in module.parameters()
-    )
+def _require_whole(quantised: Collection[str]) -> None:
+    """Refuses to train all of a denoiser that is among the parts that are quantised."""
+    for name in [name for name in NAMES if name in quantised]:
+        raise ValueError(
+            f"the student's {name} is quantised, and cannot be trained in full; train a LoRA of it by `peft_config`, "
+            "or load it without `quantization_config`."
+        )
 
 
 def _add_lora(name: str, denoiser: Any, config: Any) -> None:

@@ -15,10 +15,11 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from .ahead import Ahead
+from .attention import set_attention_backend
 from .base_trainer import DiffusionTrainer
 from .config import DiffusionConfig
 from .data import Data
-from .denoisers import denoiser_of, denoisers_of
+from .denoisers import denoiser_of, denoisers_of, parts_of
 from .parties import columns_of
 from .placement import weights
 from .policy import BACKBONE, Policy
@@ -62,7 +63,13 @@ class TaughtTrainer(DiffusionTrainer):
         student = Student(pipeline)
         untrained = partial(student.frozen, REF_ADAPTER if goes_on else BACKBONE, args.mixed_dtype)
         with whole_modules():
-            loaded = load_teachers(specs, pipeline, student.trains_lora, args.mixed_dtype, untrained)
+            loaded = load_teachers(
+                specs, pipeline, student.trains_lora, args.mixed_dtype, untrained, args.quantization_config
+            )
+        if args.attention_backend is not None:
+            for teacher in loaded:
+                for part in parts_of(teacher.denoiser).values():
+                    set_attention_backend(part, args.attention_backend, f"the denoiser of teacher {teacher.id!r}")
         self.loaded_teachers = {teacher.id: teacher for teacher in loaded}
         self.teacher_columns = columns_of(loaded, data, args.pipeline_kwargs)
 

@@ -30,6 +30,7 @@ from tests.adapters import save_peft  # noqa: E402
 from tests.cpu_engines import Wire, fsdp_on_cpu, leave  # noqa: E402
 from tests.editing_pipelines import EDITING, EDITING_CALL, EDITING_INPUTS  # noqa: E402
 from tests.launched import serve  # noqa: E402
+from tests.quantising import BACKENDS, take  # noqa: E402
 from tests.streaming_pipelines import picture  # noqa: E402
 from tests.tiny_pipelines import BUILDERS, CALL, LORA_TARGETS  # noqa: E402
 from tests.two_denoisers import TWO, TWO_CALL, TWO_INPUTS  # noqa: E402
@@ -55,6 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", help="a checkpoint")
     parser.add_argument("--best", action="store_true", help="end with the weights of the best checkpoint, the first")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--quantised", help="a backend, by the names of quantising.py")
     parser.add_argument("--compile", help="a backend of torch.compile")
     parser.add_argument("--sync_each_batch", action="store_true")
     parser.add_argument("--activation_checkpointing", action="store_true")
@@ -121,12 +123,17 @@ def verdict(images, prompts, **kwargs):
 def teachers_of(options: argparse.Namespace) -> dict:
     """One of each kind: an adapter of the student's denoiser (or of a copy of it), and a denoiser of its own."""
     lora = save_peft(options.out / f"teacher-{os.environ.get('RANK', 0)}", MAKE[options.family](0))
-    return {"a": str(lora), "b": MAKE[options.family](2)}
+    whole = MAKE[options.family](2)
+    if options.quantised:  # as what is in files is
+        folder = options.out / f"whole-{os.environ.get('RANK', 0)}"
+        whole.save_pretrained(folder)
+        whole = str(folder)
+    return {"a": str(lora), "b": whole}
 
 
 def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
     student = MAKE[options.family](0)
-    if options.bf16:  # loaded from a folder, its frozen parts are in half precision
+    if options.bf16 or options.quantised:  # loaded from a folder, its frozen parts are in half precision
         folder = options.out / f"student-{os.environ.get('RANK', 0)}"
         student.save_pretrained(folder)
         student = str(folder)
@@ -155,6 +162,9 @@ def make(options: argparse.Namespace, counted: Count) -> DiffusionTrainer:
         use_cpu=options.engine in ("none", "ddp"),
         ddp_backend="gloo" if options.engine.startswith("zero") else None,
     )
+    if options.quantised:
+        wanted = BACKENDS[take(options.quantised)] | {"components_to_quantize": ["transformer"]}
+        settings |= dict(quantization_config=wanted)
     if options.choices is not None:
         settings |= dict(anchor_data_beta=0.01)
     if options.method == "opd":

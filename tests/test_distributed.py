@@ -307,6 +307,27 @@ def test_pictures_of_two_sizes(tmp_path, engine):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "backend", "placement"),
+    [
+        ("ddp", "torchao", "cpu"),
+        nightly("fsdp2", "nf4", "sharded"),
+        nightly("zero3", "nf4", "sharded"),
+        nightly("zero2", "int8", "device"),
+    ],
+)
+def test_a_quantised_base(tmp_path, one_process, engine, backend, placement):
+    """LLM.int8 rounds activations by what is largest among them, which float32 noise may move."""
+    pytest.importorskip("torchao" if backend == "torchao" else "bitsandbytes")
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    _, one = one_process("--quantised", backend)
+    options = ["--batch", "2", "--quantised", backend, "--teacher_placement", placement]
+    two = run(tmp_path / "two", *options, engine=engine)
+    assert_same_run(one, two, engine, 2e-3 if backend == "int8" else 2e-5)
+
+
+@pytest.mark.slow
 def test_two_nodes(tmp_path, one_process):
     """Two launchers that find each other by address, each with one process: as on two machines."""
     _, one = one_process("--mode", "lora", "--images")

@@ -306,6 +306,66 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
         ValueError,
         "`torch_compile_backend` ... 'inductor' ... 'INDUCTOR'",
     ),
+    "a quantisation that is no config": (
+        lambda w: opd(quantization_config="[4]"),
+        TypeError,
+        "`quantization_config` ... `PipelineQuantizationConfig` ... dict ... list: [4]",
+    ),
+    "a quantisation of a model in transformers' words": (
+        lambda w: opd(quantization_config={"load_in_4bit": True}),
+        ValueError,
+        "`quantization_config` has no ['load_in_4bit'] ... 'quant_kwargs' ... 'quant_mapping'",
+    ),
+    "a quantisation of nothing": (
+        lambda w: opd(quantization_config={}),
+        ValueError,
+        "`quantization_config` ... `quant_backend` or ... `quant_mapping` ... got neither",
+    ),
+    "a quantisation in two ways": (
+        lambda w: opd(quantization_config={"quant_mapping": {}, "quant_backend": "torchao"}),
+        ValueError,
+        "either ... got ['quant_mapping', 'quant_backend']",
+    ),
+    "a quantisation of named parts twice": (
+        lambda w: opd(quantization_config={"quant_mapping": {"vae": {}}, "components_to_quantize": ["vae"]}),
+        ValueError,
+        "`quant_mapping` says all of each part; leave ['components_to_quantize'] out",
+    ),
+    "a quantisation of no part": (
+        lambda w: opd(quantization_config={"quant_mapping": ["vae"]}),
+        TypeError,
+        "`quant_mapping` must be a dict by parts ... ['vae']",
+    ),
+    "a backend of quantisation that trains no LoRA": (
+        lambda w: opd(quantization_config={"quant_backend": "gguf"}),
+        ValueError,
+        "`quant_backend` ... 'bitsandbytes_4bit', 'bitsandbytes_8bit', 'torchao' ... 'gguf'",
+    ),
+    "a quantisation among the model's": (
+        lambda w: opd(model_init_kwargs={"quantization_config": {}}),
+        ValueError,
+        "`model_init_kwargs` may not hold 'quantization_config' ... field of its own",
+    ),
+    "attention of no name": (
+        lambda w: opd(attention_backend="sdpa"),
+        ValueError,
+        "`attention_backend` must be one of [ ... 'native' ... got 'sdpa'",
+    ),
+    "attention without a gradient": (
+        lambda w: opd(attention_backend="sage"),
+        ValueError,
+        "`attention_backend='sage'` has no backward pass",
+    ),
+    "attention that is not installed": (
+        lambda w: w.opd(attention_backend="_flash_3"),
+        ValueError,
+        "`attention_backend='_flash_3'` cannot be used: ... missing package",
+    ),
+    "attention that takes no kernel": (
+        lambda w: w.opd(attention_backend="native"),
+        ValueError,
+        "`attention_backend='native'` ... the student's transformer, a SD3Transformer2DModel, has none; leave it out",
+    ),
     "the best by an unknown metric": (
         lambda w: w.opd(eval_dataset=PROMPTS, eval_strategy="epoch", metric_for_best_model="accuracy"),
         ValueError,
@@ -675,11 +735,6 @@ CASES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
         lambda w: w.opd(model=w.copy("base", quantised)),
         ValueError,
         "student ... cannot be loaded: ... own",
-    ),
-    "a quantisation that is no config": (
-        lambda w: w.opd(model_init_kwargs={"quantization_config": {"load_in_4bit": True}}),
-        ValueError,
-        "student ... cannot be loaded: ... PipelineQuantizationConfig",
     ),
     "a student of an unknown class": (
         lambda w: w.opd(model=w.copy("base", with_index(_class_name="OwnPipeline"))),

@@ -31,7 +31,7 @@ LAYERS = [
         "callbacks.sounds",
         "rewards.statistics",
     ],
-    ["objectives", "shards", "inputs", "modular"],
+    ["objectives", "shards", "inputs", "modular", "attention", "quantization"],
     ["config", "sampling"],
     ["data"],
     ["scheduler_proxy", "encode_cache", "runs"],

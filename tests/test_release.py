@@ -48,8 +48,8 @@ def declared(lines: list[str]) -> set[str]:
 
 def test_what_the_package_imports_is_what_it_depends_on():
     found, needed = imported(PACKAGE), declared(PROJECT["dependencies"])
-    of_scorers = declared(PROJECT["optional-dependencies"]["rewards"])
-    assert found - TRACKERS - of_scorers == needed - FOR_OTHERS.keys()
+    of_extras = {name for extra in ("rewards", "torchao") for name in declared(PROJECT["optional-dependencies"][extra])}
+    assert found - TRACKERS - of_extras == needed - FOR_OTHERS.keys()
     assert needed >= FOR_OTHERS.keys() and found >= TRACKERS  # no entry of a table outlives its use
 
 

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..attention import set_attention_backend
 from ..callbacks.sounds import makes_sound
 from ..decoding import CHECKER, takes_no_checker, watched_decoders
 from ..denoisers import NAMES, denoisers_of
@@ -27,6 +28,7 @@ from ..files import absent_parts, parts_named
 from ..inputs import PROMPT, as_arguments, content_key
 from ..modular import load_modular
 from ..policy import tuner_layers
+from ..quantization import as_json, configs_by_part
 from ..sampling import SEED_EVAL, seed_of
 from ..student import read_index
 from ..teachers.locating import locate
@@ -96,7 +98,15 @@ def samples_of(rows: Sequence[dict[str, Any]], count: int, seed: int) -> list[Sa
     return samples
 
 
-def settings_of(model: Model, folder: Path, call_kwargs: Mapping[str, Any], dtype: torch.dtype, seed: int) -> Any:
+def settings_of(
+    model: Model,
+    folder: Path,
+    call_kwargs: Mapping[str, Any],
+    dtype: torch.dtype,
+    seed: int,
+    quantization: Any = None,
+    backend: str | None = None,
+) -> Any:
     """What the pictures of a model depend on, the prompts aside.
 
     Args:
@@ -105,6 +115,7 @@ def settings_of(model: Model, folder: Path, call_kwargs: Mapping[str, Any], dtyp
         call_kwargs (`dict`): Of the pipeline's call.
         dtype (`torch.dtype`): Of its weights.
         seed (`int`): That the samples have theirs from.
+        quantization, backend: As of [`load`].
 
     Raises:
         ValueError: if the model is nowhere, or the folder holds pictures of other settings.
@@ -116,6 +127,8 @@ def settings_of(model: Model, folder: Path, call_kwargs: Mapping[str, Any], dtyp
         "call_kwargs": dict(call_kwargs),
         "dtype": str(dtype).removeprefix("torch."),
         "seed": seed,
+        "quantization_config": as_json(quantization),
+        "attention_backend": backend,
     }
     settings = json.loads(json.dumps(settings, default=str))
     written = folder / SETTINGS
@@ -135,6 +148,7 @@ def draw(
     settings: Mapping[str, Any],
     call_kwargs: Mapping[str, Any],
     batch_size: int,
+    quantization: Any = None,
 ) -> None:
     """Draws what is missing in a folder, in each process its share.
 
@@ -145,6 +159,7 @@ def draw(
         settings (`dict`): As [`settings_of`] returns them.
         call_kwargs (`dict`): Of the pipeline's call.
         batch_size (`int`): Pictures of one call.
+        quantization: As of [`load`].
 
     Raises:
         ValueError: if the model cannot be loaded, makes sound, or decodes to NaN.
@@ -164,7 +179,9 @@ def draw(
     mine = missing[state.process_index :: state.num_processes]
     if not mine:
         return
-    pipeline = load(model, getattr(torch, settings["dtype"])).to(state.device)
+    pipeline = load(model, getattr(torch, settings["dtype"]), quantization, settings["attention_backend"]).to(
+        state.device
+    )
     if makes_sound(pipeline):
         raise ValueError(f"{type(pipeline).__name__} makes neither pictures nor videos, and nothing else is scored.")
     pipeline.set_progress_bar_config(disable=True)
@@ -200,15 +217,28 @@ def draw(
     clear_device_cache()
 
 
-def load(model: Model, dtype: torch.dtype) -> DiffusionPipeline:
-    """A model's pipeline, its LoRA active."""
+def load(model: Model, dtype: torch.dtype, quantization: Any = None, backend: str | None = None) -> DiffusionPipeline:
+    """A model's pipeline, its LoRA active.
+
+    Args:
+        model ([`Model`]): Which.
+        dtype (`torch.dtype`): Of what is not quantised.
+        quantization (`dict` or [`~diffusers.PipelineQuantizationConfig`], *optional*): Of its parts.
+        backend (`str`, *optional*): Of its denoisers' attention.
+    """
     index, is_modular, _ = read_index(model.path, {}, "the model")
+    quantised = configs_by_part(quantization, index, f"the model {model.path!r}")
     with without_reports(), one_sentence(f"the model {model.path!r} cannot be loaded", " (only safetensors are read)"):
         if is_modular:
-            pipeline: Any = load_modular(model.path, {}, dtype=dtype, use_safetensors=True)
+            pipeline: Any = load_modular(model.path, {}, quantised, dtype=dtype, use_safetensors=True)
         else:
             more = {"use_safetensors": True, **absent_parts(index)}
+            if quantised:
+                more["quantization_config"] = PipelineQuantizationConfig(quant_mapping=quantised)
             pipeline = DiffusionPipeline.from_pretrained(model.path, dtype=dtype, **more)
+    if backend is not None:
+        for name, denoiser in denoisers_of(pipeline).items():
+            set_attention_backend(denoiser, backend, f"the {name} of {model.path!r}")
     if model.lora is not None:
         load_lora(model.lora, pipeline, _ADAPTER)
         for denoiser in denoisers_of(pipeline).values():

@@ -20,10 +20,12 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from tqdm.auto import tqdm
 from transformers.utils import hf_api
 
+from ..attention import check_attention_backend, require_attention_backend
 from ..config import computes_in_bf16
 from ..disclosure import disclosed, is_repository
 from ..errors import one_sentence
 from ..inputs import PROMPT
+from ..quantization import as_json, check_quantization
 from ..rewards import Rewards, load_reward
 from ..runs import hash_values
 from .drawing import Model, Sample, draw, named, picture, samples_of, settings_of
@@ -55,6 +57,8 @@ def evaluate(
     prompt_column: str | None = None,
     batch_size: int = 8,
     dtype: str | None = None,
+    quantization_config: Any = None,
+    attention_backend: str | None = None,
     seed: int = 42,
     push_to_hub: str | Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -86,6 +90,9 @@ def evaluate(
         dtype (`str`, *optional*):
             `"bfloat16"`, `"float16"` or `"float32"`, of the models. `None`: bfloat16 where the hardware computes in
             it, or float32.
+        quantization_config (`dict` or [`~diffusers.PipelineQuantizationConfig`], *optional*):
+            Which parts of all models are loaded in fewer bits, as of [`DiffusionConfig`].
+        attention_backend (`str`, *optional*): Of all models' denoisers, as of [`DiffusionConfig`].
         seed (`int`, *optional*, defaults to `42`): Of all pictures.
         push_to_hub (`str` or `list[str]`, *optional*):
             Repositories into whose cards (`model-index`) results go: `"name=repository"`, or the repository alone if it
@@ -113,6 +120,11 @@ def evaluate(
     sets = _sets(prompts, images_per_prompt, judges, prompt_column, seed)
     for name, judge in judges.items():
         judge.check_columns(list(sets[_set_of(name, sets)][0].row))
+    if quantization_config is not None:
+        check_quantization(quantization_config)
+    if attention_backend is not None:
+        check_attention_backend(attention_backend, trains=False)
+        require_attention_backend(attention_backend)
     pushed = [_pushed(one, rows) for one in ([push_to_hub] if isinstance(push_to_hub, str) else push_to_hub)]
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     given |= {"height": height, "width": width, **(call_kwargs or {})}
@@ -123,9 +135,10 @@ def evaluate(
     wanted = list({sample.key: sample for own in sets.values() for sample in own}.values())
     places = {row.name: folder / "pictures" / row.name for row in rows}
     calls = {row.name: {**call, **row.call_kwargs} for row in rows}
-    settings = {row.name: settings_of(row, places[row.name], calls[row.name], weights, seed) for row in rows}
+    more = (quantization_config, attention_backend)
+    settings = {row.name: settings_of(row, places[row.name], calls[row.name], weights, seed, *more) for row in rows}
     for row in rows:
-        draw(row, wanted, places[row.name], settings[row.name], calls[row.name], batch_size)
+        draw(row, wanted, places[row.name], settings[row.name], calls[row.name], batch_size, quantization_config)
     state.wait_for_everyone()
 
     results: dict[str, dict[str, Any]] = {row.name: {} for row in rows}
@@ -149,6 +162,8 @@ def evaluate(
             "call_kwargs": call,
             "own_call_kwargs": {row.name: dict(row.call_kwargs) for row in rows if row.call_kwargs},
             "dtype": str(weights),
+            "quantization_config": as_json(quantization_config),
+            "attention_backend": attention_backend,
             "seed": seed,
         },
         "versions": {name: version(name) for name in _PACKAGES},

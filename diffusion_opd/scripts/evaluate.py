@@ -39,6 +39,8 @@ class EvaluateArguments:
         num_inference_steps, guidance_scale, height, width, call_kwargs: Of the pipelines' calls.
         batch_size (`int`, *optional*, defaults to `8`): Pictures of one call.
         dtype (`str`, *optional*): Of the models.
+        quantization_config (`str`, *optional*): Parts of the models in fewer bits, as JSON; in YAML a dict.
+        attention_backend (`str`, *optional*): Of the models' denoisers.
         seed (`int`, *optional*, defaults to `42`): Of all pictures.
         push_to_hub (`list[str]`, *optional*): Repositories whose cards get results: `REPOSITORY` or `NAME=REPOSITORY`.
     """
@@ -65,6 +67,10 @@ class EvaluateArguments:
     dtype: str | None = field(
         default=None, metadata={"help": "bfloat16, float16 or float32. Default: bfloat16 where the hardware has it."}
     )
+    quantization_config: str | None = field(
+        default=None, metadata={"help": "Parts that are loaded in fewer bits: a `PipelineQuantizationConfig` as JSON."}
+    )
+    attention_backend: str | None = field(default=None, metadata={"help": "Attention kernel, by diffusers' name."})
     seed: int = field(default=42, metadata={"help": "Of all pictures."})
     push_to_hub: list[str] = field(
         default_factory=list, metadata={"help": "Put results into cards: REPOSITORY, or NAME=REPOSITORY for a row."}
@@ -73,6 +79,7 @@ class EvaluateArguments:
     def __post_init__(self) -> None:
         self.prompts = _by_metric(self.prompts)
         self.call_kwargs = parse_json("call_kwargs", self.call_kwargs)
+        self.quantization_config = parse_json("quantization_config", self.quantization_config)
         counts: Any = self.images_per_prompt
         if isinstance(counts, str):
             if not counts.isdecimal():

@@ -24,6 +24,7 @@ from ..files import CONFIG_NAME, INDEX_NAME, MODULAR_INDEX_NAME, absent_parts, p
 from ..fingerprint import take_fingerprint
 from ..modular import is_pipeline, load_modular, with_call
 from ..policy import check_seams
+from ..quantization import configs_by_part, is_quantised
 from .compatible import check_compatible, share_parts
 from .locating import locate, read_json, sole_lora, variant_in
 from .lora import add_loras, load_lora, read_loras
@@ -39,6 +40,7 @@ def load_teachers(
     trains_lora: bool,
     dtype: torch.dtype,
     untrained: Callable[[], tuple[DiffusionPipeline, str | None]] | None = None,
+    quantization: Any = None,
 ) -> list[LoadedTeacher]:
     """Loads every teacher beside the student.
 
@@ -54,6 +56,8 @@ def load_teachers(
         untrained (`Callable`, *optional*):
             Makes the student before training, a pipeline and the adapter of its denoiser, once for all teachers that
             are it. `None`: there is none.
+        quantization (`dict` or [`~diffusers.PipelineQuantizationConfig`], *optional*):
+            For those that are whole denoisers or pipelines in files.
 
     Raises:
         ValueError: if a teacher cannot be read, has missing, unexpected or wrongly shaped tensors, or lives in another
@@ -88,11 +92,11 @@ def load_teachers(
             if teacher.weight_name is None:
                 teacher = replace(teacher, weight_name=sole_lora(teacher, folder, commit, own))
             if teacher.weight_name is None and (folder / INDEX_NAME).is_file():
-                pipeline = _load_pipeline(teacher, folder, commit, dtype)
+                pipeline = _load_pipeline(teacher, folder, commit, dtype, quantization)
             elif teacher.weight_name is None and (folder / MODULAR_INDEX_NAME).is_file():
-                pipeline = _load_modular(teacher, folder, commit, dtype)
+                pipeline = _load_modular(teacher, folder, commit, dtype, quantization)
             elif teacher.weight_name is None and (folder / CONFIG_NAME).is_file():
-                pipeline = _load_denoiser(teacher, folder, commit, student, dtype)
+                pipeline = _load_denoiser(teacher, folder, commit, student, dtype, quantization)
             else:
                 if teacher.variant is not None:
                     raise ValueError(
@@ -102,6 +106,12 @@ def load_teachers(
                 loras = read_loras(teacher, folder, student)
                 adapter, tensors = f"teacher_{index}", {}
                 if changed := [name for name, lora in loras.items() if lora.changes_base]:
+                    if any(is_quantised(own[name]) for name in changed):
+                        raise ValueError(
+                            f"teacher {teacher.id!r} ({teacher.source}) does more to the {' and '.join(changed)} than "
+                            "adding a LoRA, which is not done to quantised weights; leave these out of "
+                            "`quantization_config`, or give the teacher as a whole pipeline."
+                        )
                     logger.warning(
                         f"Teacher {teacher.id!r} ({teacher.source}) does more to the {' and '.join(changed)} than "
                         "adding a LoRA, so it gets a frozen copy of its own."
@@ -192,8 +202,11 @@ def _load_module(
     return module
 
 
-def _load_pipeline(teacher: Teacher, located: Path, commit: str | None, dtype: torch.dtype) -> DiffusionPipeline:
+def _load_pipeline(
+    teacher: Teacher, located: Path, commit: str | None, dtype: torch.dtype, quantization: Any
+) -> DiffusionPipeline:
     index = read_json(teacher, located / INDEX_NAME)
+    quantised = _quantised(teacher, quantization, index)
     folder = str(teacher.path)
     if teacher.subfolder:
         if commit is not None:  # diffusers reads no pipeline from a subfolder of a repository
@@ -212,7 +225,9 @@ def _load_pipeline(teacher: Teacher, located: Path, commit: str | None, dtype: t
                 "of diffusers has not; if it is custom code that you trust, load the pipeline yourself and give that."
             )
         variant = variant_in(teacher, located, commit, name)
-        parts[name] = _load_module(teacher, cls, dtype, folder, subfolder=name, revision=commit, variant=variant)
+        parts[name] = _load_module(
+            teacher, cls, dtype, folder, subfolder=name, revision=commit, variant=variant, **quantised.get(name, {})
+        )
     for key, entry in index.items():
         library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
         part = getattr({"diffusers": diffusers, "transformers": transformers}.get(str(library)), str(class_name), None)
@@ -222,13 +237,22 @@ def _load_pipeline(teacher: Teacher, located: Path, commit: str | None, dtype: t
                 "subfolder": key,
                 "revision": commit,
                 "variant": variant_in(teacher, located, commit, key, False),
+                **quantised.get(key, {}),
             }
             parts[key] = _load_module(teacher, part, dtype, folder, refused=["missing_keys"], **where)
     with one_sentence(f"teacher {teacher.id!r}: {teacher.source!r} cannot be loaded as a pipeline"):
         return DiffusionPipeline.from_pretrained(folder, revision=commit, dtype=dtype, use_safetensors=True, **parts)
 
 
-def _load_modular(teacher: Teacher, folder: Path, commit: str | None, dtype: torch.dtype) -> DiffusionPipeline:
+def _quantised(teacher: Teacher, quantization: Any, index: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What `from_pretrained` of a teacher's parts is told, of those that it has too."""
+    configs = configs_by_part(quantization, index, f"teacher {teacher.id!r}", only_known=True)
+    return {name: {"quantization_config": config} for name, config in configs.items()}
+
+
+def _load_modular(
+    teacher: Teacher, folder: Path, commit: str | None, dtype: torch.dtype, quantization: Any
+) -> DiffusionPipeline:
     if teacher.subfolder and commit is not None:
         raise ValueError(
             f"teacher {teacher.id!r}: {teacher.source!r} is a modular pipeline in a subfolder of a repository, which "
@@ -236,11 +260,18 @@ def _load_modular(teacher: Teacher, folder: Path, commit: str | None, dtype: tor
         )
     where, hub = (str(folder), {}) if commit is None else (str(teacher.path), {"revision": commit})
     with one_sentence(f"teacher {teacher.id!r}: {teacher.source!r} cannot be loaded as a modular pipeline"):
-        return load_modular(where, hub, dtype=dtype, use_safetensors=True)
+        index = read_json(teacher, folder / MODULAR_INDEX_NAME)
+        quantised = configs_by_part(quantization, index, f"teacher {teacher.id!r}", only_known=True)
+        return load_modular(where, hub, quantised, dtype=dtype, use_safetensors=True)
 
 
 def _load_denoiser(
-    teacher: Teacher, folder: Path, commit: str | None, student: DiffusionPipeline, dtype: torch.dtype
+    teacher: Teacher,
+    folder: Path,
+    commit: str | None,
+    student: DiffusionPipeline,
+    dtype: torch.dtype,
+    quantization: Any,
 ) -> DiffusionPipeline:
     config = read_json(teacher, folder / CONFIG_NAME)
     class_name = config.get("_class_name") or config.get("architectures")
@@ -250,12 +281,13 @@ def _load_denoiser(
             f"teacher {teacher.id!r}: {teacher.source!r} is one denoiser, and the student's {type(student).__name__} "
             f"has {list(own)}; give a whole pipeline instead."
         )
-    (expected,) = map(type, own.values())
+    ((name, expected),) = ((name, type(denoiser)) for name, denoiser in own.items())
     if class_name != expected.__name__:
         raise ValueError(
             f"teacher {teacher.id!r}: {teacher.source!r} is a {class_name}, but the student's {type(student).__name__} "
             f"runs a {expected.__name__}; give a whole pipeline instead."
         )
     where: Any = {"subfolder": teacher.subfolder, "revision": commit, "variant": variant_in(teacher, folder, commit)}
+    where |= _quantised(teacher, quantization, {name: ["diffusers", expected.__name__]}).get(name, {})
     denoiser = _load_module(teacher, expected, dtype, str(teacher.path), **where)
     return with_denoiser(student, denoiser)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import one_sentence
 from ..files import read_json
+from ..quantization import precision
 from .spec import LoadedTeacher
 
 MANIFEST_NAME = "teacher_manifest.json"
@@ -26,7 +27,7 @@ def manifest_of(teachers: Iterable[LoadedTeacher]) -> dict[str, Any]:
             "source": teacher.spec.origin,
             "revision": teacher.spec.revision,
             "commit": teacher.commit,
-            "dtype": str(next(teacher.denoiser.parameters()).dtype),
+            "dtype": precision(teacher.denoiser),
             "sha256": teacher.sha256,
         }
         for teacher in teachers
