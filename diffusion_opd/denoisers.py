@@ -104,11 +104,17 @@ def take_wrappers_off(pipeline: DiffusionPipeline) -> list[str]:
 
 def unwrap_blocks(module: nn.Module) -> bool:
     """Does so within a module. Returns whether anything was wrapped."""
-    found = {name: inner for name, part in module.named_modules() if (inner := _unwrapped(part)) is not part}
+    parts = {name: part for name, part in module.named_modules() if _may_wrap(part)}
+    found = {name: inner for name, part in parts.items() if (inner := _unwrapped(part)) is not part}
     for name, inner in found.items():
         if not any(name.startswith(f"{outer}.") for outer in found):
             module.set_submodule(name, inner)
     return bool(found)
+
+
+def _may_wrap(module: nn.Module) -> bool:
+    """By the names that wrappers have for what is within: accelerate looks through all that is in a module."""
+    return any(name in module._modules or name in vars(module) for name in ("module", "_orig_mod"))
 
 
 def _unwrapped(module: nn.Module) -> Any:

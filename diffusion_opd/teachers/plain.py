@@ -226,8 +226,10 @@ class _Origins(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name == "__get__" and not isinstance(output, Tensor):  # a dtype, a device: most of what is asked
+            return output
         with torch._C.DisableTorchFunction():
-            name = getattr(func, "__name__", "")
             if origins := self.of(tree_leaves((args, kwargs))):
                 if name in _NUMBERS:
                     self.read |= origins & self._numbers
