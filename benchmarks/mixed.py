@@ -83,9 +83,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     print(machine(torch.device("cpu")))
-    print(
-        "\n| samples of each task | one walk a task, CPU ms | mixed, CPU ms | mixed over one walk a task |\n|---|---|---|---|"
-    )
+    print("\n| samples of each task | one walk a task, CPU ms | mixed, CPU ms | mixed over one walk a task |")
+    print("|---|---|---|---|")
     for samples in options.samples:
         found: dict[str, list[tuple[float, float]]] = {"cycle": [], "mixed": []}
         for _ in range(options.turns):
