@@ -10,6 +10,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
+from benchmarks import gpu
 from benchmarks.common import MODELS, build, check_equal, count_flops, one_pass, peak_memory, two_pass
 from benchmarks.footprint import PIPELINES, learnt_step, parameters, parties, peak_of_step, sd3_inputs
 from benchmarks.scale import Denoiser, Run, memory_in_all, published
@@ -141,3 +142,19 @@ def test_benchmark_runs(command):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "thread(s) used" in done.stdout
+
+
+def test_the_table_of_a_gpu_is_made_on_a_cpu_too(tmp_path, monkeypatch, capsys):
+    """Each row as soon as it is there; what there is no time for is named."""
+    path = tmp_path / "table.md"
+    own = ["--model", "toy", "--device", "cpu", "--steps", "2", "--repetitions", "1", "--out", str(path)]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *own, "--rows", "1"])
+    gpu.main()
+    (row,) = [line for line in path.read_text().splitlines() if line.startswith("| LoRA")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert len(cells) == len(gpu.COLUMNS) and cells[0] == "LoRA, 3, 3" and cells[-2:] == ["n/a", "n/a"]
+    assert all(float(cell.split()[0]) > 0 for cell in cells[1:4])
+    assert path.read_text() in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *own, "--minutes", "0"])
+    gpu.main()
+    assert path.read_text().splitlines()[-1].count(";") == len(gpu.ROWS) - 1  # all are left out
