@@ -10,9 +10,13 @@ not a measurement: operations at `UTILISATION` of the peak, plus bytes at the ba
 """
 
 import dataclasses
+import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.footprint import activations, decoding, parameters
+import torch
+
+from benchmarks.footprint import PIPELINES, activations, decoding, parameters
 
 GPUS_A_NODE = 8
 # One H100 SXM: dense bfloat16 peak (989 TFLOP/s), NVLink in one direction, and its share of the network between nodes
@@ -219,6 +223,49 @@ def memory_table(title: str, runs: list[tuple[str, Run, int, bool, str]]) -> Non
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
+def moments(run: Run, frozen: float, pixels: int) -> dict[str, float]:
+    """Bytes on one GPU at the fullest moments of a run with `encode_ahead`, activations recomputed: encoders and VAE are
+    there as calls begin and pictures are drawn, and not while the student learns.
+
+    Args:
+        run (`Run`): Of a LoRA student with LoRA teachers.
+        frozen (`float`): Bytes of its denoiser's frozen weights.
+        pixels (`int`): Of a side.
+    """
+    parts = memory_in_all(run, pixels)
+    weights = parts["weights, optimizer"] - 2 * run.denoiser.parameters + frozen + CONTEXT
+    others = parts["encoders, VAE"]
+    return {
+        "as calls begin": weights + others,
+        "learning": weights + parts["learning"],
+        "drawing": weights + others + parts["drawing"],
+        "learning, without `encode_ahead`": weights + others + parts["learning"],
+    }
+
+
+def moments_table(title: str, runs: list[Run], bits: Sequence[str]) -> None:
+    """The card is for a run without pictures."""
+    quantised = importlib.import_module("benchmarks.quantised")  # which needs more than the others here
+    with torch.device("meta"):
+        denoisers = {run.denoiser.name: PIPELINES[run.denoiser.name].denoiser() for run in runs}
+    head = [
+        "LoRA student, 1024 px",
+        "card",
+        "as calls begin",
+        "learning",
+        "drawing",
+        "learning, without `encode_ahead`",
+    ]
+    print(f"\n{title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for run in runs:
+        for way in bits:
+            found = moments(run, quantised.weights(denoisers[run.denoiser.name], way), pixels=1024)
+            needed = max(found["as calls begin"], found["learning"])
+            card = next((f"{card} GB" for card in CARDS if (1 - FREE) * card * GIB >= needed), "none")
+            cells = [f"{run.denoiser.name}, {way}", card, *(f"{size / GIB:.1f}" for size in found.values())]
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
 if __name__ == "__main__":
     MODELS = [
         published("SD3.5-Medium", layers=24, width=1536, text=333, dual=13),
@@ -244,6 +291,11 @@ if __name__ == "__main__":
             ("Qwen-Image", QWEN, 1024, True, ""),
             ("Qwen-Image", QWEN, 1024, False, ""),
         ],
+    )
+    moments_table(
+        "With `encode_ahead`, by what the denoiser is held in: 3 LoRA teachers, GiB",
+        [SD35, FLUX, QWEN],
+        ("bfloat16", "LLM.int8", "NF4"),
     )
     table(
         "Students and engines: 3 LoRA teachers, one node",

@@ -771,6 +771,7 @@ class DiffusionTrainer(Resuming):
         if resume_from_checkpoint is not None:
             self.average.check(resume_from_checkpoint)
         own_forward = vars(self.model).get("forward")
+        self.model.eval()  # all of it: the dropout of an adapter is in training mode where the model is not
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         # Under mixed precision accelerate has made the denoiser itself answer in float32, which a half-precision VAE
         # cannot take. `Policy` does so for those who train, and the pipeline stays one that plain diffusers runs.

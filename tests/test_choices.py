@@ -599,9 +599,9 @@ def test_an_anchor_on_real_pictures(tmp_path):
     seen = []
 
     class Spied(Watched):
-        def _real_pictures(self, data):
+        def _real_pictures(self, data, batch):
             rows = [data.row(2 * len(seen) + number) for number in range(2)]
-            seen.append((rows, super()._real_pictures(data)))
+            seen.append((rows, super()._real_pictures(data, batch)))
             return seen[-1][1]
 
     real = Dataset.from_dict({"prompt": [f"real {n}" for n in range(5)], "image": pictures(5)})
