@@ -224,8 +224,8 @@ def memory_table(title: str, runs: list[tuple[str, Run, int, bool, str]]) -> Non
 
 
 def moments(run: Run, frozen: float, pixels: int) -> dict[str, float]:
-    """Bytes on one GPU at the fullest moments of a run with `encode_ahead`, activations recomputed: encoders and VAE are
-    there as calls begin and pictures are drawn, and not while the student learns.
+    """Bytes on one GPU at the fullest moments of a run with `encode_ahead`, activations recomputed: encoders and VAE
+    are there as calls begin and pictures are drawn, and not while the student learns.
 
     Args:
         run (`Run`): Of a LoRA student with LoRA teachers.

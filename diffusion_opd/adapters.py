@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from .denoisers import put_denoiser
 from .policy import tuner_layers
@@ -79,9 +79,17 @@ def without_adapters(module: Any) -> Any:
 
 def frozen_copy(denoiser: ModelMixin, dtype: torch.dtype) -> ModelMixin:
     """A copy without gradients in `dtype`, but for what `from_pretrained` keeps in float32 too (`to` would cast it)."""
-    twin = copy.deepcopy(denoiser).requires_grad_(False)
-    kept = set(twin._keep_in_fp32_modules or [])  # diffusers' own list, which only its `from_pretrained` minds
-    for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
-        if tensor.is_floating_point() and not kept & set(name.split(".")):
-            tensor.data = tensor.data.to(dtype)
+    kept = set(denoiser._keep_in_fp32_modules or [])  # diffusers' own list, which only its `from_pretrained` minds
+
+    def cast(module: nn.Module) -> list[Tensor]:
+        named = [*module.named_parameters(), *module.named_buffers()]
+        return [t for name, t in named if t.is_floating_point() and not kept & set(name.split("."))]
+
+    # Each tensor is copied into its dtype: all of a copy in float32 would be twice what is kept
+    plain = [tensor for tensor in cast(denoiser) if type(tensor) in (Tensor, nn.Parameter)]
+    memo: dict[int, Any] = {id(tensor): tensor.detach().to(dtype, copy=True) for tensor in plain}
+    memo |= {id(t): nn.Parameter(memo[id(t)], requires_grad=False) for t in plain if isinstance(t, nn.Parameter)}
+    twin = copy.deepcopy(denoiser, memo).requires_grad_(False)
+    for tensor in cast(twin):  # quantised ones
+        tensor.data = tensor.data.to(dtype)
     return twin

@@ -1,6 +1,8 @@
 """Teachers predict what plain diffusers and PEFT make of their files, side by side; what does not fit is refused."""
 
 import json
+import multiprocessing
+import os
 import shutil
 from collections.abc import Callable
 from functools import cache, partial
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -27,7 +30,7 @@ from diffusion_opd import Teacher
 from diffusion_opd.adapters import STUDENT_ADAPTER, frozen_copy
 from diffusion_opd.denoisers import denoisers_of
 from diffusion_opd.policy import tuner_layers
-from diffusion_opd.teachers import check_manifest, manifest_of, name_teachers
+from diffusion_opd.teachers import check_manifest, manifest, manifest_of, name_teachers
 from tests.adapters import (
     LORA_FILE,
     assert_teaches,
@@ -41,6 +44,7 @@ from tests.adapters import (
     student_with_lora,
     with_lora,
 )
+from tests.launched import held_port
 from tests.tiny_pipelines import BUILDERS, LORA_TARGETS, clip, clip_tokenizer, denoiser, frozen
 
 PEFT_FILES = "adapter_config.json", "adapter_model.safetensors"
@@ -829,3 +833,46 @@ def test_a_frozen_copy_is_what_diffusers_loads_in_half_precision(tmp_path, famil
     for (name, mine), (_, theirs) in zip(twin.named_parameters(), loaded.named_parameters(), strict=True):
         assert mine.dtype == theirs.dtype and torch.equal(mine, theirs) and not mine.requires_grad, name
     assert next(module.parameters()).dtype == torch.float32
+
+
+def hash_in(rank: int, port: int, answers: Any) -> None:
+    """One of two processes, forked from this one."""
+    environment = {"WORLD_SIZE": "2", "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+    os.environ.update(environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"})
+    PartialState._reset_state()
+    assert PartialState(cpu=True).num_processes == 2
+    read, hash_tensors = list[int](), manifest.hash_tensors
+
+    def watched(tensors: dict[str, torch.Tensor]) -> str:
+        read.append(sum(tensor.numel() for tensor in tensors.values()))
+        return hash_tensors(tensors)
+
+    manifest.hash_tensors = watched
+    student, said = BUILDERS["sd3"](0), list[Any]()
+    for seeds in ([1, 2], [1, 2 + rank]):
+        read.clear()
+        teachers = {key: BUILDERS["sd3"](seed) for key, seed in zip("ab", seeds, strict=True)}
+        try:
+            said.append([teacher.sha256 for teacher in load(teachers, student)])
+        except ValueError as error:
+            said.append(str(error))
+        said.append(sum(read) / sum(p.numel() for p in teachers["a"].transformer.parameters()))
+    answers.put(said)
+    PartialState().destroy_process_group()
+
+
+def test_each_process_hashes_some_of_the_teachers():
+    alone = load({"a": BUILDERS["sd3"](1), "b": BUILDERS["sd3"](2)}, BUILDERS["sd3"](0))
+    fork = multiprocessing.get_context("fork")
+    answers = fork.Queue()
+    with held_port() as port:
+        processes = [fork.Process(target=hash_in, args=(rank, port, answers)) for rank in range(2)]
+        for process in processes:
+            process.start()
+        said = [answers.get(timeout=120) for _ in processes]
+        for process in processes:
+            process.join()
+    for digests, read, refused, _ in said:
+        assert digests == [teacher.sha256 for teacher in alone]
+        assert 1 <= read < 1.5  # and samples of both
+        assert "teacher 'b' has other weights on process 1 than on the first" in refused

@@ -82,11 +82,12 @@ def share_parts(pipeline: DiffusionPipeline, student: DiffusionPipeline) -> None
     """Replaces what the teacher has in common with the student (config and weights) by the student's own."""
     for key, part in pipeline.components.items():
         own = getattr(student, key, None)
-        if key not in denoisers_of(pipeline) and part is not own and _same_part(part, own):
+        if key not in denoisers_of(pipeline) and part is not own and same_part(part, own):
             vars(pipeline)[key] = own  # past `DiffusionPipeline.__setattr__`, which writes into the config
 
 
-def _same_part(mine: Any, theirs: Any) -> bool:
+def same_part(mine: Any, theirs: Any) -> bool:
+    """Whether two parts of pipelines, modules or tokenizers, do the same."""
     if type(mine) is not type(theirs):
         return False
     if isinstance(mine, nn.Module):

@@ -25,10 +25,10 @@ from ..fingerprint import take_fingerprint
 from ..modular import is_pipeline, load_modular, with_call
 from ..policy import check_seams
 from ..quantization import configs_by_part, is_quantised
-from .compatible import check_compatible, share_parts
+from .compatible import check_compatible, same_part, share_parts
 from .locating import locate, read_json, sole_lora, variant_in
 from .lora import add_loras, load_lora, read_loras
-from .manifest import hash_tensors
+from .manifest import hash_once, hash_tensors
 from .spec import LoadedTeacher, Teacher, as_lora
 
 logger = get_logger(__name__)
@@ -66,6 +66,7 @@ def load_teachers(
     own = denoisers_of(student)
     host = student
     loaded: list[LoadedTeacher] = []
+    weights: dict[str, dict[str, Tensor]] = {}
     for index, (key, teacher) in enumerate(teachers.items()):
         adapter: str | tuple[str, ...] | None = None
         commit = None
@@ -92,7 +93,7 @@ def load_teachers(
             if teacher.weight_name is None:
                 teacher = replace(teacher, weight_name=sole_lora(teacher, folder, commit, own))
             if teacher.weight_name is None and (folder / INDEX_NAME).is_file():
-                pipeline = _load_pipeline(teacher, folder, commit, dtype, quantization)
+                pipeline = _load_pipeline(teacher, folder, commit, student, dtype, quantization)
             elif teacher.weight_name is None and (folder / MODULAR_INDEX_NAME).is_file():
                 pipeline = _load_modular(teacher, folder, commit, dtype, quantization)
             elif teacher.weight_name is None and (folder / CONFIG_NAME).is_file():
@@ -140,14 +141,14 @@ def load_teachers(
                 check_seams(pipeline)
             check_compatible(teacher, pipeline, student)
             share_parts(pipeline, student)
-            sha256 = hash_tensors(_all_weights(pipeline, student))
-        else:
-            sha256 = hash_tensors(tensors)
+            tensors = _all_weights(pipeline, student)
+        weights[key] = tensors
         for part in pipeline.components.values():
             if isinstance(part, nn.Module) and part not in own.values():
                 part.requires_grad_(False).eval()
-        loaded.append(LoadedTeacher(key, teacher, pipeline, adapter, sha256, commit))
-    return loaded
+        loaded.append(LoadedTeacher(key, teacher, pipeline, adapter, "", commit))
+    digests = hash_once(weights)
+    return [replace(teacher, sha256=digests.get(teacher.id, teacher.sha256)) for teacher in loaded]
 
 
 def _all_weights(pipeline: DiffusionPipeline, student: DiffusionPipeline) -> dict[str, Tensor]:
@@ -203,7 +204,12 @@ def _load_module(
 
 
 def _load_pipeline(
-    teacher: Teacher, located: Path, commit: str | None, dtype: torch.dtype, quantization: Any
+    teacher: Teacher,
+    located: Path,
+    commit: str | None,
+    student: DiffusionPipeline,
+    dtype: torch.dtype,
+    quantization: Any,
 ) -> DiffusionPipeline:
     index = read_json(teacher, located / INDEX_NAME)
     quantised = _quantised(teacher, quantization, index)
@@ -239,7 +245,11 @@ def _load_pipeline(
                 "variant": variant_in(teacher, located, commit, key, False),
                 **quantised.get(key, {}),
             }
-            parts[key] = _load_module(teacher, part, dtype, folder, refused=["missing_keys"], **where)
+            own, module = (
+                getattr(student, key, None),
+                _load_module(teacher, part, dtype, folder, refused=["missing_keys"], **where),
+            )
+            parts[key] = own if same_part(module, own) else module  # not all of them twice at once
     with one_sentence(f"teacher {teacher.id!r}: {teacher.source!r} cannot be loaded as a pipeline"):
         return DiffusionPipeline.from_pretrained(folder, revision=commit, dtype=dtype, use_safetensors=True, **parts)
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
+from torch.distributed import get_rank, get_world_size, is_available, is_initialized
 
 from ..errors import one_sentence
 from ..files import read_json
@@ -92,3 +94,31 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def hash_once(weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
+    """What [`hash_tensors`] makes of the weights of each teacher. Of several processes, which have all loaded them,
+    each reads those of some teachers, and of the others a few numbers; called on every process.
+
+    Raises:
+        ValueError: if these numbers are not the same everywhere; it names the teacher.
+    """
+    if not (is_available() and is_initialized()):
+        return {key: hash_tensors(tensors) for key, tensors in weights.items()}
+    rank, world = get_rank(), get_world_size()
+    samples = {key: hash_tensors(_samples(tensors)) for key, tensors in weights.items()}
+    own = {key: hash_tensors(weights[key]) for number, key in enumerate(weights) if number % world == rank}
+    found: list[tuple[dict[str, str], dict[str, str]]] = gather_object([(samples, own)])
+    for process, (others, _) in enumerate(found):
+        for key in weights:
+            if others[key] != found[0][0][key]:
+                raise ValueError(
+                    f"teacher {key!r} has other weights on process {process} than on the first; are its files on all "
+                    "machines the same?"
+                )
+    return {key: found[number % world][1][key] for number, key in enumerate(weights)}
+
+
+def _samples(tensors: Mapping[str, Tensor], count: int = 16) -> dict[str, Tensor]:
+    flat = {key: value.detach().reshape(-1) for key, value in plain_tensors(tensors).items()}
+    return {key: value[:: max(1, len(value) // count)] for key, value in flat.items()}

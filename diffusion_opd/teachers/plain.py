@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from ..adapters import adapted_layers, changes_base, without_adapters
 from ..denoisers import denoisers_of
 from ..errors import without_reports
+from ..policy import tuner_layers
 
 ADAPTER = "read"
 
@@ -186,6 +187,8 @@ def _load_adapter(encoder: Any, load: Callable, *args: Any, adapter_state_dict: 
 def _empty(module: nn.Module) -> Any:
     """A copy without adapters, and without weights."""
     memo: dict[int, Any] = {id(tensor): _nothing_like(tensor) for tensor in [*module.parameters(), *module.buffers()]}
+    for layer in tuner_layers(module):  # whose adapters, one for each teacher before, are not even copied
+        memo[id(layer)] = copy.deepcopy(layer.get_base_layer(), memo)
     return without_adapters(copy.deepcopy(module, memo))
 
 
