@@ -42,7 +42,7 @@ def steps_of(sampling: str, samples: int, repetitions: int, seed: int) -> list[t
     """Of a short run with so many samples of each task in an optimizer step."""
     lora = LoraConfig(r=32, lora_alpha=64, target_modules=[f"attn.{target}" for target in LORA_TARGETS])
     call, clock = dict(SAMPLING), Clock()
-    fields = {key: call.pop(key) for key in ("num_inference_steps", "guidance_scale", "height", "width")}
+    fields = {key: call.pop(key) for key in ("num_inference_steps", "height", "width")}
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(seed)
         lora.init_lora_weights = False

@@ -96,7 +96,8 @@ def main() -> None:
     options = parser.parse_args()
     print(machine(options.device))
 
-    sampling = {**SAMPLING, "guidance_scale": options.guidance}
+    guidance = {"true_cfg_scale": options.guidance, "negative_prompt": ""} if options.guidance != 1 else {}
+    sampling = SAMPLING | guidance
     torch.manual_seed(options.seed)
     lora = LoraConfig(r=32, lora_alpha=64, target_modules=[f"attn.{target}" for target in LORA_TARGETS])
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +114,7 @@ def main() -> None:
             {task: str(Path(folder, task)) for task in TASKS},
             DiffusionOPDConfig(
                 folder,
-                **{key: sampling.pop(key) for key in ("num_inference_steps", "guidance_scale", "height", "width")},
+                **{key: sampling.pop(key) for key in ("num_inference_steps", "height", "width")},
                 call_kwargs=sampling,
                 max_steps=WARMUP + options.repetitions,
                 per_device_train_batch_size=options.batch,

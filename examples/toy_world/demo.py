@@ -1,4 +1,4 @@
-"""Merges three specialists into one student, on a laptop: the real trainer on the toy world.
+"""Merges four specialists into one student, on a laptop: the real trainer on the toy world.
 
     make demo
     python -m examples.toy_world.demo --seed 1 --output-dir runs/demo-1
@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import FluxKontextPipeline
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
@@ -30,9 +30,10 @@ from examples.toy_world.evaluate import evaluate, generate
 from examples.toy_world.extra import Console, Table, plt
 from examples.toy_world.pipeline import BASE, TEACHERS, load_base, quiet
 from examples.toy_world.rewards import lora_config, sampling_kwargs, training_prompts
-from examples.toy_world.world import TASKS, Task, sample_prompts
+from examples.toy_world.world import TASKS, Task, sample_prompts, sources
 
-MAX_STEPS, BATCH_SIZE, LEARNING_RATE = 160, 8, 4e-3
+MAX_STEPS, BATCH_SIZE, LEARNING_RATE = 70, 8, 4e-3
+SHOWN, SHOWN_SEED = 3, 77  # pictures of each task
 
 
 class Progress(TrainerCallback):
@@ -61,7 +62,7 @@ class Progress(TrainerCallback):
 class Scores(TrainerCallback):
     """The student's scores on a few held-out prompts while it trains, for the plot."""
 
-    def __init__(self, pipeline: StableDiffusion3Pipeline, every: int, n: int):
+    def __init__(self, pipeline: FluxKontextPipeline, every: int, n: int):
         self.pipeline, self.every, self.n = pipeline, every, n
         self.history: list[tuple[int, dict[str, float]]] = []
         self.seconds = 0.0
@@ -79,7 +80,7 @@ class Scores(TrainerCallback):
         self.seconds += time.perf_counter() - started
 
 
-def specialist(task: str) -> StableDiffusion3Pipeline:
+def specialist(task: str) -> FluxKontextPipeline:
     pipeline = load_base()
     pipeline.load_lora_weights(TEACHERS / task, weight_name="pytorch_lora_weights.safetensors")
     return pipeline
@@ -138,8 +139,9 @@ def distil(
     return trainer, scores, seconds
 
 
-def picture_grid(rows: list[tuple[str, list[Image.Image]]], captions: list[str], path: Path) -> None:
-    """Prompts from left to right; base, the prompt's own teacher, and the student from top to bottom."""
+def picture_grid(rows: list[tuple[str, list[Image.Image | None]]], captions: list[str], path: Path) -> None:
+    """Prompts from left to right; sources of edits, base, the prompt's own teacher, and the student from top to
+    bottom."""
     tile, label, header = 128, 70, 34
     grid = Image.new("RGB", (label + tile * len(captions), header + tile * len(rows)), "white")
     canvas = ImageDraw.Draw(grid)
@@ -151,6 +153,8 @@ def picture_grid(rows: list[tuple[str, list[Image.Image]]], captions: list[str],
     for row, (name, pictures) in enumerate(rows):
         canvas.text((6, header + row * tile + tile // 2 - 6), name, fill="black", font_size=13)
         for column, picture in enumerate(pictures):
+            if picture is None:
+                continue
             grid.paste(picture.resize((tile - 4,) * 2, Image.NEAREST), (label + column * tile, header + row * tile))
     grid.save(path)
 
@@ -183,20 +187,24 @@ def shown_path(path: Path) -> str:
 def main(output_dir: Path, seed: int, max_steps: int, n: int) -> dict[str, dict[str, float]]:
     console = Console(highlight=False)
     output_dir.mkdir(parents=True, exist_ok=True)
-    shown = [prompt for task in TASKS for prompt in sample_prompts(task, 3, seed=77, heldout=True)]
+    shown = {task: sample_prompts(task, SHOWN, SHOWN_SEED, heldout=True) for task in TASKS}
     pictures: dict[str, list[Image.Image]] = {}
+
+    def draw_shown(pipeline: FluxKontextPipeline) -> list[Image.Image]:
+        return [picture for prompts in shown.values() for picture in generate(pipeline, prompts, SHOWN_SEED)]
+
     table: dict[str, dict[str, float]] = {}
     console.print(f"Scoring the base model and its {len(TASKS)} specialists")
     for name, pipeline in [("base", load_base()), *((f"{task} teacher", specialist(task)) for task in TASKS)]:
         started = time.perf_counter()
         table[name] = evaluate(pipeline, n)
         table[name]["seconds"] = time.perf_counter() - started
-        pictures[name] = generate(pipeline, shown)
+        pictures[name] = draw_shown(pipeline)
 
     console.print(f"Distilling them into one student, {max_steps} steps; lines are means of {Progress.every}")
     trainer, scores, seconds = distil(output_dir, seed, max_steps)
     table["student"] = {**evaluate(trainer.pipeline, n), "seconds": seconds}
-    pictures["student"] = generate(trainer.pipeline, shown)
+    pictures["student"] = draw_shown(trainer.pipeline)
 
     rendered = Table(title=f"Scores on {n} held-out prompts of each task")
     rendered.add_column("model")
@@ -211,16 +219,17 @@ def main(output_dir: Path, seed: int, max_steps: int, n: int) -> dict[str, dict[
     closed = {task: (table["student"][task] - base) / (teacher - base) for task, (base, teacher) in gaps.items()}
     shares = ", ".join(f"{task} {share:.0%}" for task, share in closed.items())
     console.print(f"of the way from the base to the teacher: {shares}")
-    own = [pictures[f"{task} teacher"][i * 3 + j] for i, task in enumerate(TASKS) for j in range(3)]
-    rows = [("base", pictures["base"]), ("its teacher", own), ("student", pictures["student"])]
-    picture_grid(rows, [prompt.text for prompt in shown], output_dir / "grid.png")
+    own = [pictures[f"{task} teacher"][i * SHOWN + j] for i, task in enumerate(TASKS) for j in range(SHOWN)]
+    beside = [image for prompts in shown.values() for image in sources(prompts, SHOWN_SEED) or [None] * SHOWN]
+    rows = [("source", beside), ("base", pictures["base"]), ("its teacher", own), ("student", pictures["student"])]
+    picture_grid(rows, [prompt.text for prompts in shown.values() for prompt in prompts], output_dir / "grid.png")
     plot(trainer, scores, table, output_dir / "training.png")
     result = {"seed": seed, "max_steps": max_steps, "n": n, "table": table, "closed": closed}
     (output_dir / "scores.json").write_text(json.dumps(result, indent=2))
     folder, python = (shown_path(Path(path)) for path in (output_dir, sys.executable))
     # Not by rich, which breaks lines: the last one is to be copied
     print(f"\npictures  {folder}/grid.png\nplot      {folder}/training.png\nstudent   {folder} (a LoRA)\n")
-    print(f'Draw with it:\n{python} -m examples.toy_world.draw {folder} "a yellow circle at dusk"')
+    print(f'Draw with it:\n{python} -m examples.toy_world.draw {folder} "a red circle"')
     return table
 
 

@@ -1,6 +1,6 @@
 """Scores a pipeline on held-out prompts of the toy world.
 
-    python -m examples.toy_world.evaluate             # the base and the three specialists
+    python -m examples.toy_world.evaluate             # the base and the specialists
     python -m examples.toy_world.evaluate FOLDER ...  # these LoRAs on the base
 
 The same prompts and the same initial noise for every model, so that models are compared picture by picture. This module
@@ -9,54 +9,70 @@ knows pipelines and judges, and nothing of how a model was trained.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import FluxKontextPipeline
 from PIL import Image
 
-from examples.toy_world.judges import JUDGES
+from examples.toy_world.judges import scores
 from examples.toy_world.pipeline import SAMPLING, TEACHERS, load_base
-from examples.toy_world.world import TASKS, Prompt, Task, sample_prompts
+from examples.toy_world.world import TASKS, Prompt, Task, reworded, sample_prompts, sources
 
 SEED = 1234
 
 
+def inputs(prompts: list[Prompt], seed: int = SEED) -> dict[str, list[Any]]:
+    """What a pipeline is given for each sample: the prompts of a task, and the pictures that instructions are about."""
+    images = sources(prompts, seed)
+    return {"prompt": [prompt.text for prompt in prompts]} | ({"image": images} if images else {})
+
+
 def generate(
-    pipeline: StableDiffusion3Pipeline, prompts: list[Prompt], seed: int = SEED, batch_size: int = 30, **sampling
+    pipeline: FluxKontextPipeline, prompts: list[Prompt], seed: int = SEED, batch_size: int = 30, **sampling
 ) -> list[Image.Image]:
-    """A picture for every prompt; the noise of the i-th depends on `seed` and i only."""
-    pictures = []
+    """A picture for every prompt of a task; the noise of the i-th, and its source, depend on `seed` and i only."""
+    pictures, given = [], inputs(prompts, seed)
     for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-        pictures += pipeline([p.text for p in batch], generator=generators, **SAMPLING | sampling).images
+        batch = {name: values[start : start + batch_size] for name, values in given.items()}
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch["prompt"]))]
+        pictures += pipeline(**batch, generator=generators, **SAMPLING | sampling).images
     return pictures
 
 
 def evaluate(
-    pipeline: StableDiffusion3Pipeline, n: int = 120, seed: int = SEED, tasks: tuple[Task, ...] = TASKS, **sampling
+    pipeline: FluxKontextPipeline,
+    n: int = 120,
+    seed: int = SEED,
+    tasks: tuple[Task, ...] = TASKS,
+    in_other_words: bool = False,
+    **sampling: Any,
 ) -> dict[Task, float]:
-    """The mean score on `n` held-out prompts of each task. `sampling` overrides the world's settings."""
-    scores = {}
+    """The mean score on `n` held-out prompts of each task, as they are or `reworded`. `sampling` overrides the world's
+    settings."""
+    means = {}
     for task in tasks:
         prompts = sample_prompts(task, n, seed, heldout=True)
-        pictures = generate(pipeline, prompts, seed, **sampling)
-        scores[task] = float(np.mean([JUDGES[task](im, p) for im, p in zip(pictures, prompts, strict=True)]))
-    return scores
+        asked = [reworded(prompt) for prompt in prompts] if in_other_words else prompts
+        pictures = generate(pipeline, asked, seed, **sampling)
+        means[task] = float(np.mean(scores(pictures, prompts, sources(prompts, seed))))
+    return means
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Score LoRAs of the toy world's base model.")
     parser.add_argument("loras", nargs="*", help="LoRA folders (default: the specialists)")
     parser.add_argument("-n", type=int, default=120, help="held-out prompts of each task")
-    parser.add_argument("--guidance-scale", type=float, default=SAMPLING["guidance_scale"])
+    parser.add_argument("--true-cfg-scale", type=float, default=1.0, help="classifier-free guidance (default: none)")
+    parser.add_argument("--reworded", action="store_true", help="the same prompts in other words")
     args = parser.parse_args()
     print("| model | " + " | ".join(TASKS) + " |\n|---|" + "---|" * len(TASKS))
     for lora in [None, *(args.loras or [TEACHERS / task for task in TASKS])]:
         pipeline = load_base()
         if lora:
             pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
-        scores = evaluate(pipeline, args.n, guidance_scale=args.guidance_scale)
-        row = [Path(lora).name if lora else "base", *(f"{scores[task]:.3f}" for task in TASKS)]
+        guidance = {"true_cfg_scale": args.true_cfg_scale, "negative_prompt": ""} if args.true_cfg_scale != 1 else {}
+        means = evaluate(pipeline, args.n, in_other_words=args.reworded, **guidance)
+        row = [Path(lora).name if lora else "base", *(f"{means[task]:.3f}" for task in TASKS)]
         print(f"| {' | '.join(row)} |", flush=True)

@@ -1,12 +1,15 @@
-"""The judges of the toy world. They look at pictures and at what the prompt asks for, and at nothing else.
+"""The judges of the toy world. They look at pictures and at what the prompt asks for, and at nothing else; the judge of
+editing looks at the source picture besides.
 
 Scores lie in [0, 1] and give partial credit, as the rewards of the DiffusionOPD paper do: `compose` is the fraction of
 the prompt's conditions that a detector finds met (GenEval), `text` is 1 - edit distance / length (OCR), `style` is a
-smooth statistic that does not read the prompt (an aesthetic score). So are `warm`, `dark` and `large`.
+smooth statistic that does not read the prompt (an aesthetic score), `edit` the asked change, made (1), half made or not
+(0), times how much of the rest is kept. `warm`, `dark` and `large` are statistics as `style` is.
 
 The judges know the world's colours, shapes and letters. They do not know how a picture was made.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -178,6 +181,35 @@ def judge_style(picture: Image.Image, prompt: Prompt | None = None) -> float:
     return (shading + colourful + vignette) / 3 * (1 - _saturating(float(grain), 6, 20))
 
 
+def judge_edit(picture: Image.Image, prompt: Prompt, source: Image.Image) -> float:
+    """The asked change times what is kept of the rest, each in [0, 1]: who leaves the source as it is gets nothing, and
+    who draws what was asked for on other paper little."""
+    before, after = detect(source), detect(picture)
+    (asked,) = prompt.things
+    named = next(f for f in before if f.shape == asked.shape and asked.colour in (None, f.colour))
+
+    def at(place: Found) -> list[Found]:
+        return [f for f in after if np.hypot(f.x - place.x, f.y - place.y) < 6]
+
+    # Where the named thing was: its box and a margin for its soft edges
+    rows, columns = np.mgrid[0:SIZE, 0:SIZE]
+    radius = 14 if len(before) == 1 else 11
+    place = np.maximum(np.abs(rows - named.y), np.abs(columns - named.x)) <= radius + 3
+    before_rgb, after_rgb = (np.asarray(p.convert("RGB"), dtype=np.float32) for p in (source, picture))
+    if prompt.becomes is None:
+        as_paper = np.linalg.norm(after_rgb - _paper(source), axis=-1)[place] < 40
+        change = 0.0 if at(named) else _saturating(float(as_paper.mean()), 0.7, 0.98)
+    else:
+        wanted = Thing(prompt.becomes.shape or named.shape, prompt.becomes.colour or named.colour)
+        met = [((f.shape == wanted.shape) + (f.colour == wanted.colour)) / 2 for f in at(named)]
+        unchanged = any(f.shape == named.shape and f.colour == named.colour for f in at(named))
+        change = 0.0 if unchanged or not met else max(met)
+    same = np.linalg.norm(after_rgb - before_rgb, axis=-1)[~place] < 40
+    others = [any(f.shape == o.shape and f.colour == o.colour for f in at(o)) for o in before if o is not named]
+    kept = _saturating(float(same.mean()), 0.8, 0.98) * (float(np.mean(others)) if others else 1.0)
+    return change * kept
+
+
 def _paper(picture: Image.Image) -> np.ndarray:
     """The mean colour of the outermost four pixels, where nothing is drawn."""
     rgb = np.asarray(picture.convert("RGB"), dtype=np.float32)
@@ -208,7 +240,19 @@ JUDGES = {
     "compose": judge_compose,
     "text": judge_text,
     "style": judge_style,
+    "edit": judge_edit,
     "warm": judge_warm,
     "dark": judge_dark,
     "large": judge_large,
 }
+
+
+def score(picture: Image.Image, prompt: Prompt, source: Image.Image | None = None) -> float:
+    """What the judge of the prompt's task says; `source`: the picture that an instruction is about."""
+    return JUDGES[prompt.task](picture, prompt) if source is None else judge_edit(picture, prompt, source)
+
+
+def scores(
+    pictures: Sequence[Image.Image], prompts: Sequence[Prompt], sources: Sequence[Image.Image | None] | None = None
+) -> list[float]:
+    return [score(*row) for row in zip(pictures, prompts, sources or [None] * len(prompts), strict=True)]

@@ -1,7 +1,8 @@
-"""The parts of the toy world's `StableDiffusion3Pipeline`, small and untrained, and the settings it is sampled with.
+"""The parts of the toy world's `FluxKontextPipeline`, small and untrained, and the settings it is sampled with.
 
 Everything is the real class of diffusers or transformers, so the pipeline takes the same way through any code as
-SD3.5-Medium does. This module knows the words of the world, and nothing of data, judges and training.
+FLUX.1-Kontext does: it draws a prompt, or changes a picture that is given besides. This module knows the words of the
+world, and nothing of data, judges and training.
 """
 
 import string
@@ -14,13 +15,13 @@ import transformers
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
+    FluxKontextPipeline,
+    FluxTransformer2DModel,
 )
 from transformers import (
     AddedToken,
     CLIPTextConfig,
-    CLIPTextModelWithProjection,
+    CLIPTextModel,
     CLIPTokenizer,
     T5Config,
     T5EncoderModel,
@@ -37,15 +38,18 @@ MAX_TOKENS = 12  # of either tokenizer; the longest prompt has ten words
 SHIFT = 3.0  # of the timestep schedule, in training and in sampling
 LATENT_CHANNELS = 8
 CLIP_WIDTH, T5_WIDTH = 64, 128
+DOUBLE_BLOCKS, SINGLE_BLOCKS, HEADS, HEAD_WIDTH = 2, 5, 4, 32  # of the transformer
 
-# Arguments of `pipeline(...)`, the same in training, distillation and evaluation. Guidance 1.0 is the plain conditional
-# prediction: half the cost of classifier-free guidance, and the specialists do not need more.
+# Arguments of `pipeline(...)`, the same in training, distillation and evaluation. Without a `true_cfg_scale` there is
+# no classifier-free guidance: half the cost, and the specialists do not need it. By itself the pipeline would enlarge
+# all pictures to the megapixel that FLUX.1-Kontext was trained on.
 SAMPLING = {
     "num_inference_steps": 6,
-    "guidance_scale": 1.0,
     "max_sequence_length": MAX_TOKENS,
     "height": SIZE,
     "width": SIZE,
+    "max_area": SIZE**2,
+    "_auto_resize": False,
 }
 
 
@@ -78,14 +82,13 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=MAX_TOKENS)
 
 
-def clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(
+def clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=CLIP_WIDTH,
-            projection_dim=CLIP_WIDTH,
             intermediate_size=2 * CLIP_WIDTH,
-            num_hidden_layers=2,  # SD3 reads the last but one
+            num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=MAX_TOKENS,
             bos_token_id=tokenizer.bos_token_id,
@@ -120,6 +123,7 @@ def vae() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
+        shift_factor=0.0,
         norm_num_groups=8,
         use_quant_conv=False,
         use_post_quant_conv=False,
@@ -128,40 +132,37 @@ def vae() -> AutoencoderKL:
     )
 
 
-def transformer() -> SD3Transformer2DModel:
-    """64 image tokens and 2 x `MAX_TOKENS` text tokens through four joint blocks."""
-    return SD3Transformer2DModel(
-        sample_size=SIZE // 4,
-        patch_size=2,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        num_layers=4,
-        attention_head_dim=32,
-        num_attention_heads=4,
-        caption_projection_dim=128,
+def transformer() -> FluxTransformer2DModel:
+    """64 image tokens, 64 of a source picture where there is one, and `MAX_TOKENS` of text."""
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * LATENT_CHANNELS,  # the pipeline packs 2 x 2 latents into a token
+        num_layers=DOUBLE_BLOCKS,
+        num_single_layers=SINGLE_BLOCKS,
+        attention_head_dim=HEAD_WIDTH,
+        num_attention_heads=HEADS,
         joint_attention_dim=T5_WIDTH,
-        pooled_projection_dim=2 * CLIP_WIDTH,
-        pos_embed_max_size=SIZE // 8,
+        pooled_projection_dim=CLIP_WIDTH,
+        guidance_embeds=False,
+        axes_dims_rope=(8, 12, 12),
     )
 
 
-def untrained_pipeline(seed: int) -> StableDiffusion3Pipeline:
+def untrained_pipeline(seed: int) -> FluxKontextPipeline:
     torch.manual_seed(seed)
     clip, t5 = clip_tokenizer(), t5_tokenizer()
-    return StableDiffusion3Pipeline(
+    return FluxKontextPipeline(
         transformer=transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
         vae=vae(),
         text_encoder=clip_encoder(clip),
         tokenizer=clip,
-        text_encoder_2=clip_encoder(clip),
-        tokenizer_2=clip,
-        text_encoder_3=t5_encoder(t5),
-        tokenizer_3=t5,
+        text_encoder_2=t5_encoder(t5),
+        tokenizer_2=t5,
     )
 
 
-def load_base() -> StableDiffusion3Pipeline:
-    pipeline = StableDiffusion3Pipeline.from_pretrained(BASE)
+def load_base() -> FluxKontextPipeline:
+    pipeline = FluxKontextPipeline.from_pretrained(BASE)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

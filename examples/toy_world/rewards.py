@@ -8,25 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from diffusers import StableDiffusion3Pipeline
+from diffusers import FluxKontextPipeline
 from peft import LoraConfig
 from PIL import Image
 
 from diffusion_opd import DiffusionGRPOConfig, DiffusionGRPOTrainer, DiffusionNFTConfig, DiffusionNFTTrainer
 from diffusion_opd.checkpoints import last_checkpoint
-from examples.toy_world.judges import JUDGES
+from examples.toy_world.judges import scores
 from examples.toy_world.pipeline import BASE, SAMPLING
-from examples.toy_world.world import Prompt, Task, prompts_of, sample_prompts
+from examples.toy_world.world import Prompt, Task, prompts_of, sample_prompts, sources
 
 LORA_TARGETS = [
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *("proj_mlp", "proj_out"),
 ]
 TRAINERS = {
     "nft": (DiffusionNFTTrainer, DiffusionNFTConfig),
     "grpo": (DiffusionGRPOTrainer, DiffusionGRPOConfig),
 }
-PROMPTS = 2000  # of each task, for training
+PROMPTS, EDITS = 2000, 216  # rows of each task for training: edits have pictures, which are files for opd.yaml
 
 
 def lora_config(rank: int = 16) -> LoraConfig:
@@ -34,15 +35,18 @@ def lora_config(rank: int = 16) -> LoraConfig:
 
 
 def training_prompts(task: Task, seed: int) -> Dataset:
-    return Dataset.from_dict({"prompt": [prompt.text for prompt in sample_prompts(task, PROMPTS, seed)]})
+    """Prompts, and the pictures that instructions are about."""
+    prompts = sample_prompts(task, EDITS if task == "edit" else PROMPTS, seed)
+    images = sources(prompts, seed)
+    return Dataset.from_dict({"prompt": [p.text for p in prompts]} | ({"image": images} if images else {}))
 
 
 def reward_of(task: Task) -> Callable[..., list[float]]:
-    """The task's judge, which needs what a prompt asks for, not its words alone."""
+    """The task's judge, which needs what a prompt asks for, not its words alone; that of editing the source besides."""
     asked: dict[str, Prompt] = {p.text: p for heldout in (False, True) for p in prompts_of(task, heldout)}
 
     def reward(prompts: Sequence[str], images: Sequence[Image.Image], **columns: Any) -> list[float]:
-        return [JUDGES[task](image, asked[prompt]) for image, prompt in zip(images, prompts, strict=True)]
+        return scores(images, [asked[prompt] for prompt in prompts], columns.get("image"))
 
     reward.__name__ = task
     return reward
@@ -51,7 +55,7 @@ def reward_of(task: Task) -> Callable[..., list[float]]:
 def sampling_kwargs() -> dict[str, Any]:
     """The world's sampler as fields of a config."""
     sampling = dict(SAMPLING)
-    fields = {key: sampling.pop(key) for key in ("num_inference_steps", "guidance_scale", "height", "width")}
+    fields = {key: sampling.pop(key) for key in ("num_inference_steps", "height", "width")}
     return fields | {"call_kwargs": sampling}
 
 
@@ -60,13 +64,14 @@ def reinforce(
     tasks: Sequence[Task],
     output_dir: Path,
     seed: int = 0,
-    model: StableDiffusion3Pipeline | None = None,
+    model: FluxKontextPipeline | None = None,
+    student_lora: Path | None = None,
     callbacks: Sequence[Any] = (),
     rank: int = 16,
     **settings: Any,
 ) -> DiffusionNFTTrainer | DiffusionGRPOTrainer:
-    """Trains a LoRA on the rewards of one task or of several in turn; a run that was killed goes on from its last
-    checkpoint."""
+    """Trains a LoRA, a new one or `student_lora`, on the rewards of one task or of several in turn; a run that was
+    killed goes on from its last checkpoint."""
     trainer_class, config_class = TRAINERS[algorithm]
     args = config_class(
         str(output_dir),
@@ -81,7 +86,8 @@ def reinforce(
         args=args,
         train_dataset={task: training_prompts(task, seed) for task in tasks},
         callbacks=list(callbacks),
-        peft_config=lora_config(rank),
+        student_lora=str(student_lora) if student_lora else None,
+        peft_config=None if student_lora else lora_config(rank),
     )
     trainer.pipeline.set_progress_bar_config(disable=True)
     trainer.train(resume_from_checkpoint=last_checkpoint(output_dir))

@@ -1,23 +1,24 @@
 """The toy world: prompts and the 64 x 64 pictures that belong to them, all drawn by rule and from seeds.
 
-Three tasks mirror those of the DiffusionOPD paper (GenEval, OCR, aesthetics):
+Three tasks mirror those of the DiffusionOPD paper (GenEval, OCR, aesthetics), the fourth is editing, as in DanceOPD:
 
 - `compose`: coloured shapes in GenEval's six kinds (one object, two, counting, colours, position, attribute binding);
 - `text`: the quoted string of one to three letters;
-- `style`: shapes in a mood ("at dusk"), wanted in a rich look: two-tone sky, shading, shadows, dark corners.
+- `style`: shapes in a mood ("at dusk"), wanted in a rich look: two-tone sky, shading, shadows, dark corners;
+- `edit`: a source picture and an instruction ("make the circle blue"), wanted with that change and no other.
 
 Three more, `MORE_TASKS`, are for merging more teachers than the paper does: coloured shapes in other words ("the red
 circle", "a sign of a red circle", "one red circle"), wanted on warm paper, on dark paper, or large. Pretraining has
 seen neither their words nor their looks, so there is no picture to draw for them; the judges say what is wanted.
 
 `draw` makes the picture that a prompt deserves, `draw_badly` one that its task does not want: other things than the
-caption says, another string, a plain look. Pretraining sees both beside the same captions, so the base model knows
-every skill and uses none of them reliably, as a real base model does.
+caption says, another string, a plain look, another change. Pretraining sees both beside the same captions, so the base
+model knows every skill and uses none of them reliably, as a real base model does.
 
 This module knows nothing of models and of judges.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations, product
 from typing import Literal
@@ -25,8 +26,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-Task = Literal["compose", "text", "style", "warm", "dark", "large"]
-TASKS: tuple[Task, ...] = ("compose", "text", "style")
+Task = Literal["compose", "text", "style", "edit", "warm", "dark", "large"]
+TASKS: tuple[Task, ...] = ("compose", "text", "style", "edit")
 MORE_TASKS: tuple[Task, ...] = ("warm", "dark", "large")
 SIZE = 64
 
@@ -68,6 +69,7 @@ WORDS = (
     *(*NUMBERS.values(), *COLOURS, *MOODS, *SHAPES),
     *(f"{s}es" if s == "cross" else f"{s}s" for s in SHAPES),
     *"left right above below".split(),
+    *"make turn into remove".split(),
 )
 
 
@@ -89,7 +91,8 @@ def _one(words: str) -> str:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption and what it asks for, in a form that `draw` and the judges read."""
+    """A caption and what it asks for, in a form that `draw` and the judges read. An instruction names one thing, and
+    what it wants of it: `becomes` another shape or colour, or, where that is None, is gone."""
 
     text: str
     task: Task
@@ -98,6 +101,17 @@ class Prompt:
     relation: str | None = None
     string: str | None = None
     mood: str | None = None
+    becomes: Thing | None = None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Things in their places: centres and radius in pixels, paper as RGB."""
+
+    things: tuple[Thing, ...]
+    centres: tuple[tuple[int, int], ...]
+    radius: float
+    paper: tuple[int, int, int]
 
 
 def _compose_prompts() -> list[Prompt]:
@@ -149,6 +163,22 @@ def _style_prompts() -> list[Prompt]:
     return prompts
 
 
+def _edit_prompts() -> list[Prompt]:
+    prompts: list[Prompt] = []
+    for shape, colour in product(SHAPES, (None, *COLOURS)):
+        thing = Thing(shape, colour)
+        for new in COLOURS:
+            if new != colour:
+                text = f"make the {thing.words} {new}"
+                prompts.append(Prompt(text, "edit", "colour", (thing,), becomes=Thing(colour=new)))
+        for new in SHAPES:
+            if new != shape:
+                text = f"turn the {thing.words} into {_one(new)}"
+                prompts.append(Prompt(text, "edit", "shape", (thing,), becomes=Thing(new)))
+        prompts.append(Prompt(f"remove the {thing.words}", "edit", "removal", (thing,)))
+    return prompts
+
+
 def _look_prompts(task: Task, form: str, more: str) -> list[Prompt]:
     prompts: list[Prompt] = []
     things = [Thing(shape, colour) for shape, colour in product(SHAPES, COLOURS)]
@@ -164,6 +194,7 @@ _ALL: dict[Task, list[Prompt]] = {
     "compose": _compose_prompts(),
     "text": _text_prompts(),
     "style": _style_prompts(),
+    "edit": _edit_prompts(),
     "warm": _look_prompts("warm", "the {}", "the {}"),
     "dark": _look_prompts("dark", "a sign of a {}", "a {}"),
     "large": _look_prompts("large", "one {}", "one {}"),
@@ -197,6 +228,23 @@ def sample_prompts(task: Task, n: int, seed: int, heldout: bool = False) -> list
     rng = np.random.default_rng(seed)
     kinds = list((_HELDOUT if heldout else _TRAINING)[task].values())
     return [kinds[i % len(kinds)][rng.integers(len(kinds[i % len(kinds)]))] for i in range(n)]
+
+
+_OPPOSITE = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
+
+
+def reworded(prompt: Prompt) -> Prompt:
+    """The same wish in an order of words that no prompt of the world has (of `TASKS`)."""
+    if prompt.task == "text":
+        return replace(prompt, text=f'a picture of the text "{prompt.string}"')
+    if prompt.task == "edit":
+        (named,), new = prompt.things, prompt.becomes
+        wish = f"turn the {named.words} {new.colour}" if new and new.colour else f"remove the one {named.words}"
+        return replace(prompt, text=f"make the {named.words} {_one(new.shape)}" if new and new.shape else wish)
+    if prompt.kind == "counting":
+        return replace(prompt, text=f"one picture of {prompt.text}")
+    things = f" {_OPPOSITE.get(prompt.relation, 'and')} ".join(_one(thing.words) for thing in prompt.things[::-1])
+    return replace(prompt, text=f"at {prompt.mood} {things}" if prompt.mood else f"one picture of {things}")
 
 
 def any_prompt(task: Task, rng: np.random.Generator) -> Prompt:
@@ -240,17 +288,16 @@ def shape_mask(shape: str, x: float, y: float, r: float, scale: int = 4) -> np.n
     return np.asarray(image.reduce(scale), dtype=np.float32) / 255
 
 
-def _draw_scene(prompt: Prompt, things: list[Thing], richness: float, rng: np.random.Generator) -> Image.Image:
+def _paint(scene: Scene, mood: str | None = None, richness: float = 0.0) -> Image.Image:
     """Shapes on paper; `richness` fades from the plain look (0) to the look that the style task wants (1)."""
-    paper = np.array(PAPERS[rng.integers(len(PAPERS))], dtype=np.float32)
-    picture = np.broadcast_to(paper, (SIZE, SIZE, 3)).copy()
+    picture = np.broadcast_to(np.array(scene.paper, dtype=np.float32), (SIZE, SIZE, 3)).copy()
     rows, columns = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / (SIZE - 1)
     if richness:
-        top, bottom = (np.array(tone, dtype=np.float32) for tone in MOODS[prompt.mood])
+        top, bottom = (np.array(tone, dtype=np.float32) for tone in MOODS[mood])
         sky = top + (bottom - top) * rows[..., None]
         picture += richness * (sky - picture)
-    centres, r = _place(prompt.relation, len(things), rng)
-    for thing, (x, y) in zip(things, centres, strict=True):
+    r = scene.radius
+    for thing, (x, y) in zip(scene.things, scene.centres, strict=True):
         colour = np.array(COLOURS[thing.colour], dtype=np.float32)
         mask = shape_mask(thing.shape, x, y, r)[..., None]
         if richness:
@@ -263,6 +310,12 @@ def _draw_scene(prompt: Prompt, things: list[Thing], richness: float, rng: np.ra
         distance = (2 * rows - 1) ** 2 + (2 * columns - 1) ** 2
         picture *= 1 - 0.42 * richness * distance[..., None]
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+
+
+def _arrange(things: Sequence[Thing], relation: str | None, rng: np.random.Generator) -> Scene:
+    paper = PAPERS[rng.integers(len(PAPERS))]
+    centres, radius = _place(relation, len(things), rng)
+    return Scene(tuple(things), tuple((int(x), int(y)) for x, y in centres), radius, paper)
 
 
 def letter_mask(letter: str) -> np.ndarray:
@@ -297,19 +350,71 @@ def _other_things(prompt: Prompt, rng: np.random.Generator) -> list[Thing]:
     return [Thing(_pick(rng, SHAPES), _pick(rng, COLOURS)) for _ in range(n)]
 
 
+def source_scene(prompt: Prompt, rng: np.random.Generator) -> Scene:
+    """A scene for an instruction: the thing that it names, and mostly another one of another shape."""
+    (named,) = prompt.things
+    # What becomes blue is not blue yet
+    unlike = [c for c in COLOURS if prompt.becomes is None or c != prompt.becomes.colour]
+    things = [Thing(named.shape, named.colour or _pick(rng, unlike))]
+    if rng.random() < 0.75:
+        things.append(Thing(_pick(rng, [s for s in SHAPES if s != named.shape]), _pick(rng, COLOURS)))
+    return _arrange(things, None, rng)
+
+
+def changed(scene: Scene, prompt: Prompt) -> Scene:
+    """The scene after the change that an instruction asks for; its thing is the first one."""
+    if prompt.becomes is None:
+        return replace(scene, things=scene.things[1:], centres=scene.centres[1:])
+    thing = Thing(prompt.becomes.shape or scene.things[0].shape, prompt.becomes.colour or scene.things[0].colour)
+    return replace(scene, things=(thing, *scene.things[1:]))
+
+
+def _changed_badly(scene: Scene, prompt: Prompt, rng: np.random.Generator) -> Scene:
+    """No change, any other change of any thing, or another scene."""
+    chance = rng.random()
+    if chance < 0.4:
+        return scene
+    if chance < 0.6:
+        return _arrange(_other_things(prompt, rng), None, rng)
+    things, which = list(scene.things), int(rng.integers(len(scene.things)))
+    things[which] = Thing(_pick(rng, SHAPES), _pick(rng, COLOURS))
+    return replace(scene, things=tuple(things))
+
+
+def draw_edit(prompt: Prompt, rng: np.random.Generator, well: bool = True) -> tuple[Image.Image, Image.Image]:
+    """A source picture, and what becomes of it: what the instruction asks for, or something that it does not."""
+    scene = source_scene(prompt, rng)
+    after = changed(scene, prompt) if well else _changed_badly(scene, prompt, rng)
+    return _paint(scene), _paint(after)
+
+
+def edits(prompts: Sequence[Prompt], seed: int) -> list[tuple[Image.Image, Image.Image]]:
+    """Source and wanted picture of each instruction; the i-th pair depends on `seed` and i only."""
+    return [draw_edit(prompt, np.random.default_rng((seed, i))) for i, prompt in enumerate(prompts)]
+
+
+def sources(prompts: Sequence[Prompt], seed: int) -> list[Image.Image] | None:
+    """The pictures that instructions are about, those of `edits`; None for prompts of another task."""
+    return [before for before, _ in edits(prompts, seed)] if prompts[0].task == "edit" else None
+
+
 def draw(prompt: Prompt, rng: np.random.Generator) -> Image.Image:
     """The picture that the prompt's own task wants (of `TASKS`); what the prompt leaves open, chance decides."""
     if prompt.task == "text":
         return _draw_string(prompt.string, rng)
+    if prompt.task == "edit":
+        return draw_edit(prompt, rng)[1]
     richness = rng.uniform(0.9, 1.0) if prompt.task == "style" else 0.0
-    return _draw_scene(prompt, _settle(prompt.things, rng), richness, rng)
+    return _paint(_arrange(_settle(prompt.things, rng), prompt.relation, rng), prompt.mood, richness)
 
 
 def draw_badly(prompt: Prompt, rng: np.random.Generator) -> Image.Image:
     """A picture that pretraining finds beside this caption and that its task does not want."""
     if prompt.task == "text":
         return _draw_string("".join(rng.choice(list(LETTERS), rng.integers(1, 4))), rng)
+    if prompt.task == "edit":
+        return draw_edit(prompt, rng, well=False)[1]
     if prompt.task == "compose":
-        return _draw_scene(replace(prompt, relation=None), _other_things(prompt, rng), 0.0, rng)
+        return _paint(_arrange(_other_things(prompt, rng), None, rng))
     richness = rng.uniform(0.0, 0.5) if rng.random() < 0.3 else 0.0
-    return _draw_scene(prompt, list(prompt.things), richness, rng)
+    return _paint(_arrange(prompt.things, prompt.relation, rng), prompt.mood, richness)

@@ -4,8 +4,29 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from examples.toy_world.judges import JUDGES, components, detect, edit_distance, judge_compose, judge_text, read
-from examples.toy_world.world import TASKS, Prompt, Thing, draw, draw_badly, prompts_of, sample_prompts
+from examples.toy_world.judges import (
+    JUDGES,
+    components,
+    detect,
+    edit_distance,
+    judge_compose,
+    judge_edit,
+    judge_text,
+    read,
+    score,
+)
+from examples.toy_world.world import (
+    TASKS,
+    Prompt,
+    Thing,
+    draw,
+    draw_badly,
+    draw_edit,
+    edits,
+    prompts_of,
+    sample_prompts,
+    sources,
+)
 
 
 def things(kind: str, *wanted: Thing, relation: str | None = None) -> Prompt:
@@ -23,10 +44,11 @@ def blurred(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 RED_CIRCLE, BLUE_SQUARE = Thing("circle", "red"), Thing("square", "blue")
+DRAWN = tuple(task for task in TASKS if task != "edit")
 KINDS = {task: sorted({p.kind for p in prompts_of(task)}) for task in TASKS}
 
 
-@pytest.mark.parametrize("task, kind", [(task, kind) for task in TASKS for kind in KINDS[task]])
+@pytest.mark.parametrize("task, kind", [(task, kind) for task in DRAWN for kind in KINDS[task]])
 def test_right_pictures_score_high_and_bad_ones_low(task, kind):
     rng = np.random.default_rng(0)
     prompts = [p for p in sample_prompts(task, 240, seed=1) if p.kind == kind][:30]
@@ -42,9 +64,12 @@ def test_blank_and_noise_score_nothing(task):
     rng = np.random.default_rng(0)
     blank = Image.new("RGB", (64, 64), (242, 242, 242))
     noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    for prompt in sample_prompts(task, 12, seed=1):
-        assert JUDGES[task](blank, prompt) == 0
-        assert JUDGES[task](noise, prompt) < 0.1
+    prompts = sample_prompts(task, 12, seed=1)
+    for prompt, source in zip(prompts, sources(prompts, 1) or [None] * 12, strict=True):
+        # What is alone in its picture is gone from a blank one on its own paper
+        emptied = prompt.kind == "removal" and len(detect(source)) == 1
+        assert score(blank, prompt, source) <= (1 if emptied else 0)
+        assert score(noise, prompt, source) < 0.1
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -52,7 +77,38 @@ def test_pictures_of_other_tasks_score_low(task):
     rng = np.random.default_rng(0)
     others = [p for other in TASKS if other != task for p in sample_prompts(other, 30, seed=1)]
     wanted = sample_prompts(task, len(others), seed=2)
-    assert np.mean([JUDGES[task](draw(o, rng), p) for o, p in zip(others, wanted, strict=True)]) < 0.2
+    rows = zip(others, wanted, sources(wanted, 2) or [None] * len(others), strict=True)
+    assert np.mean([score(draw(other, rng), prompt, source) for other, prompt, source in rows]) < 0.2
+
+
+@pytest.mark.parametrize("kind", KINDS["edit"])
+def test_an_edit_is_the_asked_change_and_no_other(kind):
+    rng = np.random.default_rng(0)
+    prompts = [p for p in sample_prompts("edit", 240, seed=1) if p.kind == kind][:30]
+    pairs = edits(prompts, 1)
+    right = [judge_edit(blurred(after, rng), p, before) for p, (before, after) in zip(prompts, pairs, strict=True)]
+    untouched = [judge_edit(before, p, before) for p, (before, _) in zip(prompts, pairs, strict=True)]
+    other_sources = [before for before, _ in edits(prompts, 2)]
+    elsewhere = [judge_edit(a, p, s) for p, (_, a), s in zip(prompts, pairs, other_sources, strict=True)]
+    badly = [draw_edit(p, rng, well=False) for p in prompts]
+    wrong = [judge_edit(after, p, before) for p, (before, after) in zip(prompts, badly, strict=True)]
+    assert min(right) > 0.9 and max(untouched) == 0
+    assert np.mean(wrong) < 0.3 and np.mean(elsewhere) < 0.5
+
+
+def test_an_edit_gives_credit_for_half_a_change_and_for_what_is_kept():
+    def picture(*wanted: Thing) -> Image.Image:
+        return drawn(things("position", *wanted, relation="left of"))
+
+    make_blue = Prompt("", "edit", "colour", (Thing("circle"),), becomes=Thing(colour="blue"))
+    green = Thing("triangle", "green")
+    source = picture(RED_CIRCLE, green)
+    assert judge_edit(picture(Thing("circle", "blue"), green), make_blue, source) == 1
+    assert judge_edit(picture(BLUE_SQUARE, green), make_blue, source) == 0.5  # another shape
+    assert judge_edit(picture(Thing("circle", "blue"), BLUE_SQUARE), make_blue, source) == 0  # the other one lost
+    assert judge_edit(picture(Thing("circle", "green"), green), make_blue, source) == 0.5  # another colour
+    gone = Prompt("", "edit", "removal", (Thing("circle"),))
+    assert judge_edit(source, gone, source) == 0
 
 
 @pytest.mark.parametrize("n, score", [(1, 1 / 3), (2, 2 / 3), (3, 1.0), (4, 2 / 3)])

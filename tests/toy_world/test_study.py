@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel
 from PIL import Image
 
 from diffusion_opd import objectives
@@ -22,22 +22,22 @@ from examples.toy_world.study import cost, ocr, report, rows
 from examples.toy_world.study.baselines import OffPolicyTrainer, finetune_on_samples, fused
 from examples.toy_world.study.states import fixed_states, gaps
 from examples.toy_world.study.variance import estimators
-from examples.toy_world.world import TASKS, draw, sample_prompts
+from examples.toy_world.world import TASKS, draw, edits, sample_prompts, sources
 
 STEPS, LEARNT = SAMPLING["num_inference_steps"], SAMPLING["num_inference_steps"] - 1
 
 
 class Counter:
-    """Counts what passes through every SD3 transformer: 1 a sample, and 1.1 more if it will be differentiated."""
+    """Counts what passes through every FLUX transformer: 1 a sample, and 1.1 more if it will be differentiated."""
 
     def __init__(self, monkeypatch):
-        self.evaluations, forward, counter = 0.0, SD3Transformer2DModel.forward, self
+        self.evaluations, forward, counter = 0.0, FluxTransformer2DModel.forward, self
 
         def counted(self, hidden_states, *args, **kwargs):
             counter.evaluations += len(hidden_states) * (2.1 if torch.is_grad_enabled() else 1.0)
             return forward(self, hidden_states, *args, **kwargs)
 
-        monkeypatch.setattr(SD3Transformer2DModel, "forward", counted)
+        monkeypatch.setattr(FluxTransformer2DModel, "forward", counted)
 
 
 def counted_a_step(train, monkeypatch) -> float:
@@ -84,10 +84,11 @@ def test_the_cost_of_reinforcement_is_what_is_computed(algorithm, beta, tmp_path
 @pytest.mark.parametrize("task", TASKS)
 def test_a_reward_is_the_judge_of_what_the_prompt_asks_for(task):
     prompts = sample_prompts(task, 6, seed=3)
-    pictures = [draw(prompt, np.random.default_rng(0)) for prompt in prompts]
+    images = sources(prompts, 3)
+    pictures = [p[1] for p in edits(prompts, 3)] if images else [draw(p, np.random.default_rng(0)) for p in prompts]
     wrong = pictures[1:] + pictures[:1]
     reward = reward_of(task)
-    good, bad = (reward(prompts=[p.text for p in prompts], images=images) for images in (pictures, wrong))
+    good, bad = (reward(prompts=[p.text for p in prompts], images=own, image=images) for own in (pictures, wrong))
     assert reward.__name__ == task
     assert np.mean(good) > 0.8
     assert task == "style" or np.mean(bad) < np.mean(good)
@@ -102,7 +103,7 @@ def test_the_two_estimators_differ_by_the_likelihood_ratio_term():
     steps = arguments.pop("num_inference_steps")
     student, teacher = Policy(pipeline, steps, arguments), Policy(specialist("style"), steps, arguments)
     prompts = [prompt.text for prompt in sample_prompts("style", 2, seed=0)]
-    closed, score = estimators(student, teacher, prompts, seed=5, noise_level=0.7)
+    closed, score = estimators(student, teacher, {"prompt": prompts}, seed=5, noise_level=0.7)
 
     noise, losses = torch.Generator().manual_seed(5), []
 

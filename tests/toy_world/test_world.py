@@ -4,7 +4,19 @@ import numpy as np
 import pytest
 
 from examples.toy_world.pipeline import MAX_TOKENS, clip_tokenizer, t5_tokenizer
-from examples.toy_world.world import MORE_TASKS, SIZE, TASKS, any_prompt, draw, draw_badly, prompts_of, sample_prompts
+from examples.toy_world.world import (
+    MORE_TASKS,
+    SIZE,
+    TASKS,
+    any_prompt,
+    draw,
+    draw_badly,
+    edits,
+    prompts_of,
+    reworded,
+    sample_prompts,
+    sources,
+)
 
 
 @pytest.mark.parametrize("task", TASKS + MORE_TASKS)
@@ -29,6 +41,32 @@ def test_pictures_come_from_the_seed(task, make):
         assert one.shape == (SIZE, SIZE, 3) and one.dtype == np.uint8
         assert np.array_equal(one, again)
         assert not all(np.array_equal(one, other) for other in others)
+
+
+def test_an_edit_changes_one_place_of_its_source():
+    prompts = sample_prompts("edit", 60, seed=3)
+    pairs, again = edits(prompts, 5), sources(prompts, 5)
+    for prompt, (before, after), source in zip(prompts, pairs, again, strict=True):
+        changed = (np.asarray(before) != np.asarray(after)).any(-1)
+        rows, columns = np.nonzero(changed)
+        assert source.tobytes() == before.tobytes()
+        # Within the box of one thing, whose radius is 14 where it is alone and 11 beside another
+        assert 20 < changed.sum() and max(np.ptp(rows), np.ptp(columns)) < 30, prompt.text
+
+
+def test_in_other_words_a_prompt_asks_for_the_same():
+    texts = {p.text for task in TASKS for heldout in (True, False) for p in prompts_of(task, heldout)}
+    tokenizers = clip_tokenizer(), t5_tokenizer()
+    for task in TASKS:
+        for prompt in prompts_of(task, heldout=True):
+            other = reworded(prompt)
+            assert other.text not in texts
+            assert (other.things, other.string, other.becomes) == (prompt.things, prompt.string, prompt.becomes)
+            for tokenizer in tokenizers:
+                ids = tokenizer(other.text).input_ids
+                assert len(ids) <= MAX_TOKENS and tokenizer.unk_token_id not in ids[1:-1]
+    (left,) = (p for p in prompts_of("compose") + prompts_of("compose", True) if p.text == "a circle left of a cross")
+    assert reworded(left).text == "one picture of a cross right of a circle"
 
 
 def test_a_string_stands_where_it_always_stands():

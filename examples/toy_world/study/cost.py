@@ -20,9 +20,12 @@ class Sizes:
     learnt: int
 
 
-def distillation(sizes: Sizes) -> float:
-    """Rollout and gradient are one pass over the learnt states, and the teacher is asked at each."""
-    return sizes.samples * sizes.learnt * (LEARN + FORWARD)
+def distillation(sizes: Sizes, parties: int = 1, visited: float | None = None) -> float:
+    """Rollout and gradient are one pass over the learnt states, and `parties` are asked at each: the teacher; the base
+    besides, for extrapolation or as an anchor. `visited`: how many states are gone through, on average, until the last
+    one that is learnt; those between cost the student a forward pass."""
+    between = 0 if visited is None else visited - sizes.learnt
+    return sizes.samples * (between * FORWARD + sizes.learnt * (LEARN + parties * FORWARD))
 
 
 def nft(sizes: Sizes, asks_base: bool) -> float:

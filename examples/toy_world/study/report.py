@@ -16,14 +16,18 @@ from examples.toy_world.study.states import gaps
 from examples.toy_world.world import MORE_TASKS, TASKS
 
 TABLES = {
-    "One model for all tasks": ["opd", "opd_nft_text", "grpo_guard_all", "nft_all", "nft_cascade"],
+    "One model for all tasks": ["opd", "grpo_guard_all", "nft_all", "nft_cascade"],
     "Closed form and PPO-style": ["kl_noise_0.7", "ppo_noise_0.7"],
     "Noise level": ["kl_noise_0", "kl_noise_0.3", "kl_noise_0.7", "kl_noise_1.0"],
     "On-policy, off-policy, samples": ["opd_short", "off_policy_short", "sft_short"],
     "One teacher at a time": ["opd_short", *(f"only_{task}" for task in TASKS)],
-    "One to six teachers": [
-        *("teachers_1", "teachers_2", "opd_short", "teachers_4", "teachers_5", "teachers_6"),
-        *("opd", "teachers_6_long"),
+    "One to seven teachers": [
+        *("teachers_1", "teachers_2", "teachers_3", "opd_short", "teachers_5", "teachers_6", "teachers_7"),
+        *("opd", "teachers_7_long"),
+    ],
+    "Recipes": [
+        *("opd_short", "kl_noise_0", "compose_twice", "danceopd"),
+        *(name for name in ROWS if name.startswith(("beyond", "anchor", "random", "beta"))),
     ],
 }
 PROMPTS = 120

@@ -1,6 +1,6 @@
 """The rows of the study: what is trained, with which settings, and at what cost. Budgets were fixed before the runs.
 
-Cost is in denoiser evaluations (cost.py). `STAGE_1` is what the three teachers cost together; joint training on all
+Cost is in denoiser evaluations (cost.py). `STAGE_1` is what the teachers cost together; joint training on all
 rewards gets the same and that of the distillation on top, so that both ways to one model cost the same.
 """
 
@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffusers import StableDiffusion3Pipeline
+import numpy as np
+from diffusers import FluxKontextPipeline
 
+from diffusion_opd.queries import QUERIES
 from examples.toy_world.demo import BATCH_SIZE, MAX_STEPS, distil
 from examples.toy_world.pipeline import SAMPLING, load_base
 from examples.toy_world.rewards import reinforce
@@ -28,7 +30,7 @@ RL_BATCH = NFT["per_device_train_batch_size"]
 NFT_COST = cost.nft(cost.Sizes(RL_BATCH, STEPS, LEARNT), asks_base=NFT["beta"] > 0)
 GRPO_COST = cost.grpo(cost.Sizes(RL_BATCH, STEPS, LEARNT), asks_base=False, iterations=GRPO["num_iterations"])
 OPD_COST = cost.distillation(cost.Sizes(len(TASKS) * BATCH_SIZE, STEPS, LEARNT))
-STAGE_1 = SPECIALIST_STEPS["compose"] * NFT_COST + (SPECIALIST_STEPS["text"] + SPECIALIST_STEPS["style"]) * GRPO_COST
+STAGE_1 = sum(SPECIALIST_STEPS[task] for task in TASKS) * NFT_COST
 TOTAL = STAGE_1 + MAX_STEPS * OPD_COST
 
 
@@ -36,20 +38,40 @@ TOTAL = STAGE_1 + MAX_STEPS * OPD_COST
 class Row:
     """One line of a table: `train(folder, seed)` leaves a student of `tasks` in `folder` and returns its pipeline."""
 
-    train: Callable[[Path, int], StableDiffusion3Pipeline]
+    train: Callable[[Path, int], FluxKontextPipeline]
     evaluations: float
     settings: dict[str, Any] = field(default_factory=dict)
     tasks: tuple[Task, ...] = TASKS
 
 
 def opd(max_steps: int, tasks: tuple[Task, ...] = TASKS, **settings: Any) -> Row:
-    def train(folder: Path, seed: int) -> StableDiffusion3Pipeline:
+    def train(folder: Path, seed: int) -> FluxKontextPipeline:
         specialists = {task: further_specialist(task, folder.parents[1]) for task in tasks if task not in TASKS}
         return distil(folder, seed, max_steps, tasks, num_scored=0, specialists=specialists, **settings)[0].pipeline
 
+    return Row(train, max_steps * step_cost(tasks, settings), settings | {"max_steps": max_steps}, tasks)
+
+
+def step_cost(tasks: tuple[Task, ...], settings: dict[str, Any]) -> float:
+    """Of one optimizer step of a distillation with these settings."""
     batch = settings.get("per_device_train_batch_size", BATCH_SIZE)
-    sizes = cost.Sizes(len(tasks) * batch, STEPS, LEARNT)
-    return Row(train, max_steps * cost.distillation(sizes), settings | {"max_steps": max_steps}, tasks)
+    turns = sum(settings.get("task_weights", {}).get(task, 1) for task in tasks)
+    if settings.get("task_sampling") == "random":
+        turns = settings.get("gradient_accumulation_steps", 1)
+    learnt, visited = LEARNT, None
+    if query := settings.get("query"):
+        candidates = max(1, int(STEPS * settings.get("timestep_fraction", LEARNT / STEPS)))
+        learnt, rng = settings["num_queries"], np.random.default_rng(0)
+        shape = tuple(settings.get("query_beta", (1.0, 1.0)))
+        drawn = [QUERIES[query].choose([0] * candidates, learnt, rng, shape) for _ in range(20_000)]
+        visited = float(np.mean([states[-1] + 1 for states in drawn]))
+    parties = 1 + sum(name in settings for name in ("target_extrapolation", "anchor"))
+    return cost.distillation(cost.Sizes(turns * batch, STEPS, learnt), parties, visited)
+
+
+def as_short(tasks: tuple[Task, ...] = TASKS, **settings: Any) -> Row:
+    """A distillation with other settings at the cost of `opd_short`: with more steps where one costs less."""
+    return opd(int(SHORT * step_cost(tasks, {}) / step_cost(tasks, settings)), tasks, **settings)
 
 
 def further_specialist(task: Task, output_dir: Path) -> Path:
@@ -61,36 +83,22 @@ def further_specialist(task: Task, output_dir: Path) -> Path:
 
 
 def rl(algorithm: str, budget: float, **settings: Any) -> Row:
-    """All rewards in turn; a micro-batch of one task after the other, so a step costs three times a specialist's."""
+    """All rewards in turn; a micro-batch of one task after the other, so a step costs that of all specialists."""
     own = (NFT if algorithm == "nft" else GRPO) | settings
     max_steps = int(budget / (len(TASKS) * (NFT_COST if algorithm == "nft" else GRPO_COST)))
     max_steps -= max_steps % own.get("num_iterations", 1)
 
-    def train(folder: Path, seed: int) -> StableDiffusion3Pipeline:
+    def train(folder: Path, seed: int) -> FluxKontextPipeline:
         return reinforce(algorithm, TASKS, folder, seed, rank=32, max_steps=max_steps, **own).pipeline
 
     return Row(train, budget, own | {"max_steps": max_steps})
-
-
-def opd_nft_text() -> Row:
-    """DiffusionOPD whose text specialist is trained by DiffusionNFT, as long as `nft_all` trains text."""
-    steps = int(TOTAL / (len(TASKS) * NFT_COST))
-
-    def train(folder: Path, seed: int) -> StableDiffusion3Pipeline:
-        specialist = folder / "text"
-        if not (specialist / LORA_NAME).is_file():
-            reinforce("nft", ["text"], specialist, seed, max_steps=steps, **NFT)
-        return distil(folder, seed, MAX_STEPS, num_scored=0, specialists={"text": specialist})[0].pipeline
-
-    evaluations = TOTAL + steps * NFT_COST - SPECIALIST_STEPS["text"] * GRPO_COST
-    return Row(train, evaluations, {"max_steps": MAX_STEPS, "steps of the specialist": steps})
 
 
 def cascade(budget: float, order: tuple[Task, ...]) -> Row:
     """NFT on one reward after another, each from the student of the one before, a share of the budget each."""
     max_steps = int(budget / len(order) / NFT_COST)
 
-    def train(folder: Path, seed: int) -> StableDiffusion3Pipeline:
+    def train(folder: Path, seed: int) -> FluxKontextPipeline:
         model = load_base()
         for task in order:
             stage = folder / task
@@ -107,7 +115,7 @@ def sft(budget: float, samples: int, batch_size: int, peak_lr: float) -> Row:
     spent = cost.sampling(len(TASKS) * samples, STEPS)
     max_steps = int((budget - spent) / cost.finetuning(batch_size))
 
-    def train(folder: Path, seed: int) -> StableDiffusion3Pipeline:
+    def train(folder: Path, seed: int) -> FluxKontextPipeline:
         return finetune_on_samples(folder, seed, samples, max_steps, batch_size, peak_lr)
 
     return Row(train, budget, {"samples": samples, "max_steps": max_steps, "batch_size": batch_size, "lr": peak_lr})
@@ -122,8 +130,7 @@ ROWS: dict[str, Row] = {
     "opd": opd(MAX_STEPS),
     "grpo_guard_all": rl("grpo", TOTAL),
     "nft_all": rl("nft", TOTAL),
-    "opd_nft_text": opd_nft_text(),
-    "nft_cascade": cascade(TOTAL, ("text", "compose", "style")),
+    "nft_cascade": cascade(TOTAL, ("text", "compose", "style", "edit")),
     # Closed form against PPO-style, and noise levels
     "kl_noise_0": sde(0.0),
     "kl_noise_0.3": sde(0.3),
@@ -134,9 +141,24 @@ ROWS: dict[str, Row] = {
     "opd_short": opd(SHORT),
     "off_policy_short": opd(SHORT, trainer_class=OffPolicyTrainer),
     "sft_short": sft(SHORT * OPD_COST, samples=200, batch_size=24, peak_lr=2e-3),
+    # Recipes, at the cost of `opd_short`
+    **{f"beyond_{by}": as_short(target_extrapolation=by) for by in (1.1, 1.25, 1.5)},
+    **{f"anchor_{beta}": as_short(anchor="base", anchor_beta=beta) for beta in (0.02, 0.1)},
+    **{f"random_{n}": as_short(query="random", num_queries=n) for n in (1, 2, 4)},
+    "beta_5_2": as_short(query="beta", num_queries=1, query_beta=[5.0, 2.0]),
+    "beta_2_5": as_short(query="beta", num_queries=1, query_beta=[2.0, 5.0]),
+    "compose_twice": as_short(task_weights={"compose": 2}),
+    "danceopd": as_short(
+        query="beta",
+        num_queries=1,
+        query_beta=[5.0, 2.0],
+        timestep_fraction=1.0,
+        task_sampling="random",
+        gradient_accumulation_steps=len(TASKS),
+    ),
     # One teacher alone, with all prompts of a step for it
     **{f"only_{task}": opd(SHORT, (task,), per_device_train_batch_size=len(TASKS) * BATCH_SIZE) for task in TASKS},
-    # Up to six teachers, eight prompts a step for each; three are `opd_short`
-    **{f"teachers_{n}": opd(SHORT, (*TASKS, *MORE_TASKS)[:n]) for n in (1, 2, 4, 5, 6)},
-    "teachers_6_long": opd(MAX_STEPS, TASKS + MORE_TASKS),
+    # Up to seven teachers, eight prompts a step for each; four are `opd_short`
+    **{f"teachers_{n}": opd(SHORT, (*TASKS, *MORE_TASKS)[:n]) for n in (1, 2, 3, 5, 6, 7)},
+    "teachers_7_long": opd(MAX_STEPS, TASKS + MORE_TASKS),
 }

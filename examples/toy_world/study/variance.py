@@ -22,13 +22,17 @@ from diffusion_opd.policy import Policy
 from diffusion_opd.scheduler_proxy import Step
 from diffusion_opd.transitions import flow_sde
 from examples.toy_world.demo import specialist
-from examples.toy_world.pipeline import SAMPLING, load_base
+from examples.toy_world.evaluate import inputs
+from examples.toy_world.pipeline import LATENT_CHANNELS, SAMPLING, load_base
 from examples.toy_world.rewards import lora_config
-from examples.toy_world.world import TASKS, Task, sample_prompts
+from examples.toy_world.world import SIZE, TASKS, Task, sample_prompts
 
 
-def estimators(student: Policy, teacher: Policy, prompts: list[str], seed: int, noise_level: float) -> list[Tensor]:
-    """One rollout: the gradient of the mean closed-form KL, and of its likelihood-ratio term, each `[parameters]`."""
+def estimators(
+    student: Policy, teacher: Policy, given: dict[str, list[Any]], seed: int, noise_level: float
+) -> list[Tensor]:
+    """One rollout of the inputs `given`: the gradient of the mean closed-form KL, and of its likelihood-ratio term,
+    each `[parameters]`."""
     parameters = [p for p in student.denoiser.parameters() if p.requires_grad]
     learnt = student.num_inference_steps - 1
     sums = [torch.zeros(sum(p.numel() for p in parameters)) for _ in range(2)]
@@ -38,8 +42,9 @@ def estimators(student: Policy, teacher: Policy, prompts: list[str], seed: int, 
         own = flow_sde(step.sample, step.prediction, step.schedule, step.index, noise_level)
         return own.sample(torch.randn(own.mean.shape, generator=noise))
 
-    generators = [torch.Generator().manual_seed(seed * len(prompts) + i) for i in range(len(prompts))]
-    with student.walk({"prompt": prompts}, generators, move) as walk, teacher.follow(walk) as follow:
+    size = len(given["prompt"])
+    generators = [torch.Generator().manual_seed(seed * size + i) for i in range(size)]
+    with student.walk(given, generators, move) as walk, teacher.follow(walk) as follow:
         for visit in walk.visits(range(learnt)):
             with torch.no_grad():
                 (target,) = follow(visit)
@@ -67,11 +72,11 @@ def measure(task: Task, rollouts: int, batch_size: int, noise_level: float, lora
         parameter.requires_grad_("lora_" in name)
     steps = arguments.pop("num_inference_steps")
     student, teacher = Policy(pipeline, steps, arguments), Policy(specialist(task), steps, arguments)
-    prompts = [prompt.text for prompt in sample_prompts(task, batch_size, seed=0)]
-    elements = pipeline.transformer.config.in_channels * pipeline.transformer.config.sample_size**2
+    given = inputs(sample_prompts(task, batch_size, seed=0), seed=0)
+    elements = LATENT_CHANNELS * (SIZE // 4) ** 2
 
     both = [torch.stack(parts) for parts in zip(
-        *(estimators(student, teacher, prompts, seed, noise_level) for seed in range(rollouts)), strict=True
+        *(estimators(student, teacher, given, seed, noise_level) for seed in range(rollouts)), strict=True
     )]  # fmt: skip
     closed, score = both
 
