@@ -10,6 +10,7 @@ trains by itself: this is how a user of the library would write it.
 
 import argparse
 import json
+import math
 import os
 import shlex
 import sys
@@ -216,7 +217,10 @@ def main(output_dir: Path, seed: int, max_steps: int, n: int) -> dict[str, dict[
     console.print(rendered)
     console.print("seconds: scoring (base, teachers), distillation (student)")
     gaps = {task: (table["base"][task], table[f"{task} teacher"][task]) for task in TASKS}
-    closed = {task: (table["student"][task] - base) / (teacher - base) for task, (base, teacher) in gaps.items()}
+    closed = {  # of few prompts a teacher may score what the base does
+        task: (table["student"][task] - base) / (teacher - base) if teacher != base else math.nan
+        for task, (base, teacher) in gaps.items()
+    }
     shares = ", ".join(f"{task} {share:.0%}" for task, share in closed.items())
     console.print(f"of the way from the base to the teacher: {shares}")
     own = [pictures[f"{task} teacher"][i * SHOWN + j] for i, task in enumerate(TASKS) for j in range(SHOWN)]

@@ -1,6 +1,7 @@
 """The study's tables and plots, from the results that are there."""
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +57,7 @@ def way(scores: dict[str, float], reference: dict[str, dict[str, Any]], tasks: S
     ways = []
     for task in tasks:
         base, teacher = reference["base"]["scores"][task], reference[task]["scores"][task]
-        ways.append((scores[task] - base) / (teacher - base))
+        ways.append((scores[task] - base) / (teacher - base) if teacher != base else math.nan)
     return statistics.mean(ways)
 
 
