@@ -190,6 +190,16 @@ def dequantised(layer: Any) -> Tensor:
     return layer.weight.dequantize()
 
 
+def keep_layout(module: nn.Module) -> None:
+    """Lets quantised weights lie as they are. On a CPU with AVX512-BF16 bitsandbytes (0.50) packs those of a 4-bit
+    layer anew in its first evaluated call without gradient: what is learnt through it afterwards gets no gradient, and
+    whoever reads the weights reads others (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2078)."""
+    packing = "support_avx512bf16_for_cpu"
+    for layer in module.modules():
+        if getattr(layer, packing, False):
+            setattr(layer, packing, False)
+
+
 def quantisations(pipeline: DiffusionPipeline) -> dict[str, Any]:
     """How each quantised part of a pipeline is, as JSON has it."""
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}

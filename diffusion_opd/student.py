@@ -52,7 +52,7 @@ from .fingerprint import differ, read_fingerprint, take_fingerprint, write_finge
 from .inputs import signature
 from .modular import is_pipeline, load_modular, save_pipeline, with_call
 from .policy import BACKBONE, Policy, check_seams, tuner_layers
-from .quantization import configs_by_part, is_quantised
+from .quantization import configs_by_part, is_quantised, keep_layout
 from .shards import local_shards, reshard, shards_changed, zero3_unseen
 from .teachers import as_lora, load_lora
 
@@ -438,6 +438,7 @@ def load_student(
                     "files complete?"
                 )
             part.requires_grad_(False).eval()
+            keep_layout(part)
     if peft_config is None and lora is None:
         _require_whole([name for name, denoiser in denoisers.items() if is_quantised(denoiser)])
         parts = {key: part for key, part in pipeline.components.items() if isinstance(part, nn.Module)}

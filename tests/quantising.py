@@ -23,9 +23,4 @@ def take(backend: str, put: Callable[[Any, str, Any], None] = setattr) -> str:
         quantizer = AUTO_QUANTIZER_MAPPING[BACKENDS[backend]["quant_backend"]]
         put(quantizer, "validate_environment", lambda self, **kwargs: None)
         put(quantizer, "update_device_map", lambda self, device_map: {"": "cpu"})
-    if backend == "nf4":
-        # On CPUs with AVX512-BF16 bitsandbytes (0.50) packs a layer's weights anew in its first call without gradient,
-        # for which a tiny layer has less than a block, and whoever reads the weights afterwards reads them wrong
-        modules = pytest.importorskip("bitsandbytes.nn.modules")
-        put(modules, "has_avx512bf16", lambda: False)
     return backend

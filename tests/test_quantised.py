@@ -19,7 +19,7 @@ from diffusion_opd import DiffusionOPDTrainer, Teacher
 from diffusion_opd.engines import check_quantised
 from diffusion_opd.evaluation import evaluate
 from diffusion_opd.fingerprint import contradictions, differ, take_fingerprint
-from diffusion_opd.quantization import dequantised, is_quantised
+from diffusion_opd.quantization import dequantised, is_quantised, keep_layout
 from diffusion_opd.sampling import MicroBatch
 from diffusion_opd.scripts import opd
 from diffusion_opd.student import load_student
@@ -151,6 +151,22 @@ def test_quantised_encoders_and_teachers_wait_in_cpu_memory(quantised: str, fold
     away = trainer_of(folder, tmp_path / "away", quantised, teachers, encode_ahead=2, teacher_placement="cpu")
     away.train()
     assert torch.equal(trained(there), trained(away))
+
+
+def test_a_call_without_gradient_leaves_a_layer_of_four_bits_as_it_is():
+    """As on a CPU with AVX512-BF16, on any."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(128, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    layer = layer.to("cpu").requires_grad_(False).eval()
+    layer.support_avx512bf16_for_cpu = True
+    whole = dequantised(layer)
+    keep_layout(layer)
+    with torch.no_grad():
+        layer(torch.randn(3, 128))
+    x = torch.randn(3, 128, requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.equal(dequantised(layer), whole)
+    torch.testing.assert_close(x.grad, whole.float().sum(0).expand(3, 128), rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_are_those_of_the_dequantised_weights(quantised: str, folder: Path, tmp_path):

@@ -24,7 +24,7 @@ from ..files import CONFIG_NAME, INDEX_NAME, MODULAR_INDEX_NAME, absent_parts, p
 from ..fingerprint import take_fingerprint
 from ..modular import is_pipeline, load_modular, with_call
 from ..policy import check_seams
-from ..quantization import configs_by_part, is_quantised
+from ..quantization import configs_by_part, is_quantised, keep_layout
 from .compatible import check_compatible, same_part, share_parts
 from .locating import locate, read_json, sole_lora, variant_in
 from .lora import add_loras, load_lora, read_loras
@@ -146,6 +146,7 @@ def load_teachers(
         for part in pipeline.components.values():
             if isinstance(part, nn.Module) and part not in own.values():
                 part.requires_grad_(False).eval()
+                keep_layout(part)
         loaded.append(LoadedTeacher(key, teacher, pipeline, adapter, "", commit))
     digests = hash_once(weights)
     return [replace(teacher, sha256=digests.get(teacher.id, teacher.sha256)) for teacher in loaded]

@@ -2,6 +2,7 @@
 
     python -m examples.toy_world.evaluate             # the base and the specialists
     python -m examples.toy_world.evaluate FOLDER ...  # these LoRAs on the base
+    python -m examples.toy_world.evaluate --kinds     # a table for each task, by kind of prompt
 
 The same prompts and the same initial noise for every model, so that models are compared picture by picture. This module
 knows pipelines and judges, and nothing of how a model was trained.
@@ -41,38 +42,51 @@ def generate(
     return pictures
 
 
+def judged(
+    pipeline: FluxKontextPipeline, task: Task, n: int, seed: int, in_other_words: bool = False, **sampling: Any
+) -> list[tuple[Prompt, float]]:
+    """`n` held-out prompts of a task, which the pipeline is given as they are or `reworded`, with the scores of what it
+    draws. `sampling` overrides the world's settings."""
+    prompts = sample_prompts(task, n, seed, heldout=True)
+    asked = [reworded(prompt) for prompt in prompts] if in_other_words else prompts
+    pictures = generate(pipeline, asked, seed, **sampling)
+    return list(zip(prompts, scores(pictures, prompts, sources(prompts, seed)), strict=True))
+
+
 def evaluate(
-    pipeline: FluxKontextPipeline,
-    n: int = 120,
-    seed: int = SEED,
-    tasks: tuple[Task, ...] = TASKS,
-    in_other_words: bool = False,
-    **sampling: Any,
+    pipeline: FluxKontextPipeline, n: int = 120, seed: int = SEED, tasks: tuple[Task, ...] = TASKS, **how: Any
 ) -> dict[Task, float]:
-    """The mean score on `n` held-out prompts of each task, as they are or `reworded`. `sampling` overrides the world's
-    settings."""
-    means = {}
-    for task in tasks:
-        prompts = sample_prompts(task, n, seed, heldout=True)
-        asked = [reworded(prompt) for prompt in prompts] if in_other_words else prompts
-        pictures = generate(pipeline, asked, seed, **sampling)
-        means[task] = float(np.mean(scores(pictures, prompts, sources(prompts, seed))))
-    return means
+    """The mean score on `n` held-out prompts of each task; `how` as in `judged`."""
+    return {task: float(np.mean([score for _, score in judged(pipeline, task, n, seed, **how)])) for task in tasks}
+
+
+def by_kind(pipeline: FluxKontextPipeline, n: int = 120, seed: int = SEED, **how: Any) -> dict[str, float]:
+    """The same by kind of prompt, of which each task has several."""
+    found: dict[str, list[float]] = {}
+    for task in TASKS:
+        for prompt, score in judged(pipeline, task, n, seed, **how):
+            found.setdefault(prompt.kind, []).append(score)
+    return {kind: float(np.mean(values)) for kind, values in found.items()}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Score LoRAs of the toy world's base model.")
     parser.add_argument("loras", nargs="*", help="LoRA folders (default: the specialists)")
     parser.add_argument("-n", type=int, default=120, help="held-out prompts of each task")
+    parser.add_argument("--kinds", action="store_true", help="by kind of prompt")
+    parser.add_argument("--num-inference-steps", type=int, default=SAMPLING["num_inference_steps"])
     parser.add_argument("--true-cfg-scale", type=float, default=1.0, help="classifier-free guidance (default: none)")
     parser.add_argument("--reworded", action="store_true", help="the same prompts in other words")
     args = parser.parse_args()
-    print("| model | " + " | ".join(TASKS) + " |\n|---|" + "---|" * len(TASKS))
-    for lora in [None, *(args.loras or [TEACHERS / task for task in TASKS])]:
+    how: dict[str, Any] = {"in_other_words": args.reworded, "num_inference_steps": args.num_inference_steps}
+    if args.true_cfg_scale != 1:
+        how |= {"true_cfg_scale": args.true_cfg_scale, "negative_prompt": ""}
+    for i, lora in enumerate([None, *(args.loras or [TEACHERS / task for task in TASKS])]):
         pipeline = load_base()
         if lora:
             pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
-        guidance = {"true_cfg_scale": args.true_cfg_scale, "negative_prompt": ""} if args.true_cfg_scale != 1 else {}
-        means = evaluate(pipeline, args.n, in_other_words=args.reworded, **guidance)
-        row = [Path(lora).name if lora else "base", *(f"{means[task]:.3f}" for task in TASKS)]
-        print(f"| {' | '.join(row)} |", flush=True)
+        means = (by_kind if args.kinds else evaluate)(pipeline, args.n, **how)
+        if i == 0:
+            print(f"| model | {' | '.join(means)} |\n|---|{'---|' * len(means)}")
+        cells = [Path(lora).name if lora else "base", *(f"{mean:.3f}" for mean in means.values())]
+        print(f"| {' | '.join(cells)} |", flush=True)

@@ -18,7 +18,7 @@ def test_base_loads_with_no_special_argument_in_single_precision():
 
 
 def test_assets_are_small():
-    assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) < 14e6
+    assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) < 12e6
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -31,13 +31,14 @@ def test_specialists_are_loras_with_rank_and_alpha(task):
 
 @pytest.mark.slow
 def test_each_specialist_leads_in_its_own_task_only():
-    scores = {"base": evaluate(load_base(), 30)}
+    scores = {"base": evaluate(load_base())}
     for task in TASKS:
         pipeline = load_base()
         pipeline.load_lora_weights(TEACHERS / task, weight_name="pytorch_lora_weights.safetensors")
-        scores[task] = evaluate(pipeline, 30)
+        scores[task] = evaluate(pipeline)
     for task in TASKS:
-        assert scores[task][task] > scores["base"][task] + 0.15
+        gap = scores[task][task] - scores["base"][task]
+        assert gap > 0.15
         for other in TASKS:
-            if other != task:  # who changes shapes draws them too: edit comes near to compose
-                assert scores[other][task] < scores[task][task]
+            if other != task:
+                assert scores[other][task] < scores[task][task] - 0.25 * gap

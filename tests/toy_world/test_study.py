@@ -60,6 +60,45 @@ def test_the_cost_of_distillation_is_what_is_computed(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_extrapolation": 1.25},
+        {"anchor": "base", "anchor_beta": 0.1},
+        {"query": "window", "num_queries": 5},
+        {"task_weights": {"text": 2}},
+        {"task_sampling": "random", "gradient_accumulation_steps": 3},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_the_cost_of_a_recipe_is_what_is_computed(settings, tmp_path, monkeypatch):
+    own = settings | {"per_device_train_batch_size": 1}
+    train = partial(distil, tmp_path, 0, tasks=("text", "style"), num_scored=0, **own)
+    assert counted_a_step(train, monkeypatch) == pytest.approx(rows.step_cost(("text", "style"), own))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"query": "random", "num_queries": 2},
+        {"query": "beta", "num_queries": 1, "query_beta": [5.0, 2.0], "timestep_fraction": 1.0},
+    ],
+    ids=["random", "beta"],
+)
+def test_the_cost_of_a_query_is_what_is_computed_on_average(settings, tmp_path, monkeypatch):
+    own = settings | {"per_device_train_batch_size": 1}
+    with monkeypatch.context() as patch:
+        counter = Counter(patch)
+        distil(tmp_path, 0, 1, ("text",), num_scored=0, **own)
+        first = counter.evaluations
+        counter.evaluations = 0.0
+        distil(tmp_path, 0, 61, ("text",), num_scored=0, **own)
+    # Steps are drawn anew in each; the standard error of sixty is 3 %
+    assert (counter.evaluations - first) / 60 == pytest.approx(rows.step_cost(("text",), own), rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("algorithm", "beta"),
     [
         ("nft", 0.1),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from diffusers import FluxKontextPipeline
 
-from diffusion_opd.queries import QUERIES
+from diffusion_opd.queries import QUERIES, first_steps
 from examples.toy_world.demo import BATCH_SIZE, MAX_STEPS, distil
 from examples.toy_world.pipeline import SAMPLING, load_base
 from examples.toy_world.rewards import reinforce
@@ -60,10 +60,10 @@ def step_cost(tasks: tuple[Task, ...], settings: dict[str, Any]) -> float:
         turns = settings.get("gradient_accumulation_steps", 1)
     learnt, visited = LEARNT, None
     if query := settings.get("query"):
-        candidates = max(1, int(STEPS * settings.get("timestep_fraction", LEARNT / STEPS)))
+        candidates = [0] * len(first_steps([0] * STEPS, settings.get("timestep_fraction", LEARNT / STEPS)))
         learnt, rng = settings["num_queries"], np.random.default_rng(0)
         shape = tuple(settings.get("query_beta", (1.0, 1.0)))
-        drawn = [QUERIES[query].choose([0] * candidates, learnt, rng, shape) for _ in range(20_000)]
+        drawn = [QUERIES[query].choose(candidates, learnt, rng, shape) for _ in range(20_000)]
         visited = float(np.mean([states[-1] + 1 for states in drawn]))
     parties = 1 + sum(name in settings for name in ("target_extrapolation", "anchor"))
     return cost.distillation(cost.Sizes(turns * batch, STEPS, learnt), parties, visited)
