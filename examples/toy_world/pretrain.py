@@ -3,8 +3,8 @@
     python -m examples.toy_world.pretrain vae      # writes the VAE to runs/toy_world/vae.pt
     python -m examples.toy_world.pretrain base     # writes examples/toy_world/assets/base
 
-Flow matching in latent space with 10 % empty captions; a fifth of each batch changes a source picture. For most of the
-run every picture is what its caption deserves, at the end 40 % are, so that the base model knows every skill and uses
+Flow matching in latent space with 10 % empty captions; some of each batch change a source picture (`Plan`). At first
+every picture is what its caption deserves, at the end a fifth are, so that the base model knows every skill and uses
 none of them reliably. Data and noise of a step depend on the seed and the step only: a run that was stopped goes on
 from its last checkpoint as if nothing had happened, when the same command is given again.
 
@@ -225,9 +225,8 @@ class Plan(NamedTuple):
 
 
 def plan() -> list[Plan]:
-    """The base learns on good captions, then on mostly bad ones, until it has settled on them. Specialists, which are
-    LoRAs, do not come back from there to what it knew; so it is reminded of the good ones, and spoilt again, at the
-    surface."""
+    """The base learns on good captions, then on mostly bad ones; it is reminded of good ones and spoilt once more, at
+    the surface, so that a LoRA can bring back what it knows."""
     learning = [Plan(6, 1.0 if step < 4125 else 0.4, one_cycle(step, 5500)) for step in range(5500)]
     reminded = [Plan(12, 1.0, 0.2 * one_cycle(step, 1000)) for step in range(1000)]
     spoilt = [Plan(8, 0.2, 0.05) for _ in range(150)]
@@ -245,7 +244,7 @@ def pretrain_base(
     trained = torch.nn.ModuleDict(
         {name: getattr(pipeline, name) for name in ("transformer", "text_encoder", "text_encoder_2")}
     )
-    # Muon for the matrices between layers takes about 300 steps where AdamW alone takes 400
+    # As Muon's authors use it: for the matrices between layers, and AdamW for the rest
     matrices = [p for block in BLOCKS for p in getattr(pipeline.transformer, block).parameters() if p.ndim == 2]
     others = [p for p in trained.parameters() if all(p is not matrix for matrix in matrices)]
     muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
