@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
-from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
+from diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, Teacher
 from examples.toy_world.evaluate import evaluate, generate
 from examples.toy_world.extra import Console, Table, plt
 from examples.toy_world.pipeline import BASE, TEACHERS, load_base, quiet
@@ -94,12 +94,11 @@ def distil(
     tasks: Sequence[Task] = TASKS,
     trainer_class: type[DiffusionOPDTrainer] = DiffusionOPDTrainer,
     num_scored: int = 20,
-    specialists: Mapping[Task, Path] | None = None,
+    specialists: Mapping[Task, str | Teacher] | None = None,
     **settings: Any,
 ) -> tuple[DiffusionOPDTrainer, Scores, float]:
-    """One student from the specialists of `tasks` (folders of LoRAs; the shipped ones where `specialists` names none):
-    the trainer, the scores on the way, and the seconds of training alone."""
-    folders = {task: TEACHERS / task for task in tasks} | dict(specialists or {})
+    """One student from the specialists of `tasks` (the shipped ones where `specialists` names none): the trainer, the
+    scores on the way, and the seconds of training alone."""
     args = DiffusionOPDConfig(
         str(output_dir),
         **sampling_kwargs()
@@ -121,7 +120,7 @@ def distil(
     )
     trainer = trainer_class(
         model=str(BASE),
-        teachers={task: str(folder) for task, folder in folders.items()},
+        teachers={task: str(TEACHERS / task) for task in tasks} | dict(specialists or {}),
         args=args,
         train_dataset={task: training_prompts(task, seed) for task in tasks},
         peft_config=lora_config(rank=32),

@@ -1,11 +1,11 @@
 """Pretrains the base model of the toy world: the VAE on pictures, then text encoders and transformer on bad captions.
 
-    python -m examples.toy_world.pretrain vae      # writes the VAE to runs/toy_world/vae.pt
-    python -m examples.toy_world.pretrain base     # writes examples/toy_world/assets/base
+    python -m examples.toy_world.pretrain vae      # writes examples/toy_world/assets/base/vae
+    python -m examples.toy_world.pretrain base     # writes examples/toy_world/assets/base, around that VAE
 
-Flow matching in latent space with 10 % empty captions; some of each batch change a source picture (`Plan`). At first
-every picture is what its caption deserves, at the end a fifth are, so that the base model knows every skill and uses
-none of them reliably. Data and noise of a step depend on the seed and the step only: a run that was stopped goes on
+Flow matching in latent space with 10 % empty captions; a quarter of each batch change a source picture. At first every
+picture is what its caption deserves, at the end few are, so that the base model knows every skill and uses none of them
+reliably. Data and noise of a step depend on the seed and the step only: a run that was stopped goes on
 from its last checkpoint as if nothing had happened, when the same command is given again.
 
 This module knows the world and the pipeline, and nothing of judges, specialists and distillation.
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers import FluxKontextPipeline
+from diffusers import AutoencoderKL, FluxKontextPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -113,15 +113,10 @@ def pretrain_vae(steps: int, batch_size: int, peak_lr: float = 2e-3) -> None:
     sheet([shown, [Image.fromarray(a) for a in array]], RUNS / "vae.png")
     # The pipeline diffuses (latents - shift_factor) * scaling_factor: zero mean and unit deviation.
     shift, scale = latents.mean().item(), 1 / latents.std().item()
-    torch.save({"modules": vae.state_dict(), "shift_factor": shift, "scaling_factor": scale}, RUNS / "vae.pt")
+    vae.register_to_config(shift_factor=shift, scaling_factor=scale)
+    vae.half().save_pretrained(BASE / "vae")  # diffusers loads it in single precision again
     spread = latents.std((0, 2, 3))
     print(f"shift {shift:.4f}, scale {scale:.4f}, deviation of each channel {[round(s, 3) for s in spread.tolist()]}")
-
-
-def load_vae(pipeline: FluxKontextPipeline) -> None:
-    state = torch.load(RUNS / "vae.pt", weights_only=True)
-    pipeline.vae.load_state_dict(state["modules"])
-    pipeline.vae.register_to_config(shift_factor=state["shift_factor"], scaling_factor=state["scaling_factor"])
 
 
 @torch.no_grad()
@@ -151,13 +146,19 @@ def _places(latents: Tensor, frame: int) -> Tensor:
     return places
 
 
+def noise_levels(n: int) -> Tensor:
+    """Half of them logit-normal, shifted as the sampler shifts its schedule, the others from 0.75 to 1. There the
+    sampler takes its first steps, and the words decide: later the picture itself shows what it becomes."""
+    t = torch.sigmoid(torch.randn(n))
+    high = 1 - torch.rand(n) / 4
+    return torch.where(torch.rand(n) < 0.5, high, SHIFT * t / (1 + (SHIFT - 1) * t))
+
+
 def flow_matching_loss(
     transformer: torch.nn.Module, clean: Tensor, captions: tuple[Tensor, Tensor], source: Tensor | None = None
 ) -> Tensor:
-    """Velocity error at logit-normal times, shifted as the sampler shifts its schedule; `source`: the latents of the
-    pictures that are to be changed."""
-    t = torch.sigmoid(torch.randn(len(clean)))
-    t = SHIFT * t / (1 + (SHIFT - 1) * t)
+    """Velocity error; `source`: the latents of the pictures that are to be changed."""
+    t = noise_levels(len(clean))
     noise, t_B111 = torch.randn_like(clean), t[:, None, None, None]
     states, places = pack((1 - t_B111) * clean + t_B111 * noise), _places(clean, 0)
     length = states.shape[1]
@@ -190,6 +191,7 @@ class Data:
             pairs = [draw_edit(prompt, rng, well=i < edits) for i, prompt in enumerate(prompts)]
             before, after = (encode_pictures(pipeline, list(column)) for column in zip(*pairs, strict=True))
             saved["edits"] = after, [prompt.text for prompt in prompts], before
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(saved, path)
         self.kinds = torch.load(path, weights_only=True)
 
@@ -217,29 +219,26 @@ def sample_sheet(pipeline: FluxKontextPipeline, path: Path) -> None:
 
 
 class Plan(NamedTuple):
-    """Of one step: how many of a batch are edits, the share of good captions, the rate over the peak rate."""
+    """Of one step: the share of good captions, the rate over the peak rate."""
 
-    edits: int
     good: float
     rate: float
 
 
 def plan() -> list[Plan]:
-    """The base learns on good captions, then on mostly bad ones; it is reminded of good ones and spoilt once more, at
-    the surface, so that a LoRA can bring back what it knows."""
-    learning = [Plan(6, 1.0 if step < 4125 else 0.4, one_cycle(step, 5500)) for step in range(5500)]
-    reminded = [Plan(12, 1.0, 0.2 * one_cycle(step, 1000)) for step in range(1000)]
-    spoilt = [Plan(8, 0.2, 0.05) for _ in range(150)]
-    return learning + reminded + spoilt
+    """The base learns on good captions, and is spoilt by bad ones at the surface, so that a LoRA can bring back what it
+    knows."""
+    return [Plan(1.0, one_cycle(step, 5500)) for step in range(5500)] + [Plan(0.2, 0.05)] * 150
 
 
 def pretrain_base(
-    plans: Sequence[Plan], batch_size: int, size: int, edits: int, muon_lr: float, adamw_lr: float
+    plans: Sequence[Plan], drawn: int, edited: int, size: int, edits: int, muon_lr: float, adamw_lr: float
 ) -> None:
-    """Of `size` good pictures and as many bad ones, and of `edits` good edits and as many bad ones."""
+    """Each batch has `drawn` of `size` good pictures and as many bad ones, and `edited` of `edits` good edits and as
+    many bad ones."""
     pipeline = untrained_pipeline(SEED)
     pipeline.set_progress_bar_config(disable=True)
-    load_vae(pipeline)
+    pipeline.vae = AutoencoderKL.from_pretrained(BASE / "vae")
     data = Data(pipeline, size, edits)
     trained = torch.nn.ModuleDict(
         {name: getattr(pipeline, name) for name in ("transformer", "text_encoder", "text_encoder_2")}
@@ -256,10 +255,10 @@ def pretrain_base(
         rng = np.random.default_rng((SEED, step))
         torch.manual_seed(SEED + step)
         now = plans[step]
-        for kind, rows in (("drawn", batch_size - now.edits), ("edits", now.edits)):
+        for kind, rows in (("drawn", drawn), ("edits", edited)):
             latents, captions, beside = data.batch(kind, rows, now.good, rng)
             loss = flow_matching_loss(pipeline.transformer, latents, encode_captions(pipeline, captions), beside)
-            (loss * rows / batch_size).backward()
+            (loss * rows / (drawn + edited)).backward()
             losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         for optimizer, peak_lr in ((muon, muon_lr), (adamw, adamw_lr)):
@@ -292,4 +291,4 @@ if __name__ == "__main__":
     if options.stage == "vae":
         pretrain_vae(steps=1400, batch_size=16)
     else:
-        pretrain_base(plan(), batch_size=32, size=20_000, edits=5_000, muon_lr=3e-3, adamw_lr=1.5e-3)
+        pretrain_base(plan(), drawn=24, edited=8, size=16_000, edits=4_000, muon_lr=5e-3, adamw_lr=2.5e-3)

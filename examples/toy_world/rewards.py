@@ -3,7 +3,7 @@
 This module knows the library and the world; specialists.py and study/ say what is trained with which settings.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,14 @@ from diffusers import FluxKontextPipeline
 from peft import LoraConfig
 from PIL import Image
 
-from diffusion_opd import DiffusionGRPOConfig, DiffusionGRPOTrainer, DiffusionNFTConfig, DiffusionNFTTrainer
+from diffusion_opd import (
+    DiffusionGRPOConfig,
+    DiffusionGRPOTrainer,
+    DiffusionNFTConfig,
+    DiffusionNFTTrainer,
+    DiffusionROPDConfig,
+    DiffusionROPDTrainer,
+)
 from diffusion_opd.checkpoints import last_checkpoint
 from examples.toy_world.judges import scores
 from examples.toy_world.pipeline import BASE, SAMPLING
@@ -26,6 +33,7 @@ LORA_TARGETS = [
 TRAINERS = {
     "nft": (DiffusionNFTTrainer, DiffusionNFTConfig),
     "grpo": (DiffusionGRPOTrainer, DiffusionGRPOConfig),
+    "ropd": (DiffusionROPDTrainer, DiffusionROPDConfig),
 }
 PROMPTS, EDITS = 2000, 216  # rows of each task for training: edits have pictures, which are files for opd.yaml
 
@@ -66,12 +74,13 @@ def reinforce(
     seed: int = 0,
     model: FluxKontextPipeline | None = None,
     student_lora: Path | None = None,
+    teachers: Mapping[Task, str] | None = None,
     callbacks: Sequence[Any] = (),
     rank: int = 16,
     **settings: Any,
-) -> DiffusionNFTTrainer | DiffusionGRPOTrainer:
-    """Trains a LoRA, a new one or `student_lora`, on the rewards of one task or of several in turn; a run that was
-    killed goes on from its last checkpoint."""
+) -> DiffusionNFTTrainer | DiffusionGRPOTrainer | DiffusionROPDTrainer:
+    """Trains a LoRA, a new one or `student_lora`, on the rewards of one task or of several in turn, and on what their
+    `teachers` say; a run that was killed goes on from its last checkpoint."""
     trainer_class, config_class = TRAINERS[algorithm]
     args = config_class(
         str(output_dir),
@@ -86,6 +95,7 @@ def reinforce(
         args=args,
         train_dataset={task: training_prompts(task, seed) for task in tasks},
         callbacks=list(callbacks),
+        teachers=dict(teachers) if teachers else None,
         student_lora=str(student_lora) if student_lora else None,
         peft_config=None if student_lora else lora_config(rank),
     )

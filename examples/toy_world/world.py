@@ -11,9 +11,10 @@ Three more, `MORE_TASKS`, are for merging more teachers than the paper does: col
 circle", "a sign of a red circle", "one red circle"), wanted on warm paper, on dark paper, or large. Pretraining has
 seen neither their words nor their looks, so there is no picture to draw for them; the judges say what is wanted.
 
-`draw` makes the picture that a prompt deserves, `draw_badly` one that its task does not want: other things than the
-caption says, another string, a plain look, another change. Pretraining sees both beside the same captions, so the base
-model knows every skill and uses none of them reliably, as a real base model does.
+Things stand in the order of the words, from the left, where the words do not say otherwise: what chance would decide,
+six steps of a small model cannot. `draw` makes the picture that a prompt deserves, `draw_badly` one that its task does
+not want: other things than the caption says, another string, a plain look, another change. Pretraining sees both beside
+the same captions, so the base model knows every skill and uses none of them reliably, as a real base model does.
 
 This module knows nothing of models and of judges.
 """
@@ -230,6 +231,8 @@ def sample_prompts(task: Task, n: int, seed: int, heldout: bool = False) -> list
     return [kinds[i % len(kinds)][rng.integers(len(kinds[i % len(kinds)]))] for i in range(n)]
 
 
+# How much oftener than the others of its task pretraining sees a kind: those where the order of words counts
+HARD = {"position": 3.0, "attribute binding": 2.0, "counting": 2.0, "colour": 2.0, "shape": 1.5}
 _OPPOSITE = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
 
 
@@ -250,8 +253,9 @@ def reworded(prompt: Prompt) -> Prompt:
 def any_prompt(task: Task, rng: np.random.Generator) -> Prompt:
     """A prompt from both sides of the split, for pretraining, which has seen the whole world (badly captioned)."""
     heldout = rng.random() < 0.25
-    kinds = list((_HELDOUT if heldout else _TRAINING)[task].values())
-    kind = kinds[rng.integers(len(kinds))]
+    kinds = (_HELDOUT if heldout else _TRAINING)[task]
+    weights = np.array([HARD.get(kind, 1.0) for kind in kinds])
+    kind = kinds[rng.choice(list(kinds), p=weights / weights.sum())]
     return kind[rng.integers(len(kind))]
 
 
@@ -259,15 +263,14 @@ def _pick(rng: np.random.Generator, choices: Iterable[str]) -> str:
     return list(choices)[rng.integers(len(choices))]
 
 
-def _place(relation: str | None, n: int, rng: np.random.Generator) -> tuple[np.ndarray, float]:
-    """Centres of `n` things in pixels, (n, 2), and the radius that fits them."""
+def _place(relation: str | None, n: int) -> tuple[list[tuple[int, int]], float]:
+    """Centres of `n` things in pixels, and the radius that fits them."""
     if n == 1:
-        return np.array([(32, 32)]), 14
+        return [(32, 32)], 14
     if n == 2:
-        relation = relation or _pick(rng, RELATIONS)
-        centres = [(16, 32), (48, 32)] if relation in ("left of", "right of") else [(32, 16), (32, 48)]
-        return np.array(centres if relation in ("left of", "above") else centres[::-1]), 11
-    return rng.permutation([(18, 18), (46, 18), (18, 46), (46, 46)])[:n], 10
+        centres = [(32, 16), (32, 48)] if relation in ("above", "below") else [(16, 32), (48, 32)]
+        return centres[::-1] if relation in ("right of", "below") else centres, 11
+    return ([(32, 18)] if n == 3 else [(18, 18), (46, 18)]) + [(18, 46), (46, 46)], 10
 
 
 def shape_mask(shape: str, x: float, y: float, r: float, scale: int = 4) -> np.ndarray:
@@ -314,8 +317,8 @@ def _paint(scene: Scene, mood: str | None = None, richness: float = 0.0) -> Imag
 
 def _arrange(things: Sequence[Thing], relation: str | None, rng: np.random.Generator) -> Scene:
     paper = PAPERS[rng.integers(len(PAPERS))]
-    centres, radius = _place(relation, len(things), rng)
-    return Scene(tuple(things), tuple((int(x), int(y)) for x, y in centres), radius, paper)
+    centres, radius = _place(relation, len(things))
+    return Scene(tuple(things), tuple(centres), radius, paper)
 
 
 def letter_mask(letter: str) -> np.ndarray:
@@ -358,7 +361,7 @@ def source_scene(prompt: Prompt, rng: np.random.Generator) -> Scene:
     things = [Thing(named.shape, named.colour or _pick(rng, unlike))]
     if rng.random() < 0.75:
         things.append(Thing(_pick(rng, [s for s in SHAPES if s != named.shape]), _pick(rng, COLOURS)))
-    return _arrange(things, None, rng)
+    return _arrange(things, _pick(rng, RELATIONS), rng)
 
 
 def changed(scene: Scene, prompt: Prompt) -> Scene:
@@ -375,7 +378,7 @@ def _changed_badly(scene: Scene, prompt: Prompt, rng: np.random.Generator) -> Sc
     if chance < 0.4:
         return scene
     if chance < 0.6:
-        return _arrange(_other_things(prompt, rng), None, rng)
+        return _arrange(_other_things(prompt, rng), _pick(rng, RELATIONS), rng)
     things, which = list(scene.things), int(rng.integers(len(scene.things)))
     things[which] = Thing(_pick(rng, SHAPES), _pick(rng, COLOURS))
     return replace(scene, things=tuple(things))
@@ -415,6 +418,6 @@ def draw_badly(prompt: Prompt, rng: np.random.Generator) -> Image.Image:
     if prompt.task == "edit":
         return draw_edit(prompt, rng, well=False)[1]
     if prompt.task == "compose":
-        return _paint(_arrange(_other_things(prompt, rng), None, rng))
+        return _paint(_arrange(_other_things(prompt, rng), _pick(rng, RELATIONS), rng))
     richness = rng.uniform(0.0, 0.5) if rng.random() < 0.3 else 0.0
     return _paint(_arrange(prompt.things, prompt.relation, rng), prompt.mood, richness)

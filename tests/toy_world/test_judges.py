@@ -136,6 +136,14 @@ def test_positions(relation, opposite):
     assert judge_compose(drawn(contrary), prompt) == pytest.approx(4 / 5)
 
 
+def test_things_stand_in_the_order_of_the_words_from_the_left_and_two_anywhere_in_a_source():
+    for prompt in [p for p in prompts_of("compose") if p.kind == "attribute binding"][:20]:
+        found = sorted(detect(drawn(prompt, seed=3)), key=lambda f: f.x)
+        assert [(f.shape, f.colour) for f in found] == [(thing.shape, thing.colour) for thing in prompt.things]
+    pairs = [found for source in sources(sample_prompts("edit", 40, seed=0), 0) if len(found := detect(source)) == 2]
+    assert {bool(abs(a.x - b.x) > abs(a.y - b.y)) for a, b in pairs} == {True, False}
+
+
 def test_detector_names_shapes_colours_and_places():
     left, right = detect(drawn(things("position", Thing("cross", "yellow"), BLUE_SQUARE, relation="right of")))[::-1]
     assert {(left.shape, left.colour), (right.shape, right.colour)} == {("cross", "yellow"), ("square", "blue")}

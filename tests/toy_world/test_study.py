@@ -15,7 +15,7 @@ from diffusion_opd.scheduler_proxy import Step
 from diffusion_opd.transitions import flow_sde, ode
 from examples.toy_world.demo import distil, specialist
 from examples.toy_world.evaluate import generate
-from examples.toy_world.pipeline import SAMPLING, load_base
+from examples.toy_world.pipeline import SAMPLING, TEACHERS, load_base
 from examples.toy_world.rewards import lora_config, reinforce, reward_of
 from examples.toy_world.study import __main__ as study
 from examples.toy_world.study import cost, ocr, report, rows
@@ -74,6 +74,35 @@ def test_the_cost_of_a_recipe_is_what_is_computed(settings, tmp_path, monkeypatc
     own = settings | {"per_device_train_batch_size": 1}
     train = partial(distil, tmp_path, 0, tasks=("text", "style"), num_scored=0, **own)
     assert counted_a_step(train, monkeypatch) == pytest.approx(rows.step_cost(("text", "style"), own))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["folded", "guided", "split"])
+def test_the_cost_of_guidance_is_what_is_computed(name, tmp_path, monkeypatch):
+    guided, split = rows.ROWS[name].settings["guided"], {"guidance_split": 1.0} if name == "split" else {}
+
+    def train(max_steps):
+        row = rows.opd(max_steps, ("text",), guided=guided, per_device_train_batch_size=1, **split)
+        assert row.sampling == ({} if name == "folded" else rows.GUIDANCE)
+        row.train(tmp_path / "row" / "seed", 0)
+
+    expected = rows.opd(1, ("text",), guided=guided, per_device_train_batch_size=1, **split).evaluations
+    assert counted_a_step(train, monkeypatch) == pytest.approx(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ropd", "nft_taught"])
+def test_the_cost_of_rewards_beside_teachers_is_what_is_computed(name, tmp_path, monkeypatch):
+    row, algorithm = rows.ROWS[name], name.split("_")[0]
+    settings = {key: value for key, value in row.settings.items() if key != "max_steps"}
+
+    def train(max_steps):
+        own = settings | {"save_strategy": "no", "max_steps": max_steps}
+        teachers = {"text": str(TEACHERS / "text")}
+        reinforce(algorithm, ["text"], tmp_path / str(max_steps), rank=32, teachers=teachers, **own)
+
+    counted = counted_a_step(train, monkeypatch) * row.settings["max_steps"]
+    assert counted * len(TASKS) == pytest.approx(row.evaluations)
 
 
 @pytest.mark.slow

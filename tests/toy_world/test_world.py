@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
+from transformers import T5EncoderModel
 
-from examples.toy_world.pipeline import MAX_TOKENS, clip_tokenizer, t5_tokenizer
+from examples.toy_world.pipeline import MAX_TOKENS, clip_tokenizer, t5_encoder, t5_tokenizer
 from examples.toy_world.world import (
     MORE_TASKS,
     SIZE,
@@ -88,6 +90,28 @@ def test_pretraining_sees_every_kind_of_both_sides():
     seen = {any_prompt("compose", rng).text for _ in range(400)}
     for heldout in (False, True):
         assert seen & {p.text for p in prompts_of("compose", heldout)}
+
+
+def test_a_new_text_encoder_hears_the_order_of_words():
+    """As one of transformers' own initialization hardly does, which trains on pictures without ever learning it."""
+    torch.manual_seed(0)
+    tokenizer = t5_tokenizer()
+    ours = t5_encoder(tokenizer)
+    torch.manual_seed(0)
+    plain = T5EncoderModel(ours.config)
+
+    def heard(encoder: T5EncoderModel) -> float:
+        """How far "circle" is from itself where two words have changed places, of its length."""
+        ids = [
+            tokenizer(text, return_tensors="pt").input_ids
+            for text in ("a circle left of a square", "a square left of a circle")
+        ]
+        circle = tokenizer.convert_tokens_to_ids("▁circle")
+        with torch.no_grad():
+            one, other = (encoder(i)[0][0][(i[0] == circle).nonzero().item()] for i in ids)
+        return ((one - other).norm() / one.norm()).item()
+
+    assert heard(ours) > 0.5 > 5 * heard(plain)
 
 
 @pytest.mark.parametrize("tokenizer", [clip_tokenizer(), t5_tokenizer()], ids=["clip", "t5"])

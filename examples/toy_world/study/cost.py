@@ -20,17 +20,23 @@ class Sizes:
     learnt: int
 
 
-def distillation(sizes: Sizes, parties: int = 1, visited: float | None = None) -> float:
-    """Rollout and gradient are one pass over the learnt states, and `parties` are asked at each: the teacher; the base
-    besides, for extrapolation or as an anchor. `visited`: how many states are gone through, on average, until the last
-    one that is learnt; those between cost the student a forward pass."""
+def distillation(sizes: Sizes, asked: int = 1, visited: float | None = None, branches: int = 1) -> float:
+    """Rollout and gradient are one pass over the learnt states, of as many `branches` as the student has: two with
+    guidance, three where these are matched apart. `asked`: predictions of others at each state, the teacher's, and
+    those of the base besides, for extrapolation or as an anchor. `visited`: how many states are gone through, on
+    average, until the last one that is learnt; those between cost the student a forward pass."""
     between = 0 if visited is None else visited - sizes.learnt
-    return sizes.samples * (between * FORWARD + sizes.learnt * (LEARN + parties * FORWARD))
+    return sizes.samples * (branches * (between * FORWARD + sizes.learnt * LEARN) + asked * sizes.learnt * FORWARD)
 
 
-def nft(sizes: Sizes, asks_base: bool) -> float:
-    """A rollout of the old policy; then old, base and trained policy at each noise level."""
-    return sizes.samples * (sizes.steps + sizes.learnt * (LEARN + FORWARD + asks_base * FORWARD))
+def nft(sizes: Sizes, asks_base: bool, asks_teacher: bool = False) -> float:
+    """A rollout of the old policy; then old, trained, and perhaps base and teacher at each noise level."""
+    return sizes.samples * (sizes.steps + sizes.learnt * (LEARN + (1 + asks_base + asks_teacher) * FORWARD))
+
+
+def ropd(sizes: Sizes, iterations: int) -> float:
+    """A rollout of the student for `iterations` optimizer steps, in each of which its expert is asked again."""
+    return sizes.samples * (sizes.steps * FORWARD / iterations + sizes.learnt * (LEARN + FORWARD))
 
 
 def grpo(sizes: Sizes, asks_base: bool, iterations: int) -> float:

@@ -27,7 +27,7 @@ TABLES = {
         *("opd", "teachers_7_long"),
     ],
     "Recipes": [
-        *("opd_short", "kl_noise_0", "compose_twice", "danceopd"),
+        *("opd_short", "kl_noise_0", "compose_twice", "danceopd", "folded", "guided", "split", "ropd", "nft_taught"),
         *(name for name in ROWS if name.startswith(("beyond", "anchor", "random", "beta"))),
     ],
 }

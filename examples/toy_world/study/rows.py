@@ -4,7 +4,7 @@ Cost is in denoiser evaluations (cost.py). `STAGE_1` is what the teachers cost t
 rewards gets the same and that of the distillation on top, so that both ways to one model cost the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from diffusers import FluxKontextPipeline
 
+from diffusion_opd import Teacher
 from diffusion_opd.queries import QUERIES, first_steps
-from examples.toy_world.demo import BATCH_SIZE, MAX_STEPS, distil
-from examples.toy_world.pipeline import SAMPLING, load_base
-from examples.toy_world.rewards import reinforce
+from examples.toy_world.demo import BATCH_SIZE, LEARNING_RATE, MAX_STEPS, distil
+from examples.toy_world.pipeline import SAMPLING, TEACHERS, load_base
+from examples.toy_world.rewards import reinforce, sampling_kwargs
 from examples.toy_world.specialists import GRPO, LORA_NAME, NFT, train_specialist
 from examples.toy_world.specialists import MAX_STEPS as SPECIALIST_STEPS
 from examples.toy_world.study import cost
@@ -24,6 +25,7 @@ from examples.toy_world.world import MORE_TASKS, TASKS, Task
 
 STEPS = SAMPLING["num_inference_steps"]
 LEARNT = STEPS - 1
+GUIDANCE = {"true_cfg_scale": 2.5, "negative_prompt": ""}
 SHORT = MAX_STEPS // 4  # optimizer steps of the ablations: at MAX_STEPS they would all have arrived
 
 RL_BATCH = NFT["per_device_train_batch_size"]
@@ -36,20 +38,28 @@ TOTAL = STAGE_1 + MAX_STEPS * OPD_COST
 
 @dataclass
 class Row:
-    """One line of a table: `train(folder, seed)` leaves a student of `tasks` in `folder` and returns its pipeline."""
+    """One line of a table: `train(folder, seed)` leaves a student of `tasks` in `folder` and returns its pipeline,
+    which is used with `sampling` over the world's settings."""
 
     train: Callable[[Path, int], FluxKontextPipeline]
     evaluations: float
     settings: dict[str, Any] = field(default_factory=dict)
     tasks: tuple[Task, ...] = TASKS
+    sampling: dict[str, Any] = field(default_factory=dict)
 
 
-def opd(max_steps: int, tasks: tuple[Task, ...] = TASKS, **settings: Any) -> Row:
+def opd(max_steps: int, tasks: tuple[Task, ...] = TASKS, guided: Sequence[str] = (), **settings: Any) -> Row:
+    """`guided`: who is asked with guidance, `"student"` or `"teachers"` or both."""
+    evaluations = max_steps * step_cost(tasks, settings | {"guided": guided})
+    asked, sampling = (GUIDANCE if who in guided else {} for who in ("teachers", "student"))
+    own = {"call_kwargs": sampling_kwargs()["call_kwargs"] | sampling} | settings
+
     def train(folder: Path, seed: int) -> FluxKontextPipeline:
-        specialists = {task: further_specialist(task, folder.parents[1]) for task in tasks if task not in TASKS}
-        return distil(folder, seed, max_steps, tasks, num_scored=0, specialists=specialists, **settings)[0].pipeline
+        paths = {t: TEACHERS / t if t in TASKS else further_specialist(t, folder.parents[1]) for t in tasks}
+        specialists = {task: Teacher(str(path), call_kwargs=asked) for task, path in paths.items()}
+        return distil(folder, seed, max_steps, tasks, num_scored=0, specialists=specialists, **own)[0].pipeline
 
-    return Row(train, max_steps * step_cost(tasks, settings), settings | {"max_steps": max_steps}, tasks)
+    return Row(train, evaluations, settings | {"max_steps": max_steps, "guided": guided}, tasks, sampling)
 
 
 def step_cost(tasks: tuple[Task, ...], settings: dict[str, Any]) -> float:
@@ -65,8 +75,10 @@ def step_cost(tasks: tuple[Task, ...], settings: dict[str, Any]) -> float:
         shape = tuple(settings.get("query_beta", (1.0, 1.0)))
         drawn = [QUERIES[query].choose(candidates, learnt, rng, shape) for _ in range(20_000)]
         visited = float(np.mean([states[-1] + 1 for states in drawn]))
-    parties = 1 + sum(name in settings for name in ("target_extrapolation", "anchor"))
-    return cost.distillation(cost.Sizes(turns * batch, STEPS, learnt), parties, visited)
+    asked = 1 + sum(name in settings for name in ("target_extrapolation", "anchor"))
+    split, guided = "guidance_split" in settings, settings.get("guided", ())
+    branches, of_others = (1 + (who in guided) + split for who in ("student", "teachers"))
+    return cost.distillation(cost.Sizes(turns * batch, STEPS, learnt), asked * of_others, visited, branches)
 
 
 def as_short(tasks: tuple[Task, ...] = TASKS, **settings: Any) -> Row:
@@ -121,6 +133,24 @@ def sft(budget: float, samples: int, batch_size: int, peak_lr: float) -> Row:
     return Row(train, budget, {"samples": samples, "max_steps": max_steps, "batch_size": batch_size, "lr": peak_lr})
 
 
+def rewarded(algorithm: str, budget: float, **settings: Any) -> Row:
+    """Rewards and teachers together: ROPD, or DiffusionNFT with the distance to the teachers besides. Two prompts of
+    each task an optimizer step, drawn four times each."""
+    iterations = 2 if algorithm == "ropd" else 1  # in the first one ROPD's target is the teacher's answer alone
+    batch = {"per_device_train_batch_size": BATCH_SIZE, "num_generations": 4, "num_iterations": iterations}
+    own = batch | {"lr_scheduler_type": "cosine", "learning_rate": LEARNING_RATE} | settings
+    sizes = cost.Sizes(len(TASKS) * BATCH_SIZE, STEPS, LEARNT)
+    step = cost.ropd(sizes, iterations) if algorithm == "ropd" else cost.nft(sizes, own["beta"] > 0, asks_teacher=True)
+    max_steps = int(budget / step) // iterations * iterations
+
+    def train(folder: Path, seed: int) -> FluxKontextPipeline:
+        teachers = {task: str(TEACHERS / task) for task in TASKS}
+        settings = own | {"max_steps": max_steps}
+        return reinforce(algorithm, TASKS, folder, seed, teachers=teachers, rank=32, **settings).pipeline
+
+    return Row(train, max_steps * step, own | {"max_steps": max_steps})
+
+
 def sde(noise_level: float, objective: str = "kl") -> Row:
     transition = "flow_sde" if noise_level else "ode"
     return opd(SHORT, objective=objective, transition=transition, noise_level=noise_level)
@@ -156,6 +186,13 @@ ROWS: dict[str, Row] = {
         task_sampling="random",
         gradient_accumulation_steps=len(TASKS),
     ),
+    # Guidance: into the weights, kept, or with its branches apart; each student is used as it was taught
+    "folded": as_short(guided=["teachers"]),
+    "guided": as_short(guided=["student", "teachers"]),
+    "split": as_short(guided=["student", "teachers"], guidance_split=1.0),
+    # Rewards and teachers together
+    "ropd": rewarded("ropd", SHORT * OPD_COST),
+    "nft_taught": rewarded("nft", SHORT * OPD_COST, beta=0.0),
     # One teacher alone, with all prompts of a step for it
     **{f"only_{task}": opd(SHORT, (task,), per_device_train_batch_size=len(TASKS) * BATCH_SIZE) for task in TASKS},
     # Up to seven teachers, eight prompts a step for each; four are `opd_short`
