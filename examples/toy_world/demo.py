@@ -95,10 +95,11 @@ def distil(
     trainer_class: type[DiffusionOPDTrainer] = DiffusionOPDTrainer,
     num_scored: int = 20,
     specialists: Mapping[Task, str | Teacher] | None = None,
+    words: Mapping[Task, str] | None = None,
     **settings: Any,
 ) -> tuple[DiffusionOPDTrainer, Scores, float]:
     """One student from the specialists of `tasks` (the shipped ones where `specialists` names none): the trainer, the
-    scores on the way, and the seconds of training alone."""
+    scores on the way, and the seconds of training alone. `words`: of tasks that tell the student which one is meant."""
     args = DiffusionOPDConfig(
         str(output_dir),
         **sampling_kwargs()
@@ -122,7 +123,7 @@ def distil(
         model=str(BASE),
         teachers={task: str(TEACHERS / task) for task in tasks} | dict(specialists or {}),
         args=args,
-        train_dataset={task: training_prompts(task, seed) for task in tasks},
+        train_dataset={task: training_prompts(task, seed, (words or {}).get(task)) for task in tasks},
         peft_config=lora_config(rank=32),
     )
     trainer.pipeline.set_progress_bar_config(disable=True)

@@ -9,6 +9,8 @@ knows pipelines and judges, and nothing of how a model was trained.
 """
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +45,20 @@ def generate(
 
 
 def judged(
-    pipeline: FluxKontextPipeline, task: Task, n: int, seed: int, in_other_words: bool = False, **sampling: Any
+    pipeline: FluxKontextPipeline,
+    task: Task,
+    n: int,
+    seed: int,
+    in_other_words: bool = False,
+    words: Mapping[Task, str] | None = None,
+    **sampling: Any,
 ) -> list[tuple[Prompt, float]]:
-    """`n` held-out prompts of a task, which the pipeline is given as they are or `reworded`, with the scores of what it
-    draws. `sampling` overrides the world's settings."""
+    """`n` held-out prompts of a task, which the pipeline is given as they are or `reworded`, and behind the task's word
+    if it has one in `words`, with the scores of what it draws. `sampling` overrides the world's settings."""
     prompts = sample_prompts(task, n, seed, heldout=True)
     asked = [reworded(prompt) for prompt in prompts] if in_other_words else prompts
+    if words and task in words:
+        asked = [replace(prompt, text=f"{words[task]} {prompt.text}") for prompt in asked]
     pictures = generate(pipeline, asked, seed, **sampling)
     return list(zip(prompts, scores(pictures, prompts, sources(prompts, seed)), strict=True))
 

@@ -228,7 +228,7 @@ class Plan(NamedTuple):
 def plan() -> list[Plan]:
     """The base learns on good captions, and is spoilt by bad ones at the surface, so that a LoRA can bring back what it
     knows."""
-    return [Plan(1.0, one_cycle(step, 5500)) for step in range(5500)] + [Plan(0.2, 0.05)] * 150
+    return [Plan(1.0, one_cycle(step, 5500)) for step in range(4500)] + [Plan(0.25, 0.05)] * 150
 
 
 def pretrain_base(

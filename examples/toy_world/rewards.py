@@ -42,11 +42,13 @@ def lora_config(rank: int = 16) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
 
 
-def training_prompts(task: Task, seed: int) -> Dataset:
-    """Prompts, and the pictures that instructions are about."""
+def training_prompts(task: Task, seed: int, word: str | None = None) -> Dataset:
+    """Prompts, and the pictures that instructions are about. With a `word`, which goes ahead of each prompt, what it is
+    without it is a column `plain`."""
     prompts = sample_prompts(task, EDITS if task == "edit" else PROMPTS, seed)
-    images = sources(prompts, seed)
-    return Dataset.from_dict({"prompt": [p.text for p in prompts]} | ({"image": images} if images else {}))
+    texts, images = [prompt.text for prompt in prompts], sources(prompts, seed)
+    columns = {"prompt": [f"{word} {text}" for text in texts], "plain": texts} if word else {"prompt": texts}
+    return Dataset.from_dict(columns | ({"image": images} if images else {}))
 
 
 def reward_of(task: Task) -> Callable[..., list[float]]:

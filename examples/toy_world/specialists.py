@@ -33,7 +33,7 @@ FINETUNING_STEPS: dict[Task, int] = {"compose": 150, "text": 100, "style": 100, 
 SHARED: dict[str, Any] = {"per_device_train_batch_size": 48, "num_generations": 8}
 NFT = SHARED | {"learning_rate": 1e-3, "beta": 0.1, "old_decay_rate": 0.02}
 GRPO = SHARED | {"learning_rate": 1e-3, "loss_type": "grpo_guard", "epsilon": 1e-3, "num_iterations": 2}
-MAX_STEPS: dict[Task, int] = {"compose": 60, "text": 8, "style": 8, "edit": 40, "warm": 60, "dark": 32, "large": 20}
+MAX_STEPS: dict[Task, int] = {"compose": 20, "text": 8, "style": 8, "edit": 20, "warm": 60, "dark": 32, "large": 20}
 LORA_NAME = "pytorch_lora_weights.safetensors"
 
 

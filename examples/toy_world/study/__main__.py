@@ -39,7 +39,9 @@ def run(name: str, seed: int, output_dir: Path) -> None:
         "seconds": seconds,
         "threads": torch.get_num_threads(),
         "settings": {key: str(value) for key, value in row.settings.items()},
-        "scores": evaluate(pipeline, PROMPTS, tasks=tuple(dict.fromkeys((*TASKS, *row.tasks))), **row.sampling),
+        "scores": evaluate(
+            pipeline, PROMPTS, tasks=tuple(dict.fromkeys((*TASKS, *row.tasks))), words=row.words, **row.sampling
+        ),
         "gaps": gaps(pipeline),
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ TABLES = {
     "One teacher at a time": ["opd_short", *(f"only_{task}" for task in TASKS)],
     "One to seven teachers": [
         *("teachers_1", "teachers_2", "teachers_3", "opd_short", "teachers_5", "teachers_6", "teachers_7"),
-        *("opd", "teachers_7_long"),
+        *("teachers_7_words", "teachers_7_weighted", "opd", "teachers_7_long"),
     ],
     "Recipes": [
         *("opd_short", "kl_noise_0", "compose_twice", "danceopd", "folded", "guided", "split", "ropd", "nft_taught"),

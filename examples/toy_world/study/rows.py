@@ -26,6 +26,7 @@ from examples.toy_world.world import MORE_TASKS, TASKS, Task
 STEPS = SAMPLING["num_inference_steps"]
 LEARNT = STEPS - 1
 GUIDANCE = {"true_cfg_scale": 2.5, "negative_prompt": ""}
+WORDS: dict[Task, str] = {"warm": "make", "dark": "into", "large": "turn"}  # no prompt without a source begins so
 SHORT = MAX_STEPS // 4  # optimizer steps of the ablations: at MAX_STEPS they would all have arrived
 
 RL_BATCH = NFT["per_device_train_batch_size"]
@@ -39,27 +40,41 @@ TOTAL = STAGE_1 + MAX_STEPS * OPD_COST
 @dataclass
 class Row:
     """One line of a table: `train(folder, seed)` leaves a student of `tasks` in `folder` and returns its pipeline,
-    which is used with `sampling` over the world's settings."""
+    which is used with `sampling` over the world's settings, and is told which of some tasks is meant by `words`."""
 
     train: Callable[[Path, int], FluxKontextPipeline]
     evaluations: float
     settings: dict[str, Any] = field(default_factory=dict)
     tasks: tuple[Task, ...] = TASKS
     sampling: dict[str, Any] = field(default_factory=dict)
+    words: dict[Task, str] = field(default_factory=dict)
 
 
-def opd(max_steps: int, tasks: tuple[Task, ...] = TASKS, guided: Sequence[str] = (), **settings: Any) -> Row:
-    """`guided`: who is asked with guidance, `"student"` or `"teachers"` or both."""
+def opd(
+    max_steps: int,
+    tasks: tuple[Task, ...] = TASKS,
+    guided: Sequence[str] = (),
+    words: dict[Task, str] | None = None,
+    **settings: Any,
+) -> Row:
+    """`guided`: who is asked with guidance, `"student"` or `"teachers"` or both. `words`: what goes ahead of the
+    student's prompts of some tasks; their teachers read them without it."""
+    words = words or {}
     evaluations = max_steps * step_cost(tasks, settings | {"guided": guided})
     asked, sampling = (GUIDANCE if who in guided else {} for who in ("teachers", "student"))
     own = {"call_kwargs": sampling_kwargs()["call_kwargs"] | sampling} | settings
 
     def train(folder: Path, seed: int) -> FluxKontextPipeline:
         paths = {t: TEACHERS / t if t in TASKS else further_specialist(t, folder.parents[1]) for t in tasks}
-        specialists = {task: Teacher(str(path), call_kwargs=asked) for task, path in paths.items()}
-        return distil(folder, seed, max_steps, tasks, num_scored=0, specialists=specialists, **own)[0].pipeline
+        specialists = {
+            task: Teacher(str(path), call_kwargs=asked, columns={"prompt": "plain"} if task in words else {})
+            for task, path in paths.items()
+        }
+        trainer, *_ = distil(folder, seed, max_steps, tasks, num_scored=0, specialists=specialists, words=words, **own)
+        return trainer.pipeline
 
-    return Row(train, evaluations, settings | {"max_steps": max_steps, "guided": guided}, tasks, sampling)
+    about = settings | {"max_steps": max_steps, "guided": guided, "words": words}
+    return Row(train, evaluations, about, tasks, sampling, words)
 
 
 def step_cost(tasks: tuple[Task, ...], settings: dict[str, Any]) -> float:
@@ -198,4 +213,6 @@ ROWS: dict[str, Row] = {
     # Up to seven teachers, eight prompts a step for each; four are `opd_short`
     **{f"teachers_{n}": opd(SHORT, (*TASKS, *MORE_TASKS)[:n]) for n in (1, 2, 3, 5, 6, 7)},
     "teachers_7_long": opd(MAX_STEPS, TASKS + MORE_TASKS),
+    "teachers_7_words": opd(SHORT, TASKS + MORE_TASKS, words=WORDS),
+    "teachers_7_weighted": opd(SHORT, TASKS + MORE_TASKS, task_weights={"compose": 3}),
 }
