@@ -37,8 +37,8 @@ def test_each_specialist_leads_in_its_own_task_only():
         pipeline.load_lora_weights(TEACHERS / task, weight_name="pytorch_lora_weights.safetensors")
         scores[task] = evaluate(pipeline)
     for task in TASKS:
+        assert scores["base"][task] < 0.5 and scores[task][task] > 0.85
         gap = scores[task][task] - scores["base"][task]
-        assert gap > 0.15
         for other in TASKS:
             if other != task:
                 assert scores[other][task] < scores[task][task] - 0.25 * gap
