@@ -25,7 +25,10 @@ Fingerprint = dict[str, list[float]]  # by weight
 
 KEY = "diffusion_opd_base"  # in the metadata of a safetensors file
 NUM_VALUES = 1024  # in all; of each weight one at least
-ROUNDING = 2**-8  # of bfloat16, the coarsest that weights are kept in, relative
+DIGITS = 5  # that are written of each
+ROUNDING = 2**-8 + 0.5 * 10 ** (
+    1 - DIGITS
+)  # of bfloat16, the coarsest that weights are kept in, and of these; relative
 QUANTISED = " (quantised)"  # of the names of weights whose values are known to a bound, which comes before them
 MOST_QUANTISED = 16
 GOLDEN = 0.6180339887498949  # its multiples fall into all rows and columns
@@ -38,7 +41,7 @@ def take_fingerprint(denoiser: nn.Module) -> Fingerprint:
     found: Fingerprint = {}
     for key, layer in layers.items():
         weight, off = _read(layer)
-        values = [float(f"{value:.5g}") for value in weight.reshape(-1)[_places(count, weight)].tolist()]
+        values = [float(f"{value:.{DIGITS}g}") for value in weight.reshape(-1)[_places(count, weight)].tolist()]
         found |= {f"{key}{QUANTISED}": [off, *values]} if off else {key: values}
     return found
 

@@ -1,6 +1,7 @@
 """A student that goes on with a LoRA, and teachers that were made on top of one: the cascade."""
 
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_opd import (
     DiffusionGRPOConfig,
@@ -20,6 +21,7 @@ from diffusion_opd import (
     DiffusionOPDTrainer,
     Lora,
     Teacher,
+    fingerprint,
 )
 from diffusion_opd.files import LORA_NAME
 from tests.adapters import save_diffusers, save_peft
@@ -182,6 +184,21 @@ def stages(tmp_path_factory) -> tuple[Path, Path, Path]:
     gone_on.train()
     gone_on.save_model()
     return folder / "first", folder / "fused", folder / "gone_on"
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loaded", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_base_is_the_same_in_every_precision_for_all_values_that_it_can_have(kept, loaded):
+    """Values halfway between two of bfloat16 are moved the farthest; a specialist of the toy world was refused in
+    bfloat16 for one of them, whose five written digits had moved it a little more."""
+    halfway = torch.tensor([(1 + (2 * k + 1) / 256) * 2.0**e for e in range(-8, 0) for k in range(128)])
+    base = nn.Linear(32, 32, bias=False).requires_grad_(False)
+    base.weight.copy_(halfway.reshape(32, 32))
+    written = fingerprint.take_fingerprint(deepcopy(base).to(kept))
+    assert fingerprint.contradictions(deepcopy(base).to(loaded), written) == []
+    assert not fingerprint.differ(written, fingerprint.take_fingerprint(deepcopy(base).to(loaded)))
+    base.weight *= 1.02
+    assert fingerprint.contradictions(deepcopy(base).to(loaded), written) == ["weight"]
 
 
 def test_a_lora_of_a_fused_base_is_told_from_one_of_the_base(tmp_path, stages):
