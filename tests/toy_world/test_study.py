@@ -16,7 +16,7 @@ from diffusion_opd.transitions import flow_sde, ode
 from examples.toy_world.demo import distil, specialist
 from examples.toy_world.evaluate import generate
 from examples.toy_world.pipeline import SAMPLING, TEACHERS, load_base
-from examples.toy_world.rewards import lora_config, reinforce, reward_of
+from examples.toy_world.rewards import lora_config, reinforce, reward_of, training_prompts
 from examples.toy_world.study import __main__ as study
 from examples.toy_world.study import cost, ocr, report, rows
 from examples.toy_world.study.baselines import OffPolicyTrainer, finetune_on_samples, fused
@@ -88,6 +88,14 @@ def test_the_cost_of_guidance_is_what_is_computed(name, tmp_path, monkeypatch):
 
     expected = rows.opd(1, ("text",), guided=guided, per_device_train_batch_size=1, **split).evaluations
     assert counted_a_step(train, monkeypatch) == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_a_word_that_names_the_task_goes_ahead_of_the_students_prompts(tmp_path):
+    row = rows.opd(1, ("style",), words={"style": "make"}, per_device_train_batch_size=2)
+    row.train(tmp_path / "row" / "seed", 0)  # the teacher's column is there, or this is refused
+    data, plain = training_prompts("style", 0, "make"), training_prompts("style", 0)
+    assert data["plain"] == plain["prompt"] and data["prompt"] == [f"make {text}" for text in plain["prompt"]]
 
 
 @pytest.mark.slow
