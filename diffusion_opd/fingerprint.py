@@ -26,9 +26,8 @@ Fingerprint = dict[str, list[float]]  # by weight
 KEY = "diffusion_opd_base"  # in the metadata of a safetensors file
 NUM_VALUES = 1024  # in all; of each weight one at least
 DIGITS = 5  # that are written of each
-ROUNDING = 2**-8 + 0.5 * 10 ** (
-    1 - DIGITS
-)  # of bfloat16, the coarsest that weights are kept in, and of these; relative
+# Relative: of bfloat16, the coarsest that weights are kept in, and of the digits
+ROUNDING = 2**-8 + 10**-DIGITS * 5
 QUANTISED = " (quantised)"  # of the names of weights whose values are known to a bound, which comes before them
 MOST_QUANTISED = 16
 GOLDEN = 0.6180339887498949  # its multiples fall into all rows and columns
