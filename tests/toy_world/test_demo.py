@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusion_opd.cli.worker import run_script
-from examples.toy_world.demo import Progress, distil, main
+from examples.toy_world.demo import RECIPE, Progress, distil, main
 from examples.toy_world.evaluate import generate
 from examples.toy_world.pipeline import load_base
 from examples.toy_world.world import TASKS, sample_prompts
@@ -47,7 +47,7 @@ def test_yaml_and_demo_train_the_same_student(tmp_path, monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)
     flags = ["--max_steps", "2", "--image_steps", "0", "--output_dir", str(tmp_path / "yaml"), "--disable_tqdm", "true"]
     run_script("opd", ["--config", "examples/toy_world/opd.yaml", *flags], fail_with_unknown_args=False)
-    distil(tmp_path / "demo", seed=0, max_steps=2, num_scored=0, image_steps=0)
+    distil(tmp_path / "demo", seed=0, max_steps=2, num_scored=0, image_steps=0, **RECIPE)
     first, second = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("yaml", "demo"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)

@@ -14,7 +14,7 @@ from diffusers import FluxKontextPipeline
 
 from diffusion_opd import Teacher
 from diffusion_opd.queries import QUERIES, first_steps
-from examples.toy_world.demo import BATCH_SIZE, LEARNING_RATE, MAX_STEPS, distil
+from examples.toy_world.demo import BATCH_SIZE, LEARNING_RATE, distil
 from examples.toy_world.pipeline import SAMPLING, TEACHERS, load_base
 from examples.toy_world.rewards import reinforce, sampling_kwargs
 from examples.toy_world.specialists import GRPO, LORA_NAME, NFT, train_specialist
@@ -27,14 +27,15 @@ STEPS = SAMPLING["num_inference_steps"]
 LEARNT = STEPS - 1
 GUIDANCE = {"true_cfg_scale": 2.5, "negative_prompt": ""}
 WORDS: dict[Task, str] = {"warm": "make", "dark": "into", "large": "turn"}  # no prompt without a source begins so
-SHORT = MAX_STEPS // 4  # optimizer steps of the ablations: at MAX_STEPS they would all have arrived
+LONG = 70  # optimizer steps of DiffusionOPD
+SHORT = LONG // 4  # of the ablations: at the long length they would all have arrived
 
 RL_BATCH = NFT["per_device_train_batch_size"]
 NFT_COST = cost.nft(cost.Sizes(RL_BATCH, STEPS, LEARNT), asks_base=NFT["beta"] > 0)
 GRPO_COST = cost.grpo(cost.Sizes(RL_BATCH, STEPS, LEARNT), asks_base=False, iterations=GRPO["num_iterations"])
 OPD_COST = cost.distillation(cost.Sizes(len(TASKS) * BATCH_SIZE, STEPS, LEARNT))
 STAGE_1 = sum(SPECIALIST_STEPS[task] for task in TASKS) * NFT_COST
-TOTAL = STAGE_1 + MAX_STEPS * OPD_COST
+TOTAL = STAGE_1 + LONG * OPD_COST
 
 
 @dataclass
@@ -172,7 +173,7 @@ def sde(noise_level: float, objective: str = "kl") -> Row:
 
 
 ROWS: dict[str, Row] = {
-    "opd": opd(MAX_STEPS),
+    "opd": opd(LONG),
     "grpo_guard_all": rl("grpo", TOTAL),
     "nft_all": rl("nft", TOTAL),
     "nft_cascade": cascade(TOTAL, ("text", "compose", "style", "edit")),
@@ -212,7 +213,7 @@ ROWS: dict[str, Row] = {
     **{f"only_{task}": opd(SHORT, (task,), per_device_train_batch_size=len(TASKS) * BATCH_SIZE) for task in TASKS},
     # Up to seven teachers, eight prompts a step for each; four are `opd_short`
     **{f"teachers_{n}": opd(SHORT, (*TASKS, *MORE_TASKS)[:n]) for n in (1, 2, 3, 5, 6, 7)},
-    "teachers_7_long": opd(MAX_STEPS, TASKS + MORE_TASKS),
+    "teachers_7_long": opd(LONG, TASKS + MORE_TASKS),
     "teachers_7_words": opd(SHORT, TASKS + MORE_TASKS, words=WORDS),
     "teachers_7_weighted": opd(SHORT, TASKS + MORE_TASKS, task_weights={"compose": 3}),
 }
