@@ -231,7 +231,7 @@ def sample_prompts(task: Task, n: int, seed: int, heldout: bool = False) -> list
     return [kinds[i % len(kinds)][rng.integers(len(kinds[i % len(kinds)]))] for i in range(n)]
 
 
-# How much oftener than the others of its task pretraining sees a kind: those where the order of words counts
+# How much oftener than the others of its task pretraining sees a kind that is hard to learn
 HARD = {"position": 3.0, "attribute binding": 2.0, "counting": 2.0, "colour": 2.0, "shape": 1.5}
 _OPPOSITE = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
 
